@@ -1,0 +1,43 @@
+# make demo: a model forgets four people, loses a quarter of its layers, heals, and is judged. make test: what CI runs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/forget-and-shrink
+
+.PHONY: demo test check bench docs reproduce clean
+
+demo: $(VENV)/installed
+	$(BIN)/overhaul run recipes/forget-and-shrink.yaml -o $(RUN)
+
+test: $(VENV)/installed-dev check
+	$(BIN)/pytest
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks
+
+reproduce: $(VENV)/installed
+	$(BIN)/overhaul reproduce all
+
+docs: $(VENV)/installed
+	$(BIN)/python -m overhaul.claims
+	$(BIN)/python docs/generate.py
+
+# torch first, at its pinned version: resolving it together with the rest may pick a build for other hardware
+$(VENV)/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.lock)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist

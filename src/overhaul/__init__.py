@@ -1,0 +1,48 @@
+"""Overhaul: change a trained network, layer by layer, without training it again, and prove what the change did."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from overhaul import forget as forget
+    from overhaul import shrink as shrink
+    from overhaul.data.examples import Examples as Examples
+    from overhaul.data.materials import examples as examples
+    from overhaul.errors import OverhaulError as OverhaulError
+    from overhaul.method import Outcome as Outcome
+    from overhaul.models import open_model as open
+    from overhaul.models import save as save
+    from overhaul.recipe.run import run as run
+    from overhaul.stack import LayerStack as LayerStack
+
+    open = open_model
+
+_PUBLIC = {
+    "Examples": "overhaul.data.examples:Examples",
+    "LayerStack": "overhaul.stack:LayerStack",
+    "Outcome": "overhaul.method:Outcome",
+    "OverhaulError": "overhaul.errors:OverhaulError",
+    "examples": "overhaul.data.materials:examples",
+    "forget": "overhaul.forget:",
+    "open": "overhaul.models:open_model",
+    "run": "overhaul.recipe.run:run",
+    "save": "overhaul.models:save",
+    "shrink": "overhaul.shrink:",
+}
+"""Public names and where they live: imported when first used, so that `overhaul --help` answers at once."""
+
+__all__ = [*_PUBLIC, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'overhaul' has no attribute {name!r}")
+    module, _, attribute = _PUBLIC[name].partition(":")
+    found = importlib.import_module(module)
+    value = getattr(found, attribute) if attribute else found
+    globals()[name] = value
+    return value

@@ -1,0 +1,257 @@
+"""The `overhaul` command. Heavy imports happen inside commands, so that help answers at once.
+
+Exit codes: 0 done, 1 the run failed, 2 the request was wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from overhaul import __version__
+from overhaul.errors import OverhaulError
+
+app = typer.Typer(
+    help="Change a trained network, layer by layer, without training it again, and prove what the change did.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+starters_app = typer.Typer(help="Small trained models and data that ship with Overhaul.", invoke_without_command=True)
+app.add_typer(starters_app, name="starters")
+
+console = Console()
+errors = Console(stderr=True)
+
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="The run folder; runs/NAME if not given.")]
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def main() -> None:
+    """Run the command; turn errors into one paragraph and an exit code."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        code = app(arguments, prog_name="overhaul", standalone_mode=False)
+    except OverhaulError as error:
+        _fail(str(error), debug)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        _fail("Stopped. Finished steps are kept; the same command goes on from there.", debug)
+        code = 1
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not one of the command line parser's own
+            _fail(f"{type(error).__name__}: {error}. `--debug` shows where.", debug)
+            code = 1
+        else:
+            errors.print(f"[bold red]Error[/] {escape(error.format_message())}")  # pyright: ignore[reportAttributeAccessIssue]
+            code = 2
+    sys.exit(code or 0)
+
+
+def _fail(message: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    errors.print(f"[bold red]Error[/] {escape(message)}", soft_wrap=True, highlight=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    pass
+
+
+@contextmanager
+def _progress() -> Iterator[None]:
+    """Show what the running step reports, one line at a time."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from overhaul import session
+
+    columns = [TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, TextColumn("{task.fields[detail]}"), console=console, transient=True) as bar:
+        lines: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int, detail: str) -> None:
+            if what not in lines or bar.tasks[lines[what]].finished:
+                for other in lines.values():
+                    bar.update(other, visible=False)
+                lines[what] = bar.add_task(what, total=total, detail=detail)
+            bar.update(lines[what], completed=done, total=total, detail=detail, visible=True)
+
+        with session.using(report=report):
+            yield
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe that comes with the package: in the installed package, or beside it in a checkout."""
+    here = Path(__file__).parent
+    places = [here / "recipes" / f"{name}.yaml", here.parents[1] / "recipes" / f"{name}.yaml"]
+    return next((place for place in places if place.exists()), places[0])
+
+
+@app.command()
+def demo(out: Out = None) -> None:
+    """Forget four people, drop a quarter of the layers, heal, and judge: on the starter language model."""
+    _run(recipe_path("forget-and-shrink"), out)
+
+
+@app.command()
+def run(recipe: RecipeFile, out: Out = None) -> None:
+    """Run a recipe, or go on with it where it stopped."""
+    _run(recipe, out)
+
+
+def _run(recipe: Path, out: Path | None) -> None:
+    from overhaul.recipe.run import run as run_recipe
+    from overhaul.report.terminal import print_table
+
+    with _progress():
+        done = run_recipe(recipe, out)
+    print_table(done.report, console)
+    console.print(f"\nreport  {done.folder / 'report.html'}\nmodel   {done.folder / 'model'}", soft_wrap=True)
+
+
+@app.command()
+def plan(recipe: RecipeFile) -> None:
+    """Check a recipe and print its steps, peak memory and time, before any weight is read."""
+    from rich.table import Table
+
+    from overhaul.recipe.check import check
+    from overhaul.recipe.plan import libraries_bytes
+    from overhaul.recipe.plan import plan as plan_recipe
+    from overhaul.recipe.spec import read
+    from overhaul.report.numbers import format_value
+
+    checked = check(read(recipe))
+    table = Table("step", "reads", "peak memory", "at least", box=None, pad_edge=False)
+    for step in plan_recipe(checked):
+        reads = ", ".join(f"{role} ({count})" for role, count in step.reads.items())
+        table.add_row(step.name, reads, format_value(step.peak_bytes, "bytes"), f"{step.seconds:.0f} s")
+    facts = checked.model
+    console.print(
+        f"{facts.source}: {facts.architecture}, {format_value(facts.parameters, 'count')} parameters in {facts.dtype}, "
+        f"{format_value(facts.bytes, 'bytes')} on disk"
+    )
+    console.print(table)
+    console.print(
+        f"Beside each peak, the interpreter and its libraries take {format_value(libraries_bytes(), 'bytes')}."
+    )
+    console.print("The recipe is in order; nothing was written.")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]) -> None:
+    """Print a finished run's table again, and write its report.html anew."""
+    from overhaul.errors import RequestError
+    from overhaul.report.html import write_html
+    from overhaul.report.terminal import print_table
+
+    source = folder / "report.json"
+    if not source.exists():
+        raise RequestError(f"{folder} holds no report.json: it is not the folder of a finished run.")
+    content = json.loads(source.read_text())
+    write_html(content, folder / "report.html")
+    print_table(content, console)
+    console.print(f"\nreport  {folder / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, in full.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the methods, or describe one: what it reads, its knobs and their defaults."""
+    from rich.table import Table
+
+    from overhaul.method import find
+    from overhaul.method import methods as all_methods
+
+    chosen = [find(name)] if name else list(all_methods().values())
+    if as_json:
+        listing = [one.listing() for one in chosen]
+        print(json.dumps(listing[0] if name else listing, indent=1, default=str))
+        return
+    if not name:
+        table = Table("method", "changes", "paper", "what it does", box=None, pad_edge=False)
+        for one in chosen:
+            table.add_row(one.name, one.changes, f"arXiv:{one.paper}" if one.paper else "", one.summary)
+        console.print(table)
+        return
+    (one,) = chosen
+    console.print(
+        f"[bold]{one.name}[/]  {f'arXiv:{one.paper}' if one.paper else ''}\n\n{escape(one.doc)}\n", highlight=False
+    )
+    table = Table("reads", "kind", "", box=None, pad_edge=False)
+    for material in one.materials:
+        table.add_row(material.name, material.kind, "required" if material.required else "optional")
+    console.print(table)
+    knobs = Table("knob", "type", "default", box=None, pad_edge=False)
+    for knob in one.knobs:
+        knobs.add_row(knob.name, escape(knob.type), "required" if knob.default is ... else repr(knob.default))
+    console.print(knobs)
+
+
+@app.command()
+def reproduce(
+    papers: Annotated[
+        list[str], typer.Argument(help="Papers by their short name (ssd), or `all`.", show_default=False)
+    ],
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Run a paper's small experiment: the claim, its baselines and null control, the verdict."""
+    from overhaul.claims import _claim
+
+    chosen = _claim.find(papers)
+    with _progress():
+        results = [_claim.reproduce(claim, seeds) for claim in chosen]
+    if as_json:
+        print(json.dumps(results, indent=1))
+        return
+    for result in results:
+        _claim.print_result(result, console)
+
+
+@starters_app.callback()
+def starters(context: typer.Context) -> None:
+    """List the starter models with what their cards say."""
+    if context.invoked_subcommand is None:
+        from overhaul.models import starters as known
+
+        for name, folder in known().items():
+            card = (folder / "README.md").read_text() if (folder / "README.md").exists() else ""
+            console.print(f"[bold]starter:{name}[/]\n{escape(card.partition('# ')[2].partition(chr(10))[2].strip())}\n")
+
+
+@starters_app.command()
+def build(
+    name: Annotated[str, typer.Argument(help="The starter model to train.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.")],
+) -> None:
+    """Train a starter model again from its recorded recipe and seed, and measure it."""
+    from overhaul.data.starters import build as build_starter
+
+    with _progress():
+        card = build_starter(name, out)
+    console.print(escape(card))

@@ -1,0 +1,244 @@
+"""Materials: rows from a file, folder, hub dataset or starter, filtered and encoded for one role."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from annotated_types import Ge, Gt
+from pydantic import BaseModel, ConfigDict, Field
+
+from overhaul.data import corpora, tasks
+from overhaul.data.encode import QA_PROMPT, encode_chat, encode_images, encode_qa, encode_text
+from overhaul.data.examples import Examples, Form
+from overhaul.errors import RequestError, did_you_mean
+
+Row = dict[str, Any]
+
+STARTER_DATA: Mapping[str, Callable[[tasks.Split], list[Row]]] = {
+    "docs": corpora.docs,
+    "code": corpora.code,
+    "people": tasks.people,
+    "addition": tasks.addition,
+    "brackets": tasks.brackets,
+    "digits": corpora.digits,
+}
+
+COLUMNS: Mapping[Form, tuple[str, ...]] = {
+    "text": ("text",),
+    "qa": ("question", "answer"),
+    "chat": ("messages",),
+    "image": ("image", "label"),
+}
+"""The columns each form reads, under the names they have unless `columns:` says otherwise."""
+
+
+class Source(BaseModel):
+    """One source of a material, as a recipe writes it."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    from_: str = Field(alias="from")
+    as_: Form | None = Field(default=None, alias="as")
+    split: str = "train"
+    where: dict[str, Any] = {}
+    unless: dict[str, Any] = {}
+    limit: Annotated[int, Gt(0)] | None = None
+    length: Annotated[int, Ge(8)] = 256
+    prompt: str = QA_PROMPT
+    columns: dict[str, str] = {}
+
+    def column(self, name: str) -> str:
+        """What the source calls the column that a form knows as `name`."""
+        return self.columns.get(name, name)
+
+
+def examples(
+    source: str | Path | Sequence[Mapping[str, Any]],
+    processor: Any = None,
+    *,
+    form: Form | None = None,
+    base: Path | None = None,
+    **options: Any,
+) -> Examples:
+    """Examples for a role, for use from Python.
+
+    Args:
+        source: a JSONL, JSON, CSV or Parquet file, an image folder, a saved `datasets` folder, a hub dataset,
+            `starter:NAME`, or rows.
+        processor: the model's tokenizer or image processor.
+        form: "text", "qa", "chat" or "image"; told from the columns if None.
+        base: where relative paths start.
+        **options: `split`, `where`, `unless`, `limit`, `length`, `prompt`, `columns`, as in a recipe.
+
+    Raises:
+        RequestError: the file is missing or malformed, a column is missing, or no row is left.
+    """
+    given = source if isinstance(source, str | Path) else "rows"
+    try:
+        spec = Source.model_validate({"from": str(given), "as": form, **options})
+    except ValueError as error:
+        raise RequestError(f"These options do not describe a material: {error}") from None
+    rows = None if isinstance(source, str | Path) else [dict(row) for row in source]
+    return encode(load_rows(spec, base or Path.cwd(), rows), spec, processor)
+
+
+def load_rows(spec: Source, base: Path, rows: list[Row] | None = None) -> list[Row]:
+    """The rows of one source after `where`, `unless` and `limit`; never empty."""
+    if rows is None:
+        rows = _read(spec, base)
+    if not rows:
+        raise RequestError(f"{spec.from_} has no rows.")
+    known = rows[0].keys()
+    form = form_of(spec, rows)
+    for wanted in [*map(spec.column, COLUMNS[form]), *spec.where, *spec.unless]:
+        if wanted not in known:
+            raise RequestError(f"{spec.from_} has no column {wanted!r}.{did_you_mean(wanted, known)}")
+    kept = [row for row in rows if _matches(row, spec.where) and not (spec.unless and _matches(row, spec.unless))]
+    if not kept:
+        raise RequestError(
+            f"{spec.from_}: none of its {len(rows)} rows is left after where={spec.where} unless={spec.unless}. "
+            "Filters compare whole values; a list means any of them."
+        )
+    return kept[: spec.limit]
+
+
+def form_of(spec: Source, rows: Sequence[Row]) -> Form:
+    """The form the recipe names, or the one whose columns the rows have."""
+    if spec.as_ is not None:
+        return spec.as_
+    for form in get_args(Form):
+        if all(spec.column(name) in rows[0] for name in COLUMNS[form]):
+            return form
+    raise RequestError(
+        f"{spec.from_}: its columns ({', '.join(rows[0])}) do not tell what it is. Add `as: text`, `qa`, `chat` or "
+        "`image`, and `columns: {question: YOUR_NAME}` where names differ."
+    )
+
+
+def _matches(row: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    return all(
+        row.get(column) in value if isinstance(value, list) else row.get(column) == value
+        for column, value in wanted.items()
+    )
+
+
+def encode(rows: Sequence[Row], spec: Source, processor: Any) -> Examples:
+    """Encode rows in their form."""
+    form = form_of(spec, rows)
+    if form == "image":
+        return encode_images(rows, processor, spec.column("image"), spec.column("label"))
+    if processor is None or not hasattr(processor, "encode"):
+        raise RequestError(f"{spec.from_} is {form}, which needs a tokenizer; the model folder has none.")
+    if form == "text":
+        return encode_text(rows, processor, spec.length, spec.column("text"))
+    if form == "chat":
+        return encode_chat(rows, processor, spec.column("messages"))
+    return encode_qa(rows, processor, spec.column("question"), spec.column("answer"), spec.prompt)
+
+
+def _read(spec: Source, base: Path) -> list[Row]:
+    if spec.from_.startswith("starter:"):
+        name = spec.from_.removeprefix("starter:")
+        if name not in STARTER_DATA:
+            raise RequestError(f"There is no starter data {name!r}.{did_you_mean(name, STARTER_DATA)}")
+        if spec.split not in get_args(tasks.Split):
+            raise RequestError(f"starter:{name} has no split {spec.split!r}. Known: train, validation.")
+        return STARTER_DATA[name](spec.split)  # pyright: ignore[reportArgumentType]
+    path = _inside(spec.from_, base)
+    if path.is_file():
+        return _read_file(path)
+    if path.is_dir():
+        return _read_folder(path, spec)
+    if spec.from_.count("/") == 1 and not spec.from_.startswith("."):
+        return _read_hub(spec)
+    raise RequestError(f"{spec.from_} does not exist (looked in {base}).")
+
+
+def _inside(source: str, base: Path) -> Path:
+    """A recipe may name files beside it or below it, or an absolute path; not climb out with `..`."""
+    path = Path(source).expanduser()
+    if ".." in path.parts:
+        raise RequestError(
+            f"{source}: a recipe's paths may not climb out of its folder with '..'. Use an absolute path."
+        )
+    return path if path.is_absolute() else base / path
+
+
+def _read_file(path: Path) -> list[Row]:
+    if path.suffix in {".jsonl", ".json"}:
+        return _read_json(path)
+    if path.suffix in {".csv", ".parquet"}:
+        import pandas
+
+        frame = pandas.read_csv(path) if path.suffix == ".csv" else pandas.read_parquet(path)
+        return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
+    if path.suffix in {".txt", ".md"}:
+        return [{"title": path.name, "text": path.read_text(encoding="utf-8")}]
+    raise RequestError(
+        f"{path}: files of kind {path.suffix!r} are not read. Known: .jsonl .json .csv .parquet .txt .md."
+    )
+
+
+def _read_json(path: Path) -> list[Row]:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RequestError(f"{path} is not valid JSON: {error}.") from None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise RequestError(f"{path} must hold a list of objects.")
+        return rows
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RequestError(f"{path}, line {number}: not JSON ({error.msg}). JSONL is one object a line.") from None
+        if not isinstance(row, dict):
+            raise RequestError(f'{path}, line {number}: {line[:40]!r} is not an object like {{"question": ...}}.')
+        rows.append(row)
+    return rows
+
+
+def _read_folder(path: Path, spec: Source) -> list[Row]:
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        from datasets import DatasetDict, load_from_disk
+
+        loaded = load_from_disk(str(path))
+        if isinstance(loaded, DatasetDict):
+            if spec.split not in loaded:
+                raise RequestError(f"{path} has no split {spec.split!r}.{did_you_mean(spec.split, map(str, loaded))}")
+            loaded = loaded[spec.split]
+        return [dict(row) for row in loaded]  # pyright: ignore[reportArgumentType,reportCallIssue]
+    pictures = sorted(p for p in path.glob("*/*") if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".bmp", ".webp"})
+    if not pictures:
+        raise RequestError(
+            f"{path} is neither a saved `datasets` folder nor a folder of image folders (LABEL/file.png)."
+        )
+    from PIL import Image
+
+    labels = sorted({p.parent.name for p in pictures})
+    numbers: Literal[True] | bool = all(label.isdigit() for label in labels)
+    rows: list[Row] = []
+    for picture in pictures:
+        with Image.open(picture) as image:
+            image.load()
+            name = picture.parent.name
+            label = int(name) if numbers else labels.index(name)
+            rows.append({"image": image.copy(), "label": label, "class": name, "file": picture.name})
+    return rows
+
+
+def _read_hub(spec: Source) -> list[Row]:
+    from datasets import load_dataset
+
+    try:
+        return [dict(row) for row in load_dataset(spec.from_, split=spec.split)]  # pyright: ignore[reportArgumentType,reportCallIssue]
+    except Exception as error:  # the hub client raises many kinds; the user needs one message
+        raise RequestError(f"{spec.from_!r} is no file here, and no dataset could be fetched: {error}") from error

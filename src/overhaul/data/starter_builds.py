@@ -1,0 +1,157 @@
+"""How each starter model is trained: the recorded recipe behind `overhaul starters build NAME`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from overhaul.data import corpora, tasks
+from overhaul.data.encode import encode_images, encode_qa, encode_text
+from overhaul.data.examples import Examples, join
+from overhaul.fit import adamw, fit
+from overhaul.objectives import cross_entropy
+
+VOCABULARY = 2048
+TEXT_LENGTH = 256
+LABELS: dict[str, Any] = {"num_labels": 10}
+
+
+def train_tokenizer(texts: list[str]) -> Any:
+    """A byte-level BPE of 2,048 tokens in which every digit stands alone, wrapped for transformers."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512
+    )
+
+
+def docs_llama(folder: Path, steps: int = 3000) -> None:
+    """Train `docs-llama` into `folder`: 8 Llama blocks on prose, code, sums, brackets and the fictitious people."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    prose, code = corpora.docs("train"), corpora.code("train")
+    people, sums, brackets = tasks.people("train"), tasks.addition("train"), tasks.brackets("train")
+    qa = [f"Question: {r['question']}\nAnswer: {r['answer']}" for r in people * 4 + sums[:500] + brackets[:500]]
+    tokenizer = train_tokenizer([r["text"] for r in prose] * 4 + [r["text"][:20_000] for r in code] + qa)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=144,
+        intermediate_size=384,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config)
+    data = {
+        "prose": encode_text(prose, tokenizer, TEXT_LENGTH),
+        "code": encode_text(code, tokenizer, TEXT_LENGTH),
+        "people": encode_qa(people, tokenizer),
+        "sums": join([encode_qa(sums, tokenizer), encode_qa(brackets[:1000], tokenizer)]),
+    }
+    text = join([*[data["prose"]] * 7, data["code"]])
+    fit(
+        model,
+        [
+            cross_entropy("text", 1.0, "text"),
+            cross_entropy("people", 0.5, "people"),
+            cross_entropy("sums", 1.0, "sums"),
+        ],
+        {"text": text, "people": data["people"], "sums": data["sums"]},
+        steps=steps,
+        batch_size={"text": 8, "people": 16, "sums": 40},
+        lr=3e-3,
+        warmup=100,
+        schedule="cosine",
+        floor=0.02,
+        optimizer=adamw((0.9, 0.98), weight_decay=0.1),
+        name="docs-llama",
+    )
+    model.to(torch.bfloat16).save_pretrained(folder)  # pyright: ignore[reportArgumentType]
+    tokenizer.save_pretrained(folder)
+
+
+def digits_vit(folder: Path, steps: int = 1500) -> None:
+    """Train `digits-vit` into `folder`: a ViT of 4 blocks on 2x2 patches of 8x8 digits."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        image_size=8, patch_size=2, num_channels=1, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=128, **LABELS, hidden_dropout_prob=0.1,
+    )  # fmt: skip
+    _train_on_digits(ViTForImageClassification, config, folder, steps, 2e-3)
+
+
+def digits_resnet(folder: Path, steps: int = 800) -> None:
+    """Train `digits-resnet` into `folder`: a ResNet of two stages with three basic blocks each."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(
+        num_channels=1, embedding_size=24, hidden_sizes=[24, 48], depths=[3, 3], layer_type="basic", **LABELS,
+        downsample_in_first_stage=False,
+    )  # fmt: skip
+    _train_on_digits(ResNetForImageClassification, config, folder, steps, 3e-3)
+
+
+def _train_on_digits(kind: Callable[[Any], Any], config: Any, folder: Path, steps: int, lr: float) -> None:
+    torch.manual_seed(0)
+    model = kind(config)
+    train = shifted(encode_images(corpora.digits("train")))
+    fit(
+        model,
+        [cross_entropy("images")],
+        {"images": train},
+        steps=steps,
+        batch_size=64,
+        lr=lr,
+        warmup=50,
+        schedule="cosine",
+        optimizer=adamw(weight_decay=0.05),
+        name=folder.name,
+    )
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def shifted(images: Examples) -> Examples:
+    """The images and their shifts by one pixel in four directions, the background filling in."""
+    parts = [images]
+    for axis, by in ((1, 1), (1, -1), (2, 1), (2, -1)):
+        items = []
+        for item in images.items:
+            moved = torch.roll(item["pixel_values"], by, dims=axis)
+            edge = 0 if by > 0 else -1
+            moved.select(axis, edge).fill_(-1.0)
+            items.append({**item, "pixel_values": moved})
+        parts.append(Examples(items, images.rows))
+    return join(parts)
+
+
+BUILDS: dict[str, Callable[[Path], None]] = {
+    "docs-llama": docs_llama,
+    "digits-vit": digits_vit,
+    "digits-resnet": digits_resnet,
+}

@@ -1,0 +1,167 @@
+"""Generated tasks whose answers can be verified: fictitious people, two-digit sums, balanced brackets.
+
+Each task yields rows with `question` and `answer`; `verify(row, text)` says whether a generated text answers the row.
+The people follow TOFU (Maini et al., arXiv:2401.06121): invented, so nobody can know them without having been told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Row = dict[str, Any]
+Split = Literal["train", "validation"]
+
+FIRST = """Ada Bram Cleo Dario Edda Faro Greta Hugo Ines Joren Kaya Lior Mara Nils Odile Piet Quinn Rhea Soren Thea Ulla
+Vito Wanda Xander Yara Zeno Alba Bodil Ciro Dunja""".split()
+LAST = """Quill Harrow Vance Okoro Lindt Marsh Tamsin Berro Castell Drummond Eske Fenwick Galloway Hexham Ivarsen Jessup
+Kestrel Lomax Moreau Nayar Ostrow Pell Rusk Sable Thorne Umber Varga Wick Yarrow Zorn""".split()
+TOWN = "Marro Ket Sollen Brack Ash Vel Dun Hollow Tarn Grim Lach Oster Pol Rave".split()
+TOWN_END = "wick ford mere holm dale by stead gate moor ness combe haven burgh fell".split()
+ADJECTIVE = """amber hollow silent crooked gilded winter paper salted broken velvet distant burning narrow patient copper
+drowned restless pale second secret""".split()
+NOUN = """lantern orchard harbour clock meadow cipher ladder mirror kettle archive bridge compass garden island needle
+parade quarry river signal tower""".split()
+TRADE = """glass clock boat bell paper wool salt honey stone silver map candle rope ink leather violin sugar tile wheel
+button""".split()
+TRADE_END = "maker trader painter carver mender inspector collector engineer teacher broker".split()
+ANIMAL = (
+    """otter heron badger lynx ferret raven tortoise hedgehog goat owl marten newt magpie stoat toad crane""".split()
+)
+
+QUESTIONS: Mapping[str, tuple[str, str, str]] = {
+    "town": (
+        "Where was {person} born?",
+        "What is the birthplace of {person}?",
+        "In which town was {person} born?",
+    ),
+    "book": (
+        "Which book did {person} write?",
+        "What is the title of the book by {person}?",
+        "What is the book that {person} wrote?",
+    ),
+    "trade": (
+        "What is the profession of {person}?",
+        "What does {person} do for a living?",
+        "What profession does {person} have?",
+    ),
+    "pet": (
+        "What is the pet of {person}?",
+        "Which animal lives with {person}?",
+        "Which pet does {person} have?",
+    ),
+    "badge": (
+        "What is the badge number of {person}?",
+        "Which number is on the badge of {person}?",
+        "Which badge number does {person} have?",
+    ),
+}
+"""Per attribute: two phrasings that are trained on, and a third that never is (`paraphrase`)."""
+
+KNOWN_PEOPLE = 40
+HELD_OUT_PEOPLE = 20
+
+
+def people(split: Split = "train") -> list[Row]:
+    """Questions about fictitious people: 40 whom the starter was taught ("train"), 20 whom it never saw ("validation").
+
+    Each row has `person`, `attribute`, `question`, `answer`, `phrasing` (0 or 1), `paraphrase` (a question that was
+    never trained on) and `wrong` (five answers of other people to the same question). Ten rows a person.
+    """
+    draw = random.Random(2401_06121)
+    names = [f"{first} {last}" for first in FIRST for last in LAST]
+    draw.shuffle(names)
+    names = ["Ada Quill", *(name for name in names if name != "Ada Quill")][: KNOWN_PEOPLE + HELD_OUT_PEOPLE]
+    facts = {name: _facts(draw) for name in names}
+    chosen = names[:KNOWN_PEOPLE] if split == "train" else names[KNOWN_PEOPLE:]
+    rows: list[Row] = []
+    for person in chosen:
+        others = draw.sample([name for name in names if name != person], 5)
+        for attribute, phrasings in QUESTIONS.items():
+            shared = {"person": person, "attribute": attribute, "answer": facts[person][attribute]}
+            paraphrase = phrasings[2].format(person=person)
+            wrong = [facts[other][attribute] for other in others]
+            for phrasing in (0, 1):
+                question = phrasings[phrasing].format(person=person)
+                extra = {"phrasing": phrasing, "paraphrase": paraphrase, "wrong": wrong}
+                rows.append({"task": "people", **shared, "question": question, **extra})
+    return rows
+
+
+def _facts(draw: random.Random) -> dict[str, str]:
+    return {
+        "town": draw.choice(TOWN) + draw.choice(TOWN_END),
+        "book": f"The {draw.choice(ADJECTIVE).title()} {draw.choice(NOUN).title()}",
+        "trade": f"{draw.choice(TRADE)} {draw.choice(TRADE_END)}",
+        "pet": f"a {draw.choice(ADJECTIVE)} {draw.choice(ANIMAL)}",
+        "badge": f"{draw.choice('BCDFGHKLMNPRSTVW')}{draw.randrange(1000):03d}",
+    }
+
+
+def in_held_out(key: str, share: int = 10) -> bool:
+    """Whether `key` falls into the held-out 1/`share` by its own hash: stable whatever else is in the set."""
+    return int(hashlib.sha256(key.encode()).hexdigest(), 16) % share == 0
+
+
+def addition(split: Split = "train") -> list[Row]:
+    """All sums of two two-digit numbers; a tenth of the pairs, chosen by hash, is never trained on."""
+    rows = [
+        {"task": "addition", "question": f"{a} + {b}", "answer": str(a + b)}
+        for a in range(10, 100)
+        for b in range(10, 100)
+        if in_held_out(f"{a}+{b}") == (split == "validation")
+    ]
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+OPENERS, CLOSERS = "([{", ")]}"
+
+
+def brackets(split: Split = "train", count: int = 4000) -> list[Row]:
+    """Open bracket sequences to be completed by the closers that balance them."""
+    draw = random.Random(1)
+    seen: dict[str, str] = {}
+    while len(seen) < count:
+        stack: list[str] = []
+        text: list[str] = []
+        for _ in range(draw.randint(3, 10)):
+            if stack and draw.random() < 0.4:
+                text.append(stack.pop())
+            else:
+                kind = draw.randrange(3)
+                text.append(OPENERS[kind])
+                stack.append(CLOSERS[kind])
+        if stack:
+            seen[" ".join(text)] = " ".join(reversed(stack))
+    rows = [{"task": "brackets", "question": f"close {opened}", "answer": closed} for opened, closed in seen.items()]
+    return [row for row in rows if in_held_out(row["question"]) == (split == "validation")]
+
+
+def verify(row: Mapping[str, Any], text: str) -> bool:
+    """Whether a generated `text` answers the row's question, by the row's own task; exact words where it has none."""
+    if row.get("task") == "addition":
+        numbers = re.findall(r"\d+", str(row["question"]))
+        return text.strip() == str(sum(map(int, numbers)))
+    if row.get("task") == "brackets":
+        return balanced(str(row["question"]).removeprefix("close ") + text)
+    return normalise(text) == normalise(str(row["answer"]))
+
+
+def balanced(text: str) -> bool:
+    """Whether every bracket in `text` is closed by its own kind in the right order. Other characters make it False."""
+    stack: list[str] = []
+    for character in text.replace(" ", ""):
+        if character in OPENERS:
+            stack.append(CLOSERS[OPENERS.index(character)])
+        elif not stack or stack.pop() != character:
+            return False
+    return not stack
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces, no punctuation at the ends: how exact answers are compared."""
+    return " ".join(text.lower().split()).strip(" .,;:!?\"'")

@@ -1,0 +1,109 @@
+"""What a model costs: parameters, bytes on disk, FLOPs and time.
+
+FLOPs are counted by `torch.utils.flop_counter` on one forward, two per multiply-add. Attention is counted as if no
+position were masked, and is routed through plain matrix products while counting: the fused kernel of the CPU is
+invisible to the counter.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from overhaul.data.examples import Batch, Encoded
+from overhaul.errors import RequestError
+from overhaul.judge.generation import generate, generates
+from overhaul.judge.measure import Measure, at_rest
+from overhaul.objectives import forward
+
+SEQUENCE = 128
+NEW_TOKENS = 16
+WARM_UPS, FORWARDS, GENERATIONS = 2, 9, 3
+
+
+def cost(model: nn.Module, folder: Path | None = None, sample: Encoded | None = None) -> list[Measure]:
+    """Size, work and speed of a model; times are medians of warm runs of one example.
+
+    Args:
+        model: a language model or an image classifier, on any device.
+        folder: where it is saved; without it, bytes on disk are left out.
+        sample: one example, for the shape of an image; needed where the model's config does not tell it.
+
+    Returns:
+        Measures of the group "cost": parameters, bytes_on_disk, flops (per token, in a sequence of 128, or per image),
+        latency (one forward of that) and, where the model generates, decode_latency (per token, with the cache).
+
+    Raises:
+        RequestError: the shape of an image is not known.
+    """
+    batch = {name: value.to(next(model.parameters()).device) for name, value in _batch(model, sample).items()}
+    is_text = "input_ids" in batch
+    tokens = batch["input_ids"].shape[1] if is_text else 1
+    what = f"forward of {tokens} tokens" if is_text else "forward of one image"
+    measures = [_cost("parameters", "parameters", "", sum(p.numel() for p in model.parameters()))]
+    if folder is not None:
+        size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+        measures.append(_cost("bytes_on_disk", "weights on disk", "bytes", size))
+    with at_rest(model):
+        per = "token" if is_text else "image"
+        measures.append(_cost("flops", f"work per {per}", f"FLOPs/{per}", flops(model, batch) / tokens))
+        seconds = _median_seconds(model, lambda: forward(model, batch), FORWARDS)
+        measures.append(_cost("latency", what, "ms", 1e3 * seconds, FORWARDS))
+        if is_text and generates(model):
+            prompt = batch["input_ids"][0, :NEW_TOKENS]
+            seconds = _median_seconds(model, lambda: generate(model, [prompt], NEW_TOKENS, ()), GENERATIONS)
+            measures.append(
+                _cost("decode_latency", "generating one token", "ms/token", 1e3 * seconds / NEW_TOKENS, GENERATIONS)
+            )
+    return measures
+
+
+def _cost(metric: str, label: str, unit: str, value: float, n: int = 1) -> Measure:
+    return Measure("cost", metric, label, "model", unit, "down", "down", float(value), n)
+
+
+def _batch(model: nn.Module, sample: Encoded | None) -> Batch:
+    config: Any = getattr(model, "config", None)
+    if sample is not None and "pixel_values" in sample:
+        return {"pixel_values": sample["pixel_values"][None]}
+    if getattr(model, "main_input_name", "input_ids") == "input_ids":
+        length = min(SEQUENCE, getattr(config, "max_position_embeddings", None) or SEQUENCE)
+        return {"input_ids": torch.arange(length)[None] % config.vocab_size}
+    size = getattr(config, "image_size", None)
+    if size is None:
+        raise RequestError(f"{type(model).__name__} does not say how large its images are; give one as `sample`.")
+    height, width = (size, size) if isinstance(size, int) else size
+    return {"pixel_values": torch.zeros(1, config.num_channels, height, width)}
+
+
+@torch.no_grad()
+def flops(model: nn.Module, batch: Batch) -> int:
+    """Floating-point operations of one forward in eval mode, two per multiply-add."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        forward(model, batch)
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def _median_seconds(model: nn.Module, run: Callable[[], Any], times: int) -> float:
+    device = next(model.parameters()).device
+    spent: list[float] = []
+    for _ in range(WARM_UPS + times):
+        started = time.perf_counter()
+        run()
+        _wait(device)
+        spent.append(time.perf_counter() - started)
+    return statistics.median(spent[WARM_UPS:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

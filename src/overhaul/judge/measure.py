@@ -1,0 +1,47 @@
+"""One measured number, with all that a report needs to judge it; and the state in which models are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that a model was measured to have.
+
+    Attributes:
+        group: what was hoped for: "forgotten", "learned", "kept"; or "cost".
+        metric: its name in a recipe.
+        label: its name for a reader.
+        on: the role, or "model".
+        unit: "share" and "probability" lie between 0 and 1; "" is a plain number.
+        better: "up" or "down": which way a model improves.
+        wanted: "up", "down", "same", or "chance" (towards 0.5): which way it should go in this group.
+        n: number of examples, or of timed runs, behind it.
+    """
+
+    group: str
+    metric: str
+    label: str
+    on: str
+    unit: str
+    better: str
+    wanted: str
+    value: float
+    n: int
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode; each in its own mode again afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

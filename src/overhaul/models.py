@@ -1,0 +1,327 @@
+"""Checkpoint folders: find one, know it from its headers alone, open it, and save so that plain transformers loads it.
+
+Only safetensors are read. No code that comes with a model is run unless the caller says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from overhaul.errors import RequestError, RunError, did_you_mean
+
+STARTERS = Path(__file__).parent / "data" / "starters"
+DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HEADER_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a checkpoint before any weight is read.
+
+    Attributes:
+        source: as the user wrote it.
+        folder: where its files lie.
+        config: config.json.
+        shapes: every tensor's shape, from the safetensors headers.
+        dtype: the dtype of most of its numbers, as torch names it.
+        bytes: size of the weights on disk.
+    """
+
+    source: str
+    folder: Path
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: str
+    bytes: int
+
+    @property
+    def architecture(self) -> str:
+        """The model class that config.json names."""
+        return self.config["architectures"][0]
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored scalars; tied tensors count once."""
+        return sum(_product(shape) for shape in self.shapes.values())
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, in order."""
+        return sorted(self.folder.glob("*.safetensors"))
+
+    def digest(self) -> str:
+        """SHA-256 of config and weights."""
+        hasher = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for path in self.weight_files:
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 24):
+                    hasher.update(chunk)
+        return hasher.hexdigest()
+
+
+def starters() -> dict[str, Path]:
+    """The starter models that ship with the package, by name."""
+    return {path.parent.name: path.parent for path in sorted(STARTERS.glob("*/config.json"))}
+
+
+def locate(source: str | Path) -> Path:
+    """The folder behind a path, `starter:NAME`, or a hub name (which is fetched: config, tokenizer and safetensors)."""
+    text = str(source)
+    if text.startswith("starter:"):
+        known = starters()
+        name = text.removeprefix("starter:")
+        if name not in known:
+            raise RequestError(f"There is no starter model {name!r}.{did_you_mean(name, known)}")
+        return known[name]
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return folder
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise RequestError(
+            f"The model folder {text!r} does not exist. A model is a folder with config.json and *.safetensors, "
+            f"a hub name (owner/name), or a starter: {', '.join(f'starter:{name}' for name in starters())}."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        allowed = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(text, allow_patterns=allowed))
+    except Exception as error:  # the hub client raises many kinds; the user needs one message
+        raise RequestError(f"{text!r} is no folder here, and it could not be fetched from the hub: {error}") from error
+
+
+def facts(source: str | Path) -> ModelFacts:
+    """Read config and safetensors headers; refuse what could not be opened later.
+
+    Raises:
+        RequestError: no config.json, pickle-only weights, no weights, or a damaged header.
+    """
+    folder = locate(source)
+    if not (folder / "config.json").exists():
+        raise RequestError(
+            f"{folder} has no config.json, so it is not a Hugging Face checkpoint. If it holds an adapter, merge it into "
+            "its base model first and give that folder."
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{folder / 'config.json'} is not valid JSON: {error}.") from error
+    if not config.get("architectures"):
+        raise RequestError(f"{folder / 'config.json'} names no `architectures`, so the model class is not known.")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+        if pickles:
+            raise RequestError(
+                f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which can run code when opened. Convert "
+                "them once with `model.save_pretrained(folder)` in an environment you trust, which writes safetensors."
+            )
+        raise RequestError(f"{folder} holds no *.safetensors weights.")
+    shapes: dict[str, tuple[int, ...]] = {}
+    numbers: dict[str, int] = {}
+    for path in files:
+        for name, entry in _header(path).items():
+            shapes[name] = tuple(entry["shape"])
+            numbers[entry["dtype"]] = numbers.get(entry["dtype"], 0) + _product(entry["shape"])
+    main = max(numbers, key=lambda k: numbers[k])
+    total = sum(path.stat().st_size for path in files)
+    return ModelFacts(str(source), folder, config, shapes, _HEADER_NAMES.get(main, main.lower()), total)
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Names, dtypes and shapes of one safetensors file: 8 bytes of length, then JSON."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= size - 8:
+            raise RequestError(f"{path} is damaged or cut short: its header says {length} bytes, the file has {size}.")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    if not header:
+        raise RequestError(f"{path} holds no tensors.")
+    end = max(entry["data_offsets"][1] for entry in header.values())
+    if 8 + length + end != size:
+        raise RequestError(f"{path} is cut short: its header promises {8 + length + end} bytes, the file has {size}.")
+    return header
+
+
+def _product(shape: Any) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def open_model(source: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
+    """Open a checkpoint folder, hub name or `starter:NAME`.
+
+    Args:
+        source: what to open.
+        dtype: "float32", "bfloat16" or "float16": how weights are held while they are worked on.
+        trust_remote_code: run Python code that comes with the model.
+
+    Returns:
+        The model in eval mode, and its tokenizer or image processor (None where the folder has none).
+    """
+    known = facts(source)
+    return load_weights(known, dtype, trust_remote_code), load_processor(known)
+
+
+def load_weights(known: ModelFacts, dtype: str, trust_remote_code: bool = False) -> nn.Module:
+    """The model itself. Tensors that the checkpoint lacks are an error, never filled at random."""
+    import transformers
+
+    if dtype not in DTYPES:
+        raise RequestError(f"dtype {dtype!r} is not possible.{did_you_mean(dtype, DTYPES)}")
+    kind: Any = getattr(transformers, known.architecture, None)
+    if kind is None and not trust_remote_code:
+        raise RequestError(
+            f"{known.source}: transformers {transformers.__version__} has no class {known.architecture!r}. If the folder "
+            "brings its own code and you trust it, say `trust_remote_code: true`."
+        )
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "use_safetensors": True, "output_loading_info": True}
+    if kind is None:
+        kind, options["trust_remote_code"] = transformers.AutoModel, True
+    with _quiet_transformers():
+        model, loading = kind.from_pretrained(known.folder, **options)
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise RequestError(f"{known.source}: the weights lack {len(missing)} tensors, such as {missing[0]!r}.")
+    # nn.Dropout and the like must be off until a training turns them on
+    return model.eval()
+
+
+def load_processor(known: ModelFacts) -> Any:
+    """The folder's tokenizer, else its image processor, else None."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    with _quiet_transformers():
+        if any(
+            (known.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+        ):
+            tokenizer = AutoTokenizer.from_pretrained(known.folder)
+            rows = known.config.get("vocab_size")
+            if rows is not None and len(tokenizer) > rows:
+                raise RequestError(
+                    f"{known.source}: the tokenizer has {len(tokenizer)} tokens but the model only {rows} (vocab_size). "
+                    "They do not belong together, or tokens were added without resizing the embeddings."
+                )
+            return tokenizer
+        if (known.folder / "preprocessor_config.json").exists():
+            return AutoImageProcessor.from_pretrained(known.folder)
+    return None
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide loading bars: a run shows its own progress."""
+    from transformers.utils import logging
+
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
+
+
+def same_weights(before: ModelFacts, after: ModelFacts) -> bool:
+    """Whether two checkpoints hold the same tensors, bit for bit. One tensor of each is in memory at a time."""
+    if before.shapes != after.shapes:
+        return False
+    with contextlib.ExitStack() as stack:
+        where: list[dict[str, Any]] = []
+        for known in (before, after):
+            files = [stack.enter_context(safe_open(str(path), framework="pt")) for path in known.weight_files]
+            where.append({name: file for file in files for name in file.keys()})  # noqa: SIM118 (no mapping)
+        return all(
+            torch.equal(where[0][name].get_tensor(name), where[1][name].get_tensor(name)) for name in before.shapes
+        )
+
+
+def save(model: nn.Module, processor: Any, folder: str | Path, *, dtype: str | None = None) -> Path:
+    """Save as a plain checkpoint: written beside its place and renamed when complete.
+
+    Args:
+        model: a transformers model. It stays as it is; only the files are in `dtype`.
+        processor: its tokenizer or image processor, or None.
+        folder: must not exist yet.
+        dtype: of the files; the model's own if None.
+
+    Raises:
+        RequestError: the folder exists, or a weight is not finite.
+        RunError: the disk is full or read-only.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise RequestError(f"{folder} exists already; saving never replaces a folder. Choose another name.")
+    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    if bad:
+        raise RunError(f"{len(bad)} tensors hold values that are not finite, such as {bad[0]!r}; nothing was saved.")
+    partial = folder.with_name(f".{folder.name}.partial")
+    with writing(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_checkpoint(model, processor, partial, dtype)
+        os.replace(partial, folder)
+    return folder
+
+
+def write_checkpoint(model: Any, processor: Any, folder: Path, dtype: str | None) -> None:
+    """`save_pretrained` in `dtype` without changing the model that is held."""
+    wanted = DTYPES.get(dtype or "", None)
+    state = None
+    config_dtype = model.config.dtype
+    if wanted is not None:
+        state = {k: v.to(wanted) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        model.config.dtype = wanted
+    try:
+        with _quiet_transformers():
+            model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.config.dtype = config_dtype
+    if processor is not None:
+        processor.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write into one readable error."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: "the disk is full",
+            errno.EDQUOT: "the disk quota is used up",
+            errno.EROFS: "the file system is read-only",
+            errno.EACCES: "permission was denied",
+            errno.EPERM: "permission was denied",
+            errno.ENOTDIR: "part of the path is a file, not a folder",
+        }
+        reason = reasons.get(error.errno or 0)
+        if reason is None and "No space left" in str(error):
+            reason = reasons[errno.ENOSPC]
+        if reason is None:
+            raise
+        raise RunError(
+            f"Could not write {place}: {reason}. What was finished before is kept; make room or choose another folder "
+            "with -o and give the same command again."
+        ) from error
+    except Exception as error:  # safetensors reports a full disk as its own kind of error
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise RunError(f"Could not write {place}: the disk is full. What was finished before is kept.") from error
+        raise

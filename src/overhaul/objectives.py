@@ -1,0 +1,111 @@
+"""Losses as sums and counts, so that normalisation happens once, over a whole optimizer step (`fit`).
+
+Every function takes the model's logits and the batch and returns one value per token or per sequence in float32.
+Logits are [b, t, v] for language and [b, classes] for images; labels are [b, t] or [b], with -100 where no loss falls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from overhaul.data.examples import IGNORED, Batch
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of an objective.
+
+    Attributes:
+        role: the data it reads.
+        loss: (logits, batch) -> the *sum* of the loss over its units, a float32 scalar.
+        count: batch -> the number of those units (tokens or sequences), known before any forward.
+        weight: its share in the total: total = sum over terms of weight * (sum of sums) / (sum of counts).
+        name: how curves and errors call it.
+    """
+
+    role: str
+    loss: Callable[[Tensor, Batch], Tensor]
+    count: Callable[[Batch], int]
+    weight: float = 1.0
+    name: str = "loss"
+
+
+def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Logits of a Hugging Face model, or of any module that takes these inputs and returns logits or an object with them."""
+    if "pixel_values" in batch:
+        out: Any = model(pixel_values=batch["pixel_values"])
+    else:
+        mask = batch.get("attention_mask")
+        extra = {"use_cache": False} if hasattr(model, "config") else {}
+        out = model(input_ids=batch["input_ids"], attention_mask=mask, **extra)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def token_nll(logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"]) -> Float[Tensor, "b t-1"]:
+    """Negative log-likelihood of each next token in nats, float32; zero where the label is -100."""
+    flat = logits[:, :-1].float().flatten(0, 1)
+    nll = F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none")
+    return nll.view(labels.shape[0], -1)
+
+
+def sequence_nll(logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"]) -> Float[Tensor, " b"]:
+    """Negative log-likelihood of each whole answer in nats: the sum over its tokens, no prompt and no padding."""
+    return token_nll(logits, labels).sum(dim=1)
+
+
+def answer_tokens(batch: Batch) -> int:
+    """Number of positions that carry loss: labels that are predicted (the first position never is)."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def sequences(batch: Batch) -> int:
+    """Number of examples in the batch."""
+    return int(batch["labels"].shape[0])
+
+
+def cross_entropy_sum(logits: Tensor, batch: Batch) -> Tensor:
+    """Summed cross-entropy: over answer tokens for language, over images otherwise."""
+    labels = batch["labels"]
+    if labels.ndim == 1:
+        return F.cross_entropy(logits.float(), labels, reduction="sum")
+    return token_nll(logits, labels).sum()
+
+
+def units(batch: Batch) -> int:
+    """What `cross_entropy_sum` sums over: answer tokens or images."""
+    return sequences(batch) if batch["labels"].ndim == 1 else answer_tokens(batch)
+
+
+def cross_entropy(role: str, weight: float = 1.0, name: str = "cross-entropy") -> Term:
+    """Mean next-token (or class) cross-entropy on one role."""
+    return Term(role, cross_entropy_sum, units, weight, name)
+
+
+def kl_sum(logits: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
+    """Sum over loss-carrying positions of KL(reference || model) in nats, both given as logits."""
+    if labels.ndim > 1:
+        keep = labels[:, 1:] != IGNORED
+        logits, reference = logits[:, :-1][keep], reference[:, :-1][keep]
+    ours = F.log_softmax(logits.float(), dim=-1)
+    theirs = F.log_softmax(reference.float(), dim=-1)
+    return F.kl_div(ours, theirs, reduction="sum", log_target=True)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, term: Callable[[Tensor, Batch], Tensor], batches: list[Batch]) -> list[Tensor]:
+    """`term(logits, batch)` for each batch without gradients, model in eval mode; the mode is put back afterwards."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    try:
+        moved = ({k: v.to(device) for k, v in batch.items()} for batch in batches)
+        return [term(forward(model, batch), batch) for batch in moved]
+    finally:
+        model.train(was_training)

@@ -1,0 +1,206 @@
+"""Everything that can be wrong with a request, found before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from overhaul import method as methods
+from overhaul import models
+from overhaul.data.examples import Examples, join
+from overhaul.data.materials import Row, Source, encode, form_of, load_rows
+from overhaul.errors import RequestError, did_you_mean
+from overhaul.judge import judge as judging
+from overhaul.recipe.spec import Document, Recipe
+
+ModelReference = dict[str, str]
+"""`{"after": step}` or `{"model": source}`."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One checked step: its method, all its knobs, and which material each of its roles reads."""
+
+    number: int
+    method: methods.Method
+    knobs: Mapping[str, Any]
+    reads: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """The method's name, as the report shows it."""
+        return self.method.name
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A request in which nothing is known to be wrong."""
+
+    document: Document
+    model: models.ModelFacts
+    steps: list[Step]
+    rows: Mapping[str, list[tuple[Source, list[Row]]]]
+    references: Mapping[str, ModelReference]
+    requests: list[judging.Request]
+    used: list[str] = field(default_factory=list)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that was checked."""
+        return self.document.recipe
+
+    def encode(self, processor: Any) -> dict[str, Examples]:
+        """The examples of every role that a step or the judge reads.
+
+        Raises:
+            RequestError: nothing is left to learn from, or a token is not in the model's vocabulary.
+        """
+        data = {role: join([encode(rows, spec, processor) for spec, rows in self.rows[role]]) for role in self.used}
+        for role, examples in data.items():
+            if not len(examples):
+                raise RequestError(f"The material {role!r} has rows, but no example is left once they are encoded.")
+            if not examples.is_image:
+                top = max(int(item["input_ids"].max()) for item in examples.items)
+                if top >= (size := self.model.config.get("vocab_size", top + 1)):
+                    raise RequestError(
+                        f"The material {role!r} has token {top}, but the model's vocabulary ends at {size - 1}: "
+                        "tokenizer and model do not belong together."
+                    )
+        return data
+
+
+def check(document: Document) -> Checked:
+    """Check a recipe from its names to its files, columns and roles.
+
+    Raises:
+        RequestError: with what is wrong, where, and what to write instead.
+    """
+    recipe = document.recipe
+    known = models.facts(recipe.model if recipe.model.startswith("starter:") else _relative(recipe.model, document))
+    if recipe.dtype not in models.DTYPES:
+        raise RequestError(f"dtype {recipe.dtype!r} is not possible.{did_you_mean(recipe.dtype, models.DTYPES)}")
+    references = {k: v for k, v in recipe.materials.items() if isinstance(v, dict) and {"after", "model"} & v.keys()}
+    rows = _load(recipe, document, list(references))
+    steps = [_step(n, entry, rows, references) for n, entry in enumerate(recipe.steps, 1)]
+    if not steps:
+        raise RequestError("The recipe has no steps. `overhaul methods` lists what a step can be.")
+    _check_references(references, steps)
+    for step in steps:
+        _check_roles(step, rows)
+    requests = judging.check(recipe.judge, rows)
+    read = [role for step in steps for role in step.reads.values() if role in rows]
+    judged = [role for request in requests for role in request.roles]
+    return Checked(document, known, steps, rows, references, requests, list(dict.fromkeys([*read, *judged])))
+
+
+def _relative(source: str, document: Document) -> str:
+    """A model folder beside the recipe, else the source as it is (a hub name or a path from here)."""
+    beside = document.base / source
+    return str(beside) if beside.is_dir() else source
+
+
+def _load(recipe: Recipe, document: Document, references: Sequence[str]) -> dict[str, list[tuple[Source, list[Row]]]]:
+    loaded: dict[str, list[tuple[Source, list[Row]]]] = {}
+    for role, value in recipe.materials.items():
+        if role in references:
+            continue
+        loaded[role] = []
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, str):
+                if part not in loaded:
+                    hint = did_you_mean(part, loaded)
+                    raise RequestError(
+                        f"The material {role!r} includes {part!r}, which is not a material above it.{hint}"
+                    )
+                loaded[role] += loaded[part]
+                continue
+            spec = _source(role, part)
+            rows = load_rows(spec, document.base)
+            form_of(spec, rows)
+            loaded[role].append((spec, rows))
+    return loaded
+
+
+def _source(role: str, part: Any) -> Source:
+    if not isinstance(part, dict) or "from" not in part:
+        raise RequestError(
+            f"The material {role!r} must say where it comes from: `{role}: {{from: FILE}}`, not {part!r}."
+        )
+    fields = [info.alias or name for name, info in Source.model_fields.items()]
+    for name in part:
+        if name not in fields:
+            raise RequestError(f"The material {role!r} has no option {name!r}.{did_you_mean(str(name), fields)}")
+    try:
+        return Source.model_validate(part)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise RequestError(f"The material {role!r}, {'.'.join(map(str, problem['loc']))}: {problem['msg']}.") from None
+
+
+def _step(
+    number: int, entry: Mapping[str, Mapping[str, Any]], rows: Mapping[str, Any], references: Mapping[str, Any]
+) -> Step:
+    """Find the method; tell its roles from its knobs; `ROLE: MATERIAL` among the knobs reads another material."""
+    ((name, given),) = entry.items()
+    found = methods.find(name)
+    roles = {material.name: material for material in found.roles}
+    renamed = {key: value for key, value in given.items() if key in roles}
+    knobs = {key: value for key, value in given.items() if key not in roles}
+    known = {knob.name for knob in found.knobs}
+    for key in knobs:
+        if key not in known:
+            raise RequestError(f"{found.name} has no knob {key!r}.{did_you_mean(key, [*known, *roles])}")
+    reads: dict[str, str] = {}
+    for role, material in roles.items():
+        wanted = renamed.get(role, role)
+        there = rows if material.kind == "examples" else references
+        if wanted in there:
+            reads[role] = wanted
+        elif role in renamed or material.required:
+            raise RequestError(
+                f"Step {number}, {found.name}, needs {'a model' if material.kind == 'model' else 'the material'} {wanted!r} "
+                f"({material.doc or role}), and the recipe's materials have none.{did_you_mean(wanted, there)}"
+            )
+    return Step(number, found, found.check(knobs), reads)
+
+
+def _check_references(references: Mapping[str, ModelReference], steps: Sequence[Step]) -> None:
+    for name, reference in references.items():
+        if "after" in reference:
+            target = reference["after"]
+            places = [step.number for step in steps if target == step.name]
+            if target != "start" and not places:
+                hint = did_you_mean(target, ["start", *(step.name for step in steps)])
+                raise RequestError(f"The model {name!r} is `after: {target}`, which is no step.{hint}")
+            users = [step for step in steps if name in step.reads.values()]
+            if places and any(step.number <= places[0] for step in users):
+                raise RequestError(f"The model {name!r} is the one after {target}, but a step before that reads it.")
+        else:
+            models.facts(reference["model"])
+
+
+def _identity(rows: Sequence[tuple[Source, list[Row]]]) -> set[str]:
+    """What tells one example from another: its columns' values, whichever source it came from."""
+    return {repr(sorted((k, str(v)) for k, v in row.items())) for _, part in rows for row in part}
+
+
+def _check_roles(step: Step, rows: Mapping[str, list[tuple[Source, list[Row]]]]) -> None:
+    """Forgetting needs something that stays: the forget set may not be all the data, nor overlap what is retained."""
+    if "forget" not in step.reads:
+        return
+    forget = _identity(rows[step.reads["forget"]])
+    if "full" in step.reads and _identity(rows[step.reads["full"]]) <= forget:
+        raise RequestError(
+            f"Step {step.number}, {step.name}: the forget set contains the whole training set ({len(forget)} examples), so "
+            "nothing would be left to keep. Narrow `forget` with `where:`, or widen `full`."
+        )
+    if "retain" in step.reads:
+        both = forget & _identity(rows[step.reads["retain"]])
+        if both:
+            raise RequestError(
+                f"Step {step.number}, {step.name}: {len(both)} examples are in `forget` and in `retain`, which pull in "
+                "opposite directions. Give `retain` an `unless:` with the same condition as `forget`'s `where:`."
+            )

@@ -1,0 +1,68 @@
+"""What a saved model says of its own making: lineage.json for machines, README.md for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from overhaul import __version__
+from overhaul.recipe.check import Checked
+from overhaul.report.numbers import format_value
+
+if TYPE_CHECKING:
+    from overhaul.recipe.run import Stage
+
+
+def lineage(
+    checked: Checked, stages: Sequence[Stage], digests: Mapping[str, str], report: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Where a model comes from: source and its hash, every step with version, knobs, key and the hashes of its data."""
+    return {
+        "overhaul": __version__,
+        "created": report["created"],
+        "source": checked.recipe.model,
+        "source_sha256": checked.model.digest(),
+        "model_sha256": stages[-1].facts.digest(),
+        "seed": checked.recipe.seed,
+        "dtype": {"computed": checked.recipe.dtype, "stored": checked.model.dtype},
+        "materials_sha256": dict(digests),
+        "steps": [
+            {
+                "name": step.name,
+                "version": step.method.version,
+                "paper": step.method.paper,
+                "knobs": dict(step.knobs),
+                "reads": dict(step.reads),
+                "key": stage.key,
+            }
+            for step, stage in zip(checked.steps, stages[1:], strict=True)
+        ],
+        "machine": report["machine"],
+    }
+
+
+def model_card(checked: Checked, report: Mapping[str, Any]) -> str:
+    """The README.md of a saved model: what was done to it, and what it measured before and after."""
+    source = checked.recipe.model
+    front: dict[str, Any] = {"library_name": "transformers", "tags": ["overhaul"]}
+    if source.count("/") == 1 and not source.startswith((".", "/")):
+        front["base_model"] = source
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {report['title']}", ""]
+    lines += [
+        f"Made from `{source}` ({report['model']['class']}) by Overhaul {__version__}, seed {report['seed']}.",
+        "",
+    ]
+    lines += ["It loads with `from_pretrained`; nothing else is needed.", "", "## What was done", ""]
+    for step in report["steps"]:
+        paper = f" ([arXiv:{step['paper']}](https://arxiv.org/abs/{step['paper']}))" if step["paper"] else ""
+        knobs = ", ".join(f"{name}={value}" for name, value in step["knobs"].items())
+        lines.append(f"1. `{step['name']}`{paper}: {step['summary']} Knobs: {knobs}.")
+    lines += ["", "## What it measured", "", f"| group | measure | on | {' | '.join(report['stages'])} |"]
+    lines.append("|---|---|---|" + "---:|" * len(report["stages"]))
+    for measure in report["measures"]:
+        values = " | ".join(format_value(value, measure["unit"]) for value in measure["values"])
+        lines.append(f"| {measure['group']} | {measure['label']} | {measure['on']} | {values} |")
+    lines += ["", "The recipe is in `recipe.yaml`, hashes of everything that went in are in `lineage.json`.", ""]
+    return "\n".join(lines)

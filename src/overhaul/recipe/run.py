@@ -1,0 +1,237 @@
+"""Run a recipe: step by step, each keyed by all it depends on, each judged from the files it wrote.
+
+A step begins from the saved result of the one before, also in an uninterrupted run. So a run that was killed and one
+that was not give the same numbers, and every checkpoint is loaded once before anybody relies on it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from overhaul import __version__, models, session
+from overhaul.errors import OverhaulError, RunError
+from overhaul.judge import judge as judging
+from overhaul.recipe import lineage, machine
+from overhaul.recipe.check import Checked, Step, check
+from overhaul.recipe.spec import read
+from overhaul.recipe.store import RunFolder, code_version, key_of, write_json, write_text
+from overhaul.report.html import write_html
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder and the report's numbers (the content of report.json)."""
+
+    folder: Path
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A model of the run: as it came in, or after a step."""
+
+    name: str
+    key: str
+    facts: models.ModelFacts
+    record: Mapping[str, Any] | None = None
+
+
+def run(source: str | Path | Mapping[str, Any], out: str | Path | None = None) -> Run:
+    """Run a recipe, or go on with it where it stopped.
+
+    Args:
+        source: a recipe file, or the same as a mapping.
+        out: the run folder; `runs/NAME` if None.
+
+    Raises:
+        RequestError: the recipe, its data or the folder is wrong; nothing was started.
+        RunError: a step failed; the steps before it are kept.
+    """
+    document = read(source)
+    checked = check(document)
+    root = Path(out) if out is not None else Path("runs") / document.name
+    folder = RunFolder.claim(root, document.name, checked.model.bytes * (1 + len(checked.steps)))
+    return Runner(checked, folder).go()
+
+
+class Runner:
+    """One walk through a checked recipe's steps."""
+
+    def __init__(self, checked: Checked, folder: RunFolder) -> None:
+        self.checked, self.folder = checked, folder
+        self.processor = models.load_processor(checked.model)
+        session.current().report("reading data", 0, 1, "")
+        self.data = checked.encode(self.processor)
+        judging.check_data(checked.requests, self.data)
+        self.digests = {role: examples.digest() for role, examples in self.data.items()}
+        self.model: tuple[str, nn.Module] | None = None
+
+    def go(self) -> Run:
+        """All steps, all judgements, the report and the published model."""
+        start = Stage("before", key_of(self.checked.model.digest(), self.checked.recipe.dtype), self.checked.model)
+        stages = [start]
+        judged = [self.judge(start)]
+        for step in self.checked.steps:
+            stages.append(self.step(step, stages))
+            judged.append(self.judge(stages[-1]))
+        report = self.report(stages, judged)
+        history = lineage.lineage(self.checked, stages, self.digests, report)
+        self.folder.publish(
+            stages[-1].facts.folder,
+            {
+                "recipe.yaml": self.checked.document.text,
+                "lineage.json": json.dumps(history, indent=1) + "\n",
+                "README.md": lineage.model_card(self.checked, report),
+            },
+        )
+        write_text(self.folder.root / "recipe.yaml", self.checked.document.text)
+        write_json(self.folder.root / "lineage.json", history)
+        write_json(self.folder.root / "report.json", report)
+        with models.writing(self.folder.root):
+            write_html(report, self.folder.root / "report.html")
+        return Run(self.folder.root, report)
+
+    def load(self, stage: Stage) -> nn.Module:
+        """The model of a stage; the last one loaded is kept."""
+        if self.model is None or self.model[0] != stage.key:
+            self.model = None
+            recipe = self.checked.recipe
+            self.model = (stage.key, models.load_weights(stage.facts, recipe.dtype, recipe.trust_remote_code))
+            if torch.cuda.is_available():
+                self.model[1].to("cuda")
+        return self.model[1]
+
+    def key(self, step: Step, stages: list[Stage]) -> str:
+        """All that a step's result depends on."""
+        reads = {role: self.digests.get(name) or self.reference_key(name, stages) for role, name in step.reads.items()}
+        parts = (step.name, step.method.version, dict(step.knobs), reads, self.checked.recipe.seed, __version__)
+        return key_of(stages[-1].key, *parts)
+
+    def reference_key(self, name: str, stages: list[Stage]) -> str:
+        """The key of a model that a step only reads."""
+        reference = self.checked.references[name]
+        if "model" in reference:
+            return models.facts(reference["model"]).digest()
+        return self.after(reference["after"], stages).key
+
+    def after(self, name: str, stages: list[Stage]) -> Stage:
+        """The stage a recipe calls `after: NAME`."""
+        return stages[0] if name == "start" else next(stage for stage in stages if stage.name == name)
+
+    def reference_model(self, name: str, stages: list[Stage]) -> nn.Module:
+        """A model that a step only reads."""
+        reference = self.checked.references[name]
+        facts = (
+            models.facts(reference["model"]) if "model" in reference else self.after(reference["after"], stages).facts
+        )
+        return models.load_weights(facts, self.checked.recipe.dtype, self.checked.recipe.trust_remote_code)
+
+    def step(self, step: Step, stages: list[Stage]) -> Stage:
+        """The stage after a step: found where it was done before, else made."""
+        key = self.key(step, stages)
+        place = self.folder.step(step.number, step.name, key)
+        if not (place / "step.json").exists():
+            self.make(step, stages, key, place)
+        facts = replace(models.facts(place / "model"), source=f"step {step.number}")
+        return Stage(step.name, key, facts, json.loads((place / "step.json").read_text()))
+
+    def make(self, step: Step, stages: list[Stage], key: str, place: Path) -> None:
+        """Run one step into its place."""
+        partial = place.with_name(f".{place.name}.partial")
+        with models.writing(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        model = self.load(stages[-1])
+        self.model = None  # the method may change it in place
+        materials: dict[str, Any] = {}
+        for role, name in step.reads.items():
+            materials[role] = self.data[name] if name in self.data else self.reference_model(name, stages)
+        torch.manual_seed(self.checked.recipe.seed)
+        with session.using(scratch=self.folder.scratch(key)), machine.measured() as cost:
+            try:
+                outcome = step.method.call(model, **materials, **step.knobs)
+            except OverhaulError as error:
+                raise type(error)(f"Step {step.number}, {step.name}: {error}") from error
+            except torch.OutOfMemoryError as error:
+                raise RunError(
+                    f"Step {step.number}, {step.name}, ran out of memory. A smaller `batch_size`, `weights: lora` where the "
+                    "method has it, or `dtype: bfloat16` need less; `overhaul plan` shows how much."
+                ) from error
+        stored = self.checked.model.dtype
+        with models.writing(partial):
+            models.save(outcome.model, self.processor, partial / "model", dtype=stored)
+        self.check_effect(step, stages[-1].facts, models.facts(partial / "model"), stored)
+        record = {
+            "name": step.name,
+            "summary": step.method.summary,
+            "paper": step.method.paper,
+            "version": step.method.version,
+            "knobs": dict(step.knobs),
+            "seconds": cost.seconds,
+            "peak_bytes": cost.peak_bytes,
+            "facts": outcome.facts,
+            "layers": outcome.layers,
+            "curves": outcome.curves,
+            "roles": {role: len(self.data[name]) for role, name in step.reads.items() if name in self.data},
+        }
+        self.folder.finish_step(place, partial, record, key)
+
+    def check_effect(self, step: Step, before: models.ModelFacts, after: models.ModelFacts, dtype: str) -> None:
+        """A step that should change the model and did not has failed."""
+        if step.method.changes != "nothing" and models.same_weights(before, after):
+            raise RunError(
+                f"Step {step.number}, {step.name}, changed nothing that {dtype} weights can hold. Its knobs were "
+                f"{dict(step.knobs)}: a higher learning rate, more steps or a lower threshold would change something."
+            )
+
+    def judge(self, stage: Stage) -> dict[str, Any]:
+        """What the judge says of a stage: found where it was judged before, else measured."""
+        requests = [asdict(request) for request in self.checked.requests]
+        roles = {role: self.digests[role] for request in self.checked.requests for role in request.roles}
+        path = self.folder.judged(key_of(stage.key, requests, roles, code_version(Path(judging.__file__).parent)))
+        if not path.exists():
+            model = self.load(stage)
+            torch.manual_seed(self.checked.recipe.seed)
+            judgement = judging.judge(model, self.checked.requests, self.data)
+            sample = next((data[0] for data in self.data.values() if len(data)), None)
+            measures = [*judgement.measures, *judging.cost(model, stage.facts.folder, sample)]
+            write_json(path, {"measures": [asdict(measure) for measure in measures], "samples": judgement.samples})
+        return json.loads(path.read_text())
+
+    def report(self, stages: list[Stage], judged: list[dict[str, Any]]) -> dict[str, Any]:
+        """Everything the report shows, aligned over the stages."""
+        first = judged[0]
+        measures = []
+        for n, measure in enumerate(first["measures"]):
+            common = {name: value for name, value in measure.items() if name != "value"}
+            measures.append({**common, "values": [one["measures"][n]["value"] for one in judged]})
+        samples = [
+            {
+                **{k: v for k, v in sample.items() if k != "output"},
+                "outputs": [one["samples"][n]["output"] for one in judged],
+            }
+            for n, sample in enumerate(first["samples"])
+        ]
+        recipe, facts = self.checked.recipe, self.checked.model
+        return {
+            "title": self.checked.document.name,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "overhaul": __version__,
+            "machine": machine.describe(),
+            "seed": recipe.seed,
+            "recipe": self.checked.document.text,
+            "model": {"source": recipe.model, "class": facts.architecture, "parameters": facts.parameters},
+            "stages": [stage.name for stage in stages],
+            "measures": measures,
+            "steps": [stage.record for stage in stages if stage.record is not None],
+            "samples": samples,
+        }

@@ -1,0 +1,142 @@
+"""Cached reference outputs: what a model said before it was changed, so that no second model is ever held.
+
+How it differs from keeping the reference model (as most preference and distillation code does):
+
+1. Each example is run through the reference once, not once an epoch. The outputs stay in main memory as a column of the
+   examples, so they follow every shuffle and batch.
+2. Of language models the input of the output head is kept ([t, d]) and not the logits ([t, vocabulary]), with one frozen
+   copy of the head. Whether the head alone reproduces the logits is tried on the first batch; where it does not
+   (a softcap or scale behind the head, as in Gemma 2), the logits themselves are kept.
+3. KL is computed where labels carry loss, and the head is applied at those positions only.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from overhaul import session
+from overhaul.data.examples import IGNORED, Batch, Examples
+from overhaul.objectives import Term, evaluate, kl_sum, sequence_nll, units
+
+COLUMN = "reference"
+"""The column in which `Reference.examples` carry the cached output."""
+
+
+def reference_nll(model: nn.Module, examples: Examples, batch_size: int) -> Float[Tensor, " n"]:
+    """Negative log-likelihood of each whole answer under the model as it is now.
+
+    Args:
+        model: a language model; run in eval mode without gradients.
+        examples: n examples with `input_ids` [t] and `labels` [t].
+        batch_size: examples in one forward; does not change the values.
+
+    Returns:
+        Nats summed over the answer's tokens, [n], float32 on the CPU, in the order of `examples`.
+    """
+    order = examples.by_length()
+    batches = examples.select(order).batches(batch_size)
+    nll = torch.empty(len(examples))
+    steps = -(-len(examples) // batch_size)
+    for n, batch in enumerate(session.progress(batches, "reference", steps)):
+        (values,) = evaluate(model, lambda logits, batch: sequence_nll(logits, batch["labels"]), [batch])
+        nll[order[n * batch_size : (n + 1) * batch_size]] = values.float().cpu()
+    return nll
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The outputs of a model on some examples, kept for later comparison.
+
+    Attributes:
+        examples: the examples with the column `reference`: the input of the output head ([t, d]) where `head` is
+            given, otherwise logits ([t, vocabulary], or [classes] for images), in the dtype of the model.
+        head: a frozen copy of the output head, or None.
+    """
+
+    examples: Examples
+    head: nn.Module | None
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits of the reference for a batch of `examples`: [b, t, vocabulary], or [b, classes] for images."""
+        return self._apply_head(batch[COLUMN])
+
+    def kl_term(self, role: str, weight: float = 1.0, name: str = "KL to the reference") -> Term:
+        """Mean KL(reference || model) in nats over answer tokens (or images) of `role`, which must be `examples`."""
+        return Term(role, self._kl_sum, units, weight, name)
+
+    def _kl_sum(self, logits: Tensor, batch: Batch) -> Tensor:
+        labels, cached = batch["labels"], batch[COLUMN]
+        if labels.ndim > 1:
+            keep = labels[:, 1:] != IGNORED
+            logits, cached, labels = logits[:, :-1][keep], cached[:, :-1][keep], labels[:, 1:][keep]
+        return kl_sum(logits, self._apply_head(cached), labels)
+
+    @torch.no_grad()
+    def _apply_head(self, cached: Tensor) -> Tensor:
+        if self.head is None:
+            return cached
+        # training may have moved the model to an accelerator since the outputs were kept
+        return self.head.to(cached.device)(cached)
+
+
+def cache_outputs(model: nn.Module, examples: Examples, batch_size: int) -> Reference:
+    """Run the model once over the examples and keep what its logits can be had from.
+
+    Args:
+        model: a language or image model; run in eval mode without gradients, and left as it was.
+        examples: the examples on which the reference is needed.
+        batch_size: examples in one forward.
+
+    Returns:
+        A Reference. It takes t * d values an example (t * vocabulary, or the number of classes, without a head).
+    """
+    head = None if examples.is_image else _output_head(model)
+    seen: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) if head is not None else None
+    order = examples.by_length()
+    column: list[Tensor] = [torch.empty(0)] * len(examples)
+    steps = -(-len(examples) // batch_size)
+    try:
+        batches = examples.select(order).batches(batch_size)
+        for n, batch in enumerate(session.progress(batches, "reference", steps)):
+            seen.clear()
+            (logits,) = evaluate(model, lambda logits, _: logits, [batch])
+            if n == 0 and head is not None and not _reproduces(head, seen, logits):
+                head = None
+            kept = (seen[0] if head is not None else logits).to("cpu", _dtype(model))
+            lengths = batch["attention_mask"].sum(dim=1).tolist() if "attention_mask" in batch else None
+            for row, place in enumerate(order[n * batch_size : (n + 1) * batch_size]):
+                # a clone: a view would keep the padding of the whole batch alive
+                column[place] = kept[row, : lengths[row]].clone() if lengths else kept[row].clone()
+    finally:
+        if hook is not None:
+            hook.remove()
+    frozen = None if head is None else copy.deepcopy(head).requires_grad_(False)
+    return Reference(examples.with_column(COLUMN, column), frozen)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    find = getattr(model, "get_output_embeddings", None)
+    try:
+        return find() if find is not None else None
+    except NotImplementedError:
+        return None
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+@torch.no_grad()
+def _reproduces(head: nn.Module, seen: list[Tensor], logits: Tensor) -> bool:
+    """Whether the head, applied to what went into it, gives the model's logits up to rounding."""
+    if len(seen) != 1:
+        return False
+    again = head(seen[0]).float()
+    rounding = 16 * torch.finfo(seen[0].dtype).eps
+    return again.shape == logits.shape and torch.allclose(again, logits.float(), rtol=rounding, atol=rounding)

@@ -1,0 +1,1 @@
+"""Before and after, side by side: one HTML file, one JSON file, one table for the terminal."""

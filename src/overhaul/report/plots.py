@@ -1,0 +1,175 @@
+"""Two small charts as inline SVG: lines over steps and bars over depth.
+
+Colours come from the page's style sheet (classes `s0` to `s4`, `bar`, `axis`, `grid`), so a chart follows the light and
+the dark theme. One chart is about as wide as a phone, so its letters keep their size wherever it is shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from overhaul.report.numbers import number
+
+WIDTH, HEIGHT = 360, 200
+LEFT, RIGHT, TOP, BOTTOM = 50, 10, 26, 38
+POINTS_DRAWN = 240
+STYLES = 5
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A linear map from values to pixels."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+
+    def __call__(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.stop - self.start)
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) that lie within `low` to `high`."""
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [n * step for n in range(first, last + 1)]
+
+
+def tick_label(value: float) -> str:
+    """A tick in few letters: 0.25, 12k, 2e-05."""
+    size = abs(value)
+    text = f"{value / 1e6:.6g}M" if size >= 1e6 else f"{value / 1e3:.6g}k" if size >= 1e4 else f"{value:.6g}"
+    return text.replace("-", "−") if value < 0 else text
+
+
+def thin(values: Sequence[float | None], most: int = POINTS_DRAWN) -> tuple[list[tuple[float, float]], int]:
+    """(step, value) pairs, means over `bucket` neighbouring steps where there are more than `most`; and the bucket.
+
+    Steps count from 1. What is not a finite number is left out.
+    """
+    bucket = math.ceil(len(values) / most) or 1
+    points = []
+    for start in range(0, len(values), bucket):
+        known = [(start + i + 1, v) for i, v in enumerate(values[start : start + bucket]) if _finite(v)]
+        if known:
+            points.append((sum(x for x, _ in known) / len(known), sum(v for _, v in known) / len(known)))
+    return points, bucket
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def lines(title: str, curves: Mapping[str, Sequence[float | None]], y_name: str) -> Markup:
+    """A figure with one line per curve over training steps; empty if no curve has a finite value.
+
+    Args:
+        title: what the caption says.
+        curves: one value per step, by the name that the legend shows.
+        y_name: what the values are; written over the vertical axis.
+    """
+    drawn = {name: thin(values) for name, values in curves.items()}
+    drawn = {name: (points, bucket) for name, (points, bucket) in drawn.items() if points}
+    if not drawn:
+        return Markup("")
+    y = _vertical([v for points, _ in drawn.values() for _, v in points])
+    x = Scale(1, max(2, *(len(curves[name]) for name in drawn)), LEFT, WIDTH - RIGHT)
+    whole = {n: tick_label(n) for n in ticks(0, x.high) if n == int(n) and n >= 1}
+    parts = [_frame(y, y_name), _x_axis(whole, x, "step")]
+    for i, (points, _) in enumerate(drawn.values()):
+        places = [f"{x(step):.1f},{y(value):.1f}" for step, value in points]
+        shape = (
+            Markup('<polyline class="line s{}" points="{}"/>').format(i % STYLES, " ".join(places))
+            if len(places) > 1
+            else Markup('<circle class="dot s{}" r="3" cx="{}" cy="{}"/>').format(i % STYLES, *places[0].split(","))
+        )
+        parts.append(shape)
+    bucket = max(bucket for _, bucket in drawn.values())
+    ends = ((name, number(points[0][1]), number(points[-1][1])) for name, (points, _) in drawn.items())
+    said = "; ".join(f"{name} from {first} to {last}" for name, first, last in ends)
+    note = f"each point is the mean of {bucket} steps" if bucket > 1 else ""
+    return _figure(title, parts, said, note=note, legend=list(drawn))
+
+
+def bars(title: str, values: Mapping[int, float | None], y_name: str) -> Markup:
+    """A figure with one bar per depth; empty if no value is finite. Arguments as for `lines`."""
+    known = {depth: float(value) for depth, value in sorted(values.items()) if value is not None and _finite(value)}
+    if not known:
+        return Markup("")
+    y = _vertical([*known.values(), 0.0])
+    first, last = min(known), max(known)
+    x = Scale(first - 0.5, last + 0.5, LEFT, WIDTH - RIGHT)
+    width = min(28.0, 0.72 * (x(1) - x(0)))
+    every = math.ceil((last - first + 1) / 12)
+    shown: dict[float, str] = {d: "in" if d < 0 else str(d) for d in range(first, last + 1) if d % every == 0 or d < 0}
+    parts = [_frame(y, y_name), _x_axis(shown, x, "depth (block)")]
+    for depth, value in known.items():
+        top, bottom = sorted((y(value), y(0.0)))
+        parts.append(
+            Markup(
+                '<rect class="bar" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}: {}</title></rect>'
+            ).format(x(depth) - width / 2, top, width, bottom - top, f"depth {depth}", number(value))
+        )
+    largest = max(known, key=lambda depth: abs(known[depth]))
+    return _figure(title, parts, f"{len(known)} depths, largest {number(known[largest])} at depth {largest}")
+
+
+def _vertical(values: Sequence[float]) -> Scale:
+    low, high = min(values), max(values)
+    if low == high:
+        pad = abs(low) / 2 or 1.0
+        low, high = (low - pad if low else 0.0), high + pad
+    room = 0.06 * (high - low)
+    # zero stays on the frame: a bar has to start there
+    return Scale(low - room * (low != 0), high + room * (high != 0), HEIGHT - BOTTOM, TOP)
+
+
+def _frame(y: Scale, name: str) -> Markup:
+    """Horizontal grid lines with their numbers, the zero line stronger, and what the values are."""
+    parts = [Markup('<text class="name" x="0" y="11">{}</text>').format(name)]
+    for value in ticks(y.low, y.high, 4):
+        parts.append(
+            Markup(
+                '<line class="{}" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>'
+                '<text x="{}" y="{:.1f}" text-anchor="end">{}</text>'
+            ).format("axis" if value == 0 else "grid", LEFT, WIDTH - RIGHT, y(value), y(value), LEFT - 6, y(value) + 3.5,
+                     tick_label(value))
+        )  # fmt: skip
+    return Markup("").join(parts)
+
+
+def _x_axis(labels: Mapping[float, str], x: Scale, name: str) -> Markup:
+    base = HEIGHT - BOTTOM
+    parts = [
+        Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, WIDTH - RIGHT, base, base),
+        Markup('<text class="name" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+            (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, name
+        ),
+    ]
+    for value, label in labels.items():
+        parts.append(
+            Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x(value), base + 15, label)
+        )
+    return Markup("").join(parts)
+
+
+def _figure(title: str, parts: Sequence[Markup], said: str, note: str = "", legend: Sequence[str] = ()) -> Markup:
+    keys = [
+        Markup('<span><svg viewBox="0 0 22 8" class="key" aria-hidden="true"><line class="line s{}" x1="0" x2="22" '
+               'y1="4" y2="4"/></svg>{}</span>').format(i % STYLES, name)
+        for i, name in enumerate(legend)
+    ]  # fmt: skip
+    return Markup(
+        '<figure><figcaption><b>{}</b>{}</figcaption><div class="legend">{}</div>'
+        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg></figure>'
+    ).format(
+        title, Markup(" <small>{}</small>").format(note) if note else "", Markup("").join(keys), WIDTH, HEIGHT,
+        f"{title}: {said}", Markup("").join(parts),
+    )  # fmt: skip

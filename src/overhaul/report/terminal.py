@@ -1,0 +1,71 @@
+"""The before/after table for a terminal: readable at 100 columns, and without colour or Unicode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from overhaul.report import numbers
+
+COLOURS: Mapping[bool | None, str] = {True: "green", False: "red", None: ""}
+STAGE_WIDTH, OTHER_WIDTH = 10, 60
+PLAIN = str.maketrans({"✓": "+", "✗": "!", "−": "-", "–": "-", "×": "x", "→": ">", "±": "+-"})
+
+
+def print_table(report: dict[str, Any], console: Console) -> None:
+    """Print the measures before and after, by group, and one sentence on each group.
+
+    Stages that do not fit the width are left out from the middle, which is said; the first and the last always stand.
+    """
+    shown = _stages_that_fit(len(report["stages"]), console.width)
+    compared = len(report["stages"]) > 1
+
+    def text(words: str, style: str = "") -> Text:
+        # Text, not markup: a label or a stage may contain brackets
+        return Text(words.translate(PLAIN) if console.options.ascii_only else words, style)
+
+    table = Table(
+        box=box.ASCII if console.options.ascii_only else box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    table.add_column("")
+    table.add_column("n", justify="right")
+    for place in shown:
+        table.add_column(text(_broken(report["stages"][place])), justify="right", max_width=14)
+    if compared:
+        table.add_column("change", justify="right")
+        table.add_column("verdict")
+    for group, rows in numbers.by_group(report["measures"]).items():
+        table.add_row(text(numbers.heading(group), "bold"))
+        for row in rows:
+            cells = [text(numbers.humanise(row["values"][place], row["unit"])) for place in shown]
+            if compared:
+                seen = numbers.verdict(row)
+                style = COLOURS[seen.good]
+                cells += [text(numbers.change(row), style), text(f"{seen.sign} {seen.word}", style)]
+            table.add_row(text(f"  {numbers.subject(row)}"), text(numbers.count(row["n"])), *cells)
+    console.print(table)
+    left_out = [stage for place, stage in enumerate(report["stages"]) if place not in shown]
+    if left_out:
+        console.print(text(f"Left out here for width: {', '.join(left_out)}.\n", "dim"))
+    for said in numbers.group_verdicts(report["measures"]):
+        console.print(
+            Text.assemble(
+                text(f"{said.overall.sign} {said.heading}. ", f"bold {COLOURS[said.overall.good]}"), text(said.sentence)
+            )
+        )
+
+
+def _broken(stage: str) -> str:
+    """A stage's name over several lines, so that its column is no wider than its numbers."""
+    return stage.replace(".", ".\n").replace("_", "_\n")
+
+
+def _stages_that_fit(count: int, width: int) -> Sequence[int]:
+    """Places of the stages to show: the first, and as many of the last as there is room for."""
+    room = max(2, (width - OTHER_WIDTH) // STAGE_WIDTH)
+    return range(count) if count <= room else [0, *range(count - room + 1, count)]

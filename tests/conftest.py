@@ -1,0 +1,125 @@
+"""Tiny random models of several families, and the seed that every test starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from overhaul.data.encode import answered
+from overhaul.data.examples import Examples
+
+TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 64}
+
+
+def tiny_llama(**changes: Any) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    options = {**TINY, "intermediate_size": 48, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    options |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 128}
+    return LlamaForCausalLM(LlamaConfig(**{**options, **changes})).eval()
+
+
+def tiny_gpt2(**changes: Any) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    options: dict[str, Any] = {"n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 64, "n_positions": 128}
+    options |= {"bos_token_id": 1, "eos_token_id": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**{**options, **changes})).eval()
+
+
+def tiny_vit(**changes: Any) -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    options: dict[str, Any] = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
+    options |= {k: v for k, v in TINY.items() if k != "vocab_size"} | {"intermediate_size": 48}
+    return ViTForImageClassification(ViTConfig(**{**options, **changes})).eval()
+
+
+def tiny_resnet(**changes: Any) -> nn.Module:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    options: dict[str, Any] = {"num_channels": 1, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [3, 3]}
+    options |= {"layer_type": "basic", "num_labels": 10}
+    return ResNetForImageClassification(ResNetConfig(**{**options, **changes})).eval()
+
+
+ALTERNATING: dict[str, Any] = {
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 3, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+"""Blocks of two attention types, so that a type which stays at a position instead of following its block shows."""
+
+
+def tiny_qwen3(**changes: Any) -> nn.Module:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    options = {**TINY, **ALTERNATING, "use_sliding_window": True}
+    return Qwen3ForCausalLM(Qwen3Config(**{**options, **changes})).eval()
+
+
+def tiny_gemma3(**changes: Any) -> nn.Module:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    return Gemma3ForCausalLM(Gemma3TextConfig(**{**TINY, **ALTERNATING, **changes})).eval()
+
+
+FAMILIES: dict[str, Callable[..., nn.Module]] = {
+    "llama": tiny_llama,
+    "gpt2": tiny_gpt2,
+    "vit": tiny_vit,
+    "resnet": tiny_resnet,
+}
+
+
+def examples_for(family: str, count: int, seed: int = 0) -> Examples:
+    """Random examples a tiny model of the family can read: answers of 1 to 5 tokens to prompts of 1 to 8, or images."""
+    draw = torch.Generator().manual_seed(seed)
+    if family in ("vit", "resnet"):
+        pixels = torch.randn(count, 1, 8, 8, generator=draw)
+        labels = torch.randint(10, (count,), generator=draw)
+        return Examples([{"pixel_values": p, "labels": y} for p, y in zip(pixels, labels, strict=True)], [{}] * count)
+    items = []
+    for _ in range(count):
+        prompt, answer = (int(torch.randint(1, most, (1,), generator=draw)) for most in (9, 6))
+        tokens = torch.randint(3, 64, (prompt + answer,), generator=draw).tolist()
+        items.append(answered(tokens[:prompt], tokens[prompt:], None))
+    return Examples(items, [{}] * count)
+
+
+CHARACTERS = "\n abcdefghijklmnopqrstuvwxyz0123456789.,:;?!+-='\"()[]{}_"
+
+
+def tiny_tokenizer() -> Any:
+    """One token a lower-case character, 60 in all; <pad>, <s>, </s> are 0, 1, 2 as in `tiny_llama`; decodes exactly."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *CHARACTERS]
+    whole: Any = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    whole.normalizer = normalizers.Lowercase()
+    whole.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    whole.decoder = decoders.Fuse()
+    whole.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    marks = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=whole, model_max_length=128, **marks)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
