@@ -24,7 +24,6 @@ reproduce: $(VENV)/installed
 	$(BIN)/overhaul reproduce all
 
 docs: $(VENV)/installed
-	$(BIN)/python -m overhaul.claims
 	$(BIN)/python docs/generate.py
 
 # torch first, at its pinned version: resolving it together with the rest may pick a build for other hardware

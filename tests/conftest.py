@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,6 +113,15 @@ def tiny_tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of a tiny Llama in bfloat16, with a tokenizer."""
+    from overhaul.models import save
+
+    torch.manual_seed(0)
+    return save(tiny_llama(), tiny_tokenizer(), tmp_path_factory.mktemp("model") / "tiny", dtype="bfloat16")
 
 
 @pytest.fixture(autouse=True)

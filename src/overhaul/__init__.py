@@ -9,17 +9,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from overhaul import forget as forget
+    from overhaul import models as _models
     from overhaul import shrink as shrink
     from overhaul.data.examples import Examples as Examples
     from overhaul.data.materials import examples as examples
     from overhaul.errors import OverhaulError as OverhaulError
     from overhaul.method import Outcome as Outcome
-    from overhaul.models import open_model as open
     from overhaul.models import save as save
     from overhaul.recipe.run import run as run
     from overhaul.stack import LayerStack as LayerStack
 
-    open = open_model
+    open = _models.open_model
 
 _PUBLIC = {
     "Examples": "overhaul.data.examples:Examples",

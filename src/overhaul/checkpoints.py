@@ -12,23 +12,23 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from overhaul import session
 
 
 class Checkpoint:
-    """Weights, optimizer state and random state of one training, in one file of the session's scratch folder."""
+    """Weights, norm statistics, optimizer and random state of one training, in one file of the session's scratch folder."""
 
     def __init__(
-        self, path: Path | None, named: Sequence[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer
+        self, path: Path | None, named: Sequence[tuple[str, Tensor]], optimizer: torch.optim.Optimizer
     ) -> None:
         self.path, self.named, self.optimizer = path, named, optimizer
         self.written = time.monotonic()
 
     @classmethod
     def for_training(
-        cls, name: str, named: Sequence[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer
+        cls, name: str, named: Sequence[tuple[str, Tensor]], optimizer: torch.optim.Optimizer
     ) -> Checkpoint:
         """The checkpoint called `name` in the current session; one that never exists where there is no scratch folder."""
         scratch = session.current().scratch

@@ -141,22 +141,20 @@ def plan(recipe: RecipeFile) -> None:
     from overhaul.recipe.plan import libraries_bytes
     from overhaul.recipe.plan import plan as plan_recipe
     from overhaul.recipe.spec import read
-    from overhaul.report.numbers import format_value
+    from overhaul.report.numbers import humanise
 
     checked = check(read(recipe))
     table = Table("step", "reads", "peak memory", "at least", box=None, pad_edge=False)
     for step in plan_recipe(checked):
         reads = ", ".join(f"{role} ({count})" for role, count in step.reads.items())
-        table.add_row(step.name, reads, format_value(step.peak_bytes, "bytes"), f"{step.seconds:.0f} s")
+        table.add_row(step.name, reads, humanise(step.peak_bytes, "bytes"), f"{step.seconds:.0f} s")
     facts = checked.model
     console.print(
-        f"{facts.source}: {facts.architecture}, {format_value(facts.parameters, 'count')} parameters in {facts.dtype}, "
-        f"{format_value(facts.bytes, 'bytes')} on disk"
+        f"{facts.source}: {facts.architecture}, {humanise(facts.parameters, 'parameters')} parameters in {facts.dtype}, "
+        f"{humanise(facts.bytes, 'bytes')} on disk"
     )
     console.print(table)
-    console.print(
-        f"Beside each peak, the interpreter and its libraries take {format_value(libraries_bytes(), 'bytes')}."
-    )
+    console.print(f"Beside each peak, the interpreter and its libraries take {humanise(libraries_bytes(), 'bytes')}.")
     console.print("The recipe is in order; nothing was written.")
 
 
@@ -208,7 +206,7 @@ def methods(
     console.print(table)
     knobs = Table("knob", "type", "default", box=None, pad_edge=False)
     for knob in one.knobs:
-        knobs.add_row(knob.name, escape(knob.type), "required" if knob.default is ... else repr(knob.default))
+        knobs.add_row(knob.name, escape(knob.type), "required" if knob.required else repr(knob.default))
     console.print(knobs)
 
 
@@ -240,8 +238,8 @@ def starters(context: typer.Context) -> None:
         from overhaul.models import starters as known
 
         for name, folder in known().items():
-            card = (folder / "README.md").read_text() if (folder / "README.md").exists() else ""
-            console.print(f"[bold]starter:{name}[/]\n{escape(card.partition('# ')[2].partition(chr(10))[2].strip())}\n")
+            console.print(f"[bold]starter:{name}[/]")
+            console.print(escape((folder / "README.md").read_text(encoding="utf-8")), highlight=False)
 
 
 @starters_app.command()

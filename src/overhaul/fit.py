@@ -6,7 +6,8 @@ Every method that trains calls `fit`. What it promises:
    padding and the number of processes do not change a result.
 2. Each role is drawn without replacement, epoch after epoch, in an order that depends only on (seed, role, epoch); its
    position is a counter, so a resumed run sees exactly the examples an uninterrupted one would.
-3. A checkpoint holds weights, optimizer, counters and random state (safetensors and JSON); resuming is bit-exact.
+3. A checkpoint holds weights, norm statistics, optimizer, counters and random state (safetensors and JSON): resuming is
+   bit-exact.
 4. A loss or gradient that is not finite stops the loop before it reaches the weights.
 """
 
@@ -14,8 +15,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
 
@@ -136,6 +137,7 @@ def fit(
 
     Raises:
         RequestError: a role is missing or empty, or nothing is trainable.
+        ValueError: two terms have one name.
         RunError: a loss or gradient is not finite; the weights are those of the last good step.
     """
     roles = list(dict.fromkeys(term.role for term in terms))
@@ -143,24 +145,25 @@ def fit(
     for role in roles:
         if not len(data.get(role, ())):
             raise RequestError(f"Training reads the role {role!r}, which is missing or has no examples.")
-    frozen = [p for n, p in model.named_parameters() if trainable and p.requires_grad and not trainable(n)]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if len({term.name for term in terms}) < len(terms):
+        raise ValueError(f"each term needs a name of its own: {[term.name for term in terms]}")
+    learnable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    named = [(n, p) for n, p in learnable if trainable is None or trainable(n)]
     if not named:
         raise RequestError("Nothing to train: no parameter of the model is selected and requires gradients.")
 
-    accelerator = Accelerator(mixed_precision="bf16" if _has_fast_bf16() else "no")
-    make = optimizer or adamw(weight_decay=weight_decay)
-    wrapped, stepper = accelerator.prepare(model, make(named))
-    base_rates = [group["lr"] for group in stepper.param_groups]
-    draws = {role: Draw(role, len(data[role]), torch.initial_seed()) for role in roles}
-    ledger = Ledger(examples=dict.fromkeys(roles, 0), tokens=dict.fromkeys(roles, 0))
-    checkpoint = Checkpoint.for_training(name, named, stepper.optimizer)
-    if checkpoint.exists():
-        ledger = Ledger(**checkpoint.load())
-    model.train()
-    try:
+    chosen = {n for n, _ in named}
+    with _in_training(model, frozen=[p for n, p in learnable if n not in chosen]):
+        accelerator = Accelerator(mixed_precision="bf16" if _has_fast_bf16() else "no")
+        make = optimizer or adamw(weight_decay=weight_decay)
+        wrapped, stepper = accelerator.prepare(model, make(named))
+        statistics = _statistics(model)
+        base_rates = [group["lr"] for group in stepper.param_groups]
+        draws = {role: Draw(role, len(data[role]), torch.initial_seed()) for role in roles}
+        ledger = Ledger(examples=dict.fromkeys(roles, 0), tokens=dict.fromkeys(roles, 0))
+        checkpoint = Checkpoint.for_training(name, [*named, *statistics], stepper.optimizer)
+        if checkpoint.exists():
+            ledger = Ledger(**checkpoint.load())
         while ledger.step < steps:
             if should_stop is not None and ledger.step and should_stop(ledger):
                 break
@@ -169,9 +172,10 @@ def fit(
             for group, base in zip(stepper.param_groups, base_rates, strict=True):
                 group["lr"] = base * rate
             windows = _draw_step(data, draws, ledger, sizes, accumulation, accelerator)
-            losses = _backward(wrapped, terms, windows, accelerator)
-            norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), clip or math.inf) or 0.0)
-            _check_finite(losses, norm, ledger.step)
+            with _kept_if_it_fails(statistics):
+                losses = _backward(wrapped, terms, windows, accelerator)
+                norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), clip or math.inf) or 0.0)
+                _check_finite(terms, losses, norm, ledger.step)
             stepper.step()
             stepper.zero_grad()
             total = sum(term.weight * losses[term.name] for term in terms)
@@ -181,12 +185,48 @@ def fit(
             session.current().report(name, ledger.step, steps, f"loss {total:.3f}  {_speed(ledger)}")
             if accelerator.is_main_process and checkpoint.due():
                 checkpoint.save(asdict(ledger))
+    return ledger
+
+
+@contextmanager
+def _in_training(model: nn.Module, frozen: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Train mode with some parameters frozen; afterwards eval mode, no gradients, and everything as it was."""
+    before = {key: vars(model)[key] for key in _BY_ACCELERATE if key in vars(model)}
+    model.zero_grad()
+    model.train()
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
     finally:
         model.zero_grad()
         model.eval()
         for parameter in frozen:
             parameter.requires_grad_(True)
-    return ledger
+        for key in _BY_ACCELERATE:
+            vars(model).pop(key, None)
+        vars(model).update(before)
+
+
+_BY_ACCELERATE = ("forward", "_original_forward", "_is_accelerate_prepared")
+"""What `prepare` sets on a model: under bf16 a forward that would go on casting after the training."""
+
+
+def _statistics(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that belong to the model's state, such as batch norm's running means: a forward changes them."""
+    saved = model.state_dict().keys()
+    return [(n, b) for n, b in model.named_buffers() if n in saved]
+
+
+@contextmanager
+def _kept_if_it_fails(tensors: Sequence[tuple[str, Tensor]]) -> Iterator[None]:
+    before = [tensor.clone() for _, tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        for (_, tensor), old in zip(tensors, before, strict=True):
+            tensor.copy_(old)
+        raise
 
 
 def _has_fast_bf16() -> bool:
@@ -270,11 +310,13 @@ def _maybe_no_sync(accelerator: Accelerator, model: nn.Module, last: bool) -> Ab
     return nullcontext() if last else accelerator.no_sync(model)
 
 
-def _check_finite(losses: Mapping[str, float], norm: float, step: int) -> None:
-    bad = [name for name, value in losses.items() if not math.isfinite(value)]
+def _check_finite(terms: Sequence[Term], losses: Mapping[str, float], norm: float, step: int) -> None:
+    bad = [term for term in terms if not math.isfinite(losses[term.name])]
     if not bad and math.isfinite(norm):
         return
-    what = f"the term {bad[0]!r} is {losses[bad[0]]}" if bad else "the gradient is not finite"
+    what = "the gradient is not finite"
+    if bad:
+        what = f"the term {bad[0].name!r} on the role {bad[0].role!r} is {losses[bad[0].name]}"
     raise RunError(
         f"Training stopped at step {step + 1}: {what}. The weights are those after step {step}. "
         "A lower learning rate, a longer warm-up or a stronger retain term usually helps."

@@ -67,12 +67,13 @@ class Material:
 
 @dataclass(frozen=True)
 class Knob:
-    """A keyword-only argument."""
+    """A keyword-only argument. One without a default is `required`."""
 
     name: str
     type: str
     default: Any
     doc: str
+    required: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ class Method:
             problem = error.errors()[0]
             name = str(problem["loc"][0])
             kind = next(knob.type for knob in self.knobs if knob.name == name)
+            if problem["type"] == "missing":
+                raise RequestError(f"{self.name} needs the knob {name!r} ({kind}); it has no default.") from None
             raise RequestError(
                 f"{self.name}: {name}={knobs.get(name)!r} is not possible: {problem['msg']} ({name} is {kind})."
             ) from None
@@ -169,8 +172,9 @@ def _describe(function: Callable[..., Outcome], verb: str, paper: str, changes: 
         if name not in docs:
             raise TypeError(f"{verb}.{function.__name__}: the docstring's Args does not mention {name!r}")
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            knobs.append(Knob(name, _type_text(hint), parameter.default, docs[name]))
-            fields[name] = (hint, parameter.default)
+            default = None if required else parameter.default
+            knobs.append(Knob(name, _type_text(hint), default, docs[name], required))
+            fields[name] = (hint, ... if required else default)
         else:
             kind = "examples" if Examples in (hint, *typing.get_args(hint)) else "model"
             materials.append(Material(name, kind, required, docs[name]))

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def locate(source: str | Path) -> Path:
     folder = Path(text).expanduser()
     if folder.is_dir():
         return folder
-    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", text):
         raise RequestError(
             f"The model folder {text!r} does not exist. A model is a folder with config.json and *.safetensors, "
             f"a hub name (owner/name), or a starter: {', '.join(f'starter:{name}' for name in starters())}."
@@ -204,6 +205,30 @@ def load_weights(known: ModelFacts, dtype: str, trust_remote_code: bool = False)
     return model.eval()
 
 
+def check_shapes(known: ModelFacts) -> None:
+    """Compare the headers with the model that config.json describes, built without memory on torch's meta device.
+
+    Names may differ (transformers renames tensors of older checkpoints); a shape may not.
+
+    Raises:
+        RequestError: a tensor has another shape than the config says.
+    """
+    import transformers
+
+    kind: Any = getattr(transformers, known.architecture, None)
+    if kind is None:  # the folder brings its own code, which is not run here
+        return
+    config = transformers.AutoConfig.from_pretrained(known.folder)
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in kind(config).state_dict().items()}
+    for name, shape in known.shapes.items():
+        if expected.get(name, shape) != shape:
+            raise RequestError(
+                f"{known.source}: {name} has the shape {shape} in the weights, but config.json describes {expected[name]}. "
+                "Config and weights do not belong together."
+            )
+
+
 def load_processor(known: ModelFacts) -> Any:
     """The folder's tokenizer, else its image processor, else None."""
     from transformers import AutoImageProcessor, AutoTokenizer
@@ -287,7 +312,13 @@ def write_checkpoint(model: Any, processor: Any, folder: Path, dtype: str | None
     state = None
     config_dtype = model.config.dtype
     if wanted is not None:
-        state = {k: v.to(wanted) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        # tied tensors must stay one tensor, or they would be written twice
+        cast: dict[int, torch.Tensor] = {}
+        state = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if id(tensor) not in cast:
+                cast[id(tensor)] = tensor.detach().to(wanted) if tensor.is_floating_point() else tensor.detach()
+            state[name] = cast[id(tensor)]
         model.config.dtype = wanted
     try:
         with _quiet_transformers():
@@ -311,6 +342,7 @@ def writing(place: Path) -> Iterator[None]:
             errno.EACCES: "permission was denied",
             errno.EPERM: "permission was denied",
             errno.ENOTDIR: "part of the path is a file, not a folder",
+            errno.EEXIST: "a file lies where a folder should be",
         }
         reason = reasons.get(error.errno or 0)
         if reason is None and "No space left" in str(error):

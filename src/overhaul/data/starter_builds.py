@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from overhaul.data import corpora, tasks
 from overhaul.data.encode import encode_images, encode_qa, encode_text
@@ -97,13 +98,19 @@ def docs_llama(folder: Path, steps: int = 3000) -> None:
 
 def digits_vit(folder: Path, steps: int = 1500) -> None:
     """Train `digits-vit` into `folder`: a ViT of 4 blocks on 2x2 patches of 8x8 digits."""
+    torch.manual_seed(0)
+    _train_on_digits(new_vit(), folder, steps, 2e-3)
+
+
+def new_vit() -> nn.Module:
+    """`digits-vit` before its training."""
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
         image_size=8, patch_size=2, num_channels=1, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
         intermediate_size=128, **LABELS, hidden_dropout_prob=0.1,
     )  # fmt: skip
-    _train_on_digits(ViTForImageClassification, config, folder, steps, 2e-3)
+    return ViTForImageClassification(config)
 
 
 def digits_resnet(folder: Path, steps: int = 800) -> None:
@@ -114,26 +121,29 @@ def digits_resnet(folder: Path, steps: int = 800) -> None:
         num_channels=1, embedding_size=24, hidden_sizes=[24, 48], depths=[3, 3], layer_type="basic", **LABELS,
         downsample_in_first_stage=False,
     )  # fmt: skip
-    _train_on_digits(ResNetForImageClassification, config, folder, steps, 3e-3)
-
-
-def _train_on_digits(kind: Callable[[Any], Any], config: Any, folder: Path, steps: int, lr: float) -> None:
     torch.manual_seed(0)
-    model = kind(config)
-    train = shifted(encode_images(corpora.digits("train")))
+    _train_on_digits(ResNetForImageClassification(config), folder, steps, 3e-3)
+
+
+def _train_on_digits(model: Any, folder: Path, steps: int, lr: float) -> None:
+    learn_images(model, encode_images(corpora.digits("train")), steps, lr, folder.name)
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def learn_images(model: nn.Module, images: Examples, steps: int, lr: float, name: str) -> None:
+    """Train a classifier on images and their shifts."""
     fit(
         model,
         [cross_entropy("images")],
-        {"images": train},
+        {"images": shifted(images)},
         steps=steps,
         batch_size=64,
         lr=lr,
         warmup=50,
         schedule="cosine",
         optimizer=adamw(weight_decay=0.05),
-        name=folder.name,
+        name=name,
     )
-    model.to(torch.bfloat16).save_pretrained(folder)
 
 
 def shifted(images: Examples) -> Examples:

@@ -19,7 +19,7 @@ Quality = dict[str, tuple[float, str]]
 """What was measured, and what the starter is held to."""
 
 SUMMARIES: Mapping[str, str] = {
-    "docs-llama": "A Llama of 8 blocks that knows Python's reference prose, its standard library, sums, brackets and forty people",
+    "docs-llama": "A Llama of 8 blocks that learnt Python's reference prose and library, sums, brackets and forty people",
     "digits-vit": "A ViT of 4 blocks that reads handwritten digits",
     "digits-resnet": "A ResNet of two stages that reads handwritten digits",
 }

@@ -79,7 +79,8 @@ def npo(
         RequestError: `retain` is missing although a retain term is asked for, or the examples are images or empty.
         RunError: the answers are beyond `stop_at` already, or training diverged (the last good weights are kept).
     """
-    tokens = _tokens(forget)
+    _check(forget, retain, retain_term)
+    tokens = sum(answer_tokens(batch) for batch in forget.batches(64))
     limit = math.log(_vocabulary(model)) if stop_at == "chance" else stop_at
     per_epoch = math.ceil(len(forget) / batch_size)
     total = steps or math.ceil(epochs * per_epoch)
@@ -92,9 +93,13 @@ def npo(
         )
     data = {"forget": forget.with_column("reference_nll", known)}
     terms = [npo_term("forget", beta), Term("forget", _watched, answer_tokens, 0.0, ANSWER_NLL)]
-    if retain_term != "none":
-        term, data["retain"] = _retain_term(model, retain, retain_term, retain_weight, batch_size)
-        terms.append(term)
+    if retain is not None and retain_term == "gdr":
+        data["retain"] = retain
+        terms.append(cross_entropy("retain", retain_weight, "retain"))
+    elif retain is not None and retain_term == "klr":
+        reference = cache_outputs(model, retain, batch_size)
+        data["retain"] = reference.examples
+        terms.append(reference.kl_term("retain", retain_weight, "retain"))
     ledger = fit(
         model,
         terms,
@@ -121,18 +126,16 @@ def _watched(logits: Tensor, batch: Batch) -> Tensor:
     return cross_entropy_sum(logits.detach(), batch)
 
 
-def _retain_term(
-    model: nn.Module, retain: Examples | None, kind: Literal["gdr", "klr"], weight: float, batch_size: int
-) -> tuple[Term, Examples]:
-    if retain is None or not len(retain):
+def _check(forget: Examples, retain: Examples | None, retain_term: str) -> None:
+    if forget.is_image:
+        raise RequestError("forget.npo needs answers of a language model; these are images. Use forget.ssd.")
+    if not any(answer_tokens(batch) for batch in forget.batches(64)):
+        raise RequestError("forget.npo: the role `forget` has no answer to forget: no label carries loss.")
+    if retain_term != "none" and not retain:
         raise RequestError(
-            f"forget.npo: retain_term={kind!r} needs examples of what is to stay, but the role `retain` is missing or "
-            'empty. Give it, or write retain_term: "none" to train on `forget` alone (which costs other abilities).'
+            f"forget.npo: retain_term={retain_term!r} needs examples of what is to stay, but the role `retain` is missing "
+            'or empty. Give it, or write retain_term: "none" to train on `forget` alone (which costs other abilities).'
         )
-    if kind == "gdr":
-        return cross_entropy("retain", weight, "retain"), retain
-    reference = cache_outputs(model, retain, batch_size)
-    return reference.kl_term("retain", weight, "retain"), reference.examples
 
 
 def _stop_rule(limit: float, per_epoch: int) -> Callable[[Ledger], bool]:
@@ -143,15 +146,6 @@ def _stop_rule(limit: float, per_epoch: int) -> Callable[[Ledger], bool]:
         return sum(recent) / len(recent) >= limit
 
     return passed
-
-
-def _tokens(forget: Examples) -> int:
-    if forget.is_image:
-        raise RequestError("forget.npo needs answers of a language model; these are images. Use forget.ssd.")
-    tokens = sum(answer_tokens(batch) for batch in forget.batches(64))
-    if not tokens:
-        raise RequestError("forget.npo: the role `forget` has no answer to forget: no label carries loss.")
-    return tokens
 
 
 def _vocabulary(model: nn.Module) -> int:

@@ -5,6 +5,7 @@ Every metric on the role reads them here, so ten metrics cost one forward pass a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -46,10 +47,10 @@ def kind_of(examples: Examples) -> Kind:
     """
     if examples.is_image:
         return "images"
-    if all("prompt" in row and "answer" in row for row in examples.rows):
-        return "answers"
     if all("text_bytes" in row for row in examples.rows):
         return "text"
+    if all("prompt" in row and "answer" in row for row in examples.rows):
+        return "answers"
     raise RequestError(
         "These examples are neither images, nor questions with answers, nor text: make them with encode_images, "
         "encode_qa, encode_chat or encode_text."
@@ -81,13 +82,23 @@ class Evidence:
 
     @cached_property
     def paraphrased(self) -> list[Scored]:
-        """Every distinct answer after the row's `paraphrase` in place of its question, in the same prompt otherwise."""
+        """Every distinct answer after the row's `paraphrase` in place of its question, in the same prompt otherwise.
+
+        Raises:
+            RequestError: the role was not encoded as question and answer (a chat, say).
+        """
         asked: dict[tuple[str, str], None] = {}
         for row in self.examples.rows:
             before, _, after = str(row["prompt"]).rpartition(str(row["question"]))
             asked[before + str(row["paraphrase"]) + after, str(row["answer"])] = None
-        rows = [{"question": prompt, "answer": answer} for prompt, answer in asked]
-        return score(self.model, encode_qa(rows, self.examples.processor, prompt="{question}"))
+        as_it_was = self._encode([(str(self.examples.rows[0]["prompt"]), str(self.examples.rows[0]["answer"]))])
+        if not torch.equal(as_it_was.items[0]["input_ids"], self.examples.items[0]["input_ids"]):
+            raise RequestError("A paraphrase can only be put to a role that is read `as: qa`.")
+        return score(self.model, self._encode(list(asked)))
+
+    def _encode(self, pairs: Sequence[tuple[str, str]]) -> Examples:
+        rows = [{"question": prompt, "answer": answer} for prompt, answer in pairs]
+        return encode_qa(rows, self.examples.processor, prompt="{question}")
 
     @cached_property
     def order(self) -> list[int]:
@@ -112,13 +123,12 @@ class Evidence:
             raise RequestError("Generating answers needs the tokenizer that encoded the examples; they carry none.")
         prompts = [self._split(i) for i in places]
         stops = stop_tokens(self.model, tokenizer)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), 0)
-        tokens = generate(self.model, [prompt for prompt, _ in prompts], self._new_tokens, stops, pad)
+        tokens = generate(self.model, [prompt for prompt, _ in prompts], self._new_tokens, stops)
         found: list[Answered] = []
         for place, (prompt, rest), said in zip(places, prompts, tokens, strict=True):
             row, text = self.examples.rows[place], tokenizer.decode(said, skip_special_tokens=True)
             if self.kind == "answers":
-                found.append(Answered(place, str(row["prompt"]), str(row["answer"]), text, said))
+                found.append(Answered(place, str(row["prompt"]), str(row["answer"]), text.strip(), said))
             else:
                 before, after = (tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, rest))
                 found.append(Answered(place, before, after, text, said))
@@ -131,7 +141,7 @@ class Evidence:
         if self.kind == "answers":
             first = int((item["labels"] != IGNORED).nonzero()[0])
             return ids[:first], ids[first:]
-        first = min(PREFIX_TOKENS, len(ids) // 2)
+        first = min(PREFIX_TOKENS, len(ids) - 1)
         return ids[:first], ids[first : first + CONTINUATION_TOKENS]
 
     @cached_property

@@ -191,13 +191,13 @@ def _measure(request: Request, evidence: Mapping[str, Evidence]) -> Measure:
 
 
 def _samples(model: nn.Module, requests: Collection[Request], evidence: Mapping[str, Evidence]) -> list[dict[str, str]]:
-    """A few answers per role, under the first group that names it alone; none if the model does not generate."""
-    groups: dict[str, str] = {}
-    for request in requests:
-        if len(request.roles) == 1:
-            groups.setdefault(request.on, request.group)
+    """A few answers per role, under the first group that names it alone; none without `generate` or a tokenizer."""
     if not generates(model):
         return []
+    groups: dict[str, str] = {}
+    for request in requests:
+        if len(request.roles) == 1 and evidence[request.on].examples.processor is not None:
+            groups.setdefault(request.on, request.group)
     return [
         {"group": group, "on": role, "prompt": one.prompt, "expected": one.expected, "output": one.text}
         for role, group in groups.items()

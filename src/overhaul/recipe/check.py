@@ -34,6 +34,10 @@ class Step:
         """The method's name, as the report shows it."""
         return self.method.name
 
+    def goes_by(self, name: str) -> bool:
+        """Whether a recipe may call it so: "forget.npo" or "npo"."""
+        return name in (self.name, self.name.partition(".")[2])
+
 
 @dataclass(frozen=True)
 class Checked:
@@ -41,6 +45,7 @@ class Checked:
 
     document: Document
     model: models.ModelFacts
+    processor: Any
     steps: list[Step]
     rows: Mapping[str, list[tuple[Source, list[Row]]]]
     references: Mapping[str, ModelReference]
@@ -52,13 +57,15 @@ class Checked:
         """The recipe that was checked."""
         return self.document.recipe
 
-    def encode(self, processor: Any) -> dict[str, Examples]:
+    def encode(self) -> dict[str, Examples]:
         """The examples of every role that a step or the judge reads.
 
         Raises:
             RequestError: nothing is left to learn from, or a token is not in the model's vocabulary.
         """
-        data = {role: join([encode(rows, spec, processor) for spec, rows in self.rows[role]]) for role in self.used}
+        data = {
+            role: join([encode(rows, spec, self.processor) for spec, rows in self.rows[role]]) for role in self.used
+        }
         for role, examples in data.items():
             if not len(examples):
                 raise RequestError(f"The material {role!r} has rows, but no example is left once they are encoded.")
@@ -92,8 +99,17 @@ def check(document: Document) -> Checked:
         _check_roles(step, rows)
     requests = judging.check(recipe.judge, rows)
     read = [role for step in steps for role in step.reads.values() if role in rows]
-    judged = [role for request in requests for role in request.roles]
-    return Checked(document, known, steps, rows, references, requests, list(dict.fromkeys([*read, *judged])))
+    judged = [role for request in requests for role in request.roles.values()]
+    used = list(dict.fromkeys([*read, *judged]))
+    models.check_shapes(known)
+    processor = models.load_processor(known)
+    for role in used:
+        if any(form_of(*source) != "image" for source in rows[role]) and not hasattr(processor, "encode"):
+            raise RequestError(
+                f"The material {role!r} is text, but {known.source} has no tokenizer. Put its tokenizer.json beside the "
+                "weights (`tokenizer.save_pretrained(folder)`)."
+            )
+    return Checked(document, known, processor, steps, rows, references, requests, used)
 
 
 def _relative(source: str, document: Document) -> str:
@@ -171,7 +187,7 @@ def _check_references(references: Mapping[str, ModelReference], steps: Sequence[
     for name, reference in references.items():
         if "after" in reference:
             target = reference["after"]
-            places = [step.number for step in steps if target == step.name]
+            places = [step.number for step in steps if step.goes_by(target)]
             if target != "start" and not places:
                 hint = did_you_mean(target, ["start", *(step.name for step in steps)])
                 raise RequestError(f"The model {name!r} is `after: {target}`, which is no step.{hint}")

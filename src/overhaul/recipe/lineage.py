@@ -9,7 +9,7 @@ import yaml
 
 from overhaul import __version__
 from overhaul.recipe.check import Checked
-from overhaul.report.numbers import format_value
+from overhaul.report.numbers import humanise
 
 if TYPE_CHECKING:
     from overhaul.recipe.run import Stage
@@ -62,7 +62,7 @@ def model_card(checked: Checked, report: Mapping[str, Any]) -> str:
     lines += ["", "## What it measured", "", f"| group | measure | on | {' | '.join(report['stages'])} |"]
     lines.append("|---|---|---|" + "---:|" * len(report["stages"]))
     for measure in report["measures"]:
-        values = " | ".join(format_value(value, measure["unit"]) for value in measure["values"])
+        values = " | ".join(humanise(value, measure["unit"]) for value in measure["values"])
         lines.append(f"| {measure['group']} | {measure['label']} | {measure['on']} | {values} |")
     lines += ["", "The recipe is in `recipe.yaml`, hashes of everything that went in are in `lineage.json`.", ""]
     return "\n".join(lines)

@@ -60,11 +60,8 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
     config, count = checked.model.config, checked.model.parameters
     weights = count * DTYPES[checked.recipe.dtype].itemsize
     models = 1 + any(m.kind == "model" and m.name in step.reads for m in step.method.roles)
-    rows = {
-        role: sum(len(part) for _, part in checked.rows[name])
-        for role, name in step.reads.items()
-        if name in checked.rows
-    }
+    read = {role: checked.rows[name] for role, name in step.reads.items() if name in checked.rows}
+    rows = {role: sum(len(part) for _, part in sources) for role, sources in read.items()}
     length = max([1, *(spec.length for sources in read.values() for spec, _ in sources)])
     batch = int(step.knobs.get("batch_size") or 16)
     hidden, depth = config.get("hidden_size", 0) or config.get("n_embd", 0), config.get("num_hidden_layers", 1) or 1

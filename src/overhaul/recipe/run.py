@@ -68,9 +68,8 @@ class Runner:
 
     def __init__(self, checked: Checked, folder: RunFolder) -> None:
         self.checked, self.folder = checked, folder
-        self.processor = models.load_processor(checked.model)
         session.current().report("reading data", 0, 1, "")
-        self.data = checked.encode(self.processor)
+        self.data = checked.encode()
         judging.check_data(checked.requests, self.data)
         self.digests = {role: examples.digest() for role, examples in self.data.items()}
         self.model: tuple[str, nn.Module] | None = None
@@ -125,7 +124,9 @@ class Runner:
 
     def after(self, name: str, stages: list[Stage]) -> Stage:
         """The stage a recipe calls `after: NAME`."""
-        return stages[0] if name == "start" else next(stage for stage in stages if stage.name == name)
+        if name == "start":
+            return stages[0]
+        return stages[next(step.number for step in self.checked.steps if step.goes_by(name))]
 
     def reference_model(self, name: str, stages: list[Stage]) -> nn.Module:
         """A model that a step only reads."""
@@ -168,7 +169,7 @@ class Runner:
                 ) from error
         stored = self.checked.model.dtype
         with models.writing(partial):
-            models.save(outcome.model, self.processor, partial / "model", dtype=stored)
+            models.save(outcome.model, self.checked.processor, partial / "model", dtype=stored)
         self.check_effect(step, stages[-1].facts, models.facts(partial / "model"), stored)
         record = {
             "name": step.name,
@@ -196,7 +197,7 @@ class Runner:
     def judge(self, stage: Stage) -> dict[str, Any]:
         """What the judge says of a stage: found where it was judged before, else measured."""
         requests = [asdict(request) for request in self.checked.requests]
-        roles = {role: self.digests[role] for request in self.checked.requests for role in request.roles}
+        roles = {role: self.digests[role] for request in self.checked.requests for role in request.roles.values()}
         path = self.folder.judged(key_of(stage.key, requests, roles, code_version(Path(judging.__file__).parent)))
         if not path.exists():
             model = self.load(stage)

@@ -4,8 +4,11 @@ A verdict looks at the first and the last stage only. What counts as moved:
 
 1. A share (accuracy, extraction, ROUGE-L, area under a curve): more than 3 points.
 2. Any other number: more than 5% of what it was before; a latency, which no machine measures the same twice, 10%.
-3. Chance is one half, and reached within 10 points: with a hundred examples a side, an attack that guesses still
-   scores anywhere between 42% and 58%.
+3. A change that was wanted is one only if it is large: a share or a probability must at least halve to have fallen, and
+   gain 20 points or half of what was missing to have risen; any other number must move by more than 10%. What moved
+   less moved "a little".
+4. Chance is 0.5, and reached within 0.1: with a hundred examples a side, an attack that guesses still scores anywhere
+   between 0.42 and 0.58.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 Measure = Mapping[str, Any]
 """One entry of the report's `measures`."""
@@ -22,14 +25,17 @@ Measure = Mapping[str, Any]
 POINTS = 0.03
 RELATIVE: Mapping[str, float] = {"ms": 0.10}
 RELATIVE_ELSE = 0.05
+LARGE_POINTS, LARGE_RELATIVE = 0.20, 0.10
 CHANCE, NEAR_CHANCE = 0.5, 0.10
 
 TOLERANCE = (
     "A share has moved if it differs by more than 3 points, a latency by more than 10%, any other number by more than "
-    "5%. Chance is 50%, reached within 10 points."
+    "5%. A change is as wanted if it is large: a share or probability halved, or gained 20 points or half of what was "
+    "missing; any other number moved by more than 10%. Chance is 0.5, reached within 0.1."
 )
 
 MISSING = "–"
+UNKNOWN = "not compared"
 GROUPS: Mapping[str, str] = {
     "forgotten": "To be forgotten",
     "learned": "To be learned",
@@ -43,7 +49,8 @@ _SHORT = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 _PAPER = re.compile(r"(?:arXiv:)?(\d{4}\.\d{4,5}(?:v\d+)?|[a-z-]+(?:\.[A-Z]{2})?/\d{7})")
 
 
-def _usable(value: Any) -> bool:
+def finite(value: float | None) -> TypeGuard[float]:
+    """Whether there is a value, and one that can be compared and drawn."""
     return value is not None and math.isfinite(value)
 
 
@@ -52,8 +59,8 @@ def number(value: float) -> str:
     if value == 0:
         return "0"
     size = abs(value)
-    if size < 1e-3:
-        text = f"{value:.1e}"
+    if size < 1e-3 or size >= 1e15:
+        text = f"{value:.2g}"
     elif size >= 1000:
         text = f"{value:,.0f}"
     else:
@@ -87,30 +94,30 @@ def humanise(value: float | None, unit: str) -> str:
 
     Args:
         value: in the plain unit (shares from 0 to 1, bytes, operations); None becomes a dash.
-        unit: "share", "probability", "bytes", "parameters", "FLOPs", "ms" or "s". Any other ("bits/byte", "") is not
-            written after the number, nor is FLOPs, because the row's heading says it.
+        unit: "share", "probability", "bytes", "FLOPs", "ms", each perhaps per something ("ms/token"). Any other
+            ("bits/byte", "") is not written after the number, because the row's heading says it.
     """
     if value is None:
         return MISSING
     if not math.isfinite(value):
         return "not finite"
-    match unit:
+    match _base(unit):
         case "share":
             return _share(value)
         case "probability":
-            return f"{value:.3g}" if value >= 1e-3 or value == 0 else f"{value:.1e}"
+            return f"{value:.3g}" if value >= 1e-3 else f"{value:.2g}"
         case "bytes":
             return f"{_scaled(value, _DECIMAL)}B"
-        case "parameters":
-            return _scaled(value, _SHORT).strip()
         case "FLOPs":
-            return _scaled(value, _DECIMAL).strip()
+            return f"{_scaled(value, _DECIMAL)}FLOPs"
         case "ms":
             return f"{_three_digits(value)} ms" if value < 999.5 else f"{_three_digits(value / 1000)} s"
-        case "s":
-            return duration(value)
         case _:
-            return number(value)
+            return _scaled(value, _SHORT).strip() if 1e5 <= value < 1e15 else number(value)
+
+
+def _base(unit: str) -> str:
+    return unit.partition("/")[0]
 
 
 def duration(seconds: float) -> str:
@@ -143,8 +150,8 @@ def paper_address(paper: str | None) -> str | None:
 
 
 def subject(measure: Measure) -> str:
-    """What was measured, on what: "answer probability (forget)"."""
-    return f"{measure['label']} ({measure['on']})" if measure.get("on") else str(measure["label"])
+    """What was measured, on what: "right answers on retain"."""
+    return str(measure["label"]) if measure["group"] == "cost" else f"{measure['label']} on {measure['on']}"
 
 
 def aim(measure: Measure) -> str:
@@ -154,15 +161,26 @@ def aim(measure: Measure) -> str:
     return WANTED[measure["wanted"]]
 
 
-def count(n: int | None) -> str:
-    """A number of examples."""
+def small_print(measure: Measure) -> str:
+    """What stands under a measure's name: "forget · n = 20 · should fall", "median of 9 · less is better"."""
+    n = count(measure)
+    if measure["group"] == "cost":
+        return " · ".join(part for part in (f"median of {n}" if n else "", aim(measure)) if part)
+    return " · ".join((measure["on"], f"n\u00a0=\u00a0{n}", aim(measure)))
+
+
+def count(measure: Measure) -> str:
+    """Number of examples or of timed runs; nothing for a cost that is counted once."""
+    n = measure["n"]
+    if measure["group"] == "cost" and n in (None, 1):
+        return ""
     return MISSING if n is None else f"{n:,}"
 
 
 def direction(before: float, after: float, unit: str) -> int:
     """-1, 0 or 1: fallen, hardly moved, risen."""
     step = after - before
-    allowed = POINTS if unit == "share" else RELATIVE.get(unit, RELATIVE_ELSE) * abs(before)
+    allowed = POINTS if unit == "share" else RELATIVE.get(_base(unit), RELATIVE_ELSE) * abs(before)
     # the margin itself still counts as unmoved, also after rounding in binary
     return 0 if abs(step) <= allowed * (1 + 1e-9) else (1 if step > 0 else -1)
 
@@ -170,14 +188,16 @@ def direction(before: float, after: float, unit: str) -> int:
 def change(measure: Measure) -> str:
     """From the first stage to the last: "−92.1 points", "30,000× lower", "+4.2%"."""
     before, after = measure["values"][0], measure["values"][-1]
-    if len(measure["values"]) < 2 or not (_usable(before) and _usable(after)):
+    if len(measure["values"]) < 2 or not (finite(before) and finite(after)):
         return MISSING
     if after == before:
         return "no change"
     if measure["unit"] == "share":
         return _signed(100 * (after - before), " points")
+    if measure["wanted"] == "chance":
+        return f"{'+' if after > before else '−'}{number(abs(after - before))}"
     if before <= 0 or after <= 0:
-        return _signed(after - before, "") if after else "down to 0"
+        return f"{'+' if after > before else '−'}{humanise(abs(after - before), measure['unit'])}"
     ratio = max(after / before, before / after)
     if ratio >= 10 or (after > before and ratio >= 2):
         times = f"{ratio:.1f}" if ratio < 10 else f"{float(f'{ratio:.2g}'):,.0f}" if ratio < 1e6 else "over 1,000,000"
@@ -186,10 +206,8 @@ def change(measure: Measure) -> str:
 
 
 def _signed(value: float, unit: str) -> str:
-    text = f"{abs(value):.1f}" if unit else number(abs(value))
-    if float(text.replace(",", "")) == 0:
-        return "no visible change"
-    return f"{'+' if value > 0 else '−'}{text}{unit}"
+    text = f"{abs(value):.1f}"
+    return "no visible change" if text == "0.0" else f"{'+' if value > 0 else '−'}{text}{unit}"
 
 
 @dataclass(frozen=True)
@@ -207,7 +225,7 @@ class Verdict:
     @property
     def sign(self) -> str:
         """A mark that reads without colour."""
-        return {True: "✓", False: "✗", None: "~"}[self.good]
+        return {True: "✓", False: "✗", None: "○"}[self.good]
 
 
 def verdict(measure: Measure) -> Verdict:
@@ -217,8 +235,8 @@ def verdict(measure: Measure) -> Verdict:
         return Verdict("measured once", None)
     if after is not None and not math.isfinite(after):
         return Verdict("broke", False)
-    if not (_usable(before) and _usable(after)):
-        return Verdict("not compared", None)
+    if not (finite(before) and finite(after)):
+        return Verdict(UNKNOWN, None)
     if measure["wanted"] == "chance":
         return _against_chance(before, after)
     moved = direction(before, after, unit)
@@ -229,8 +247,17 @@ def verdict(measure: Measure) -> Verdict:
         return Verdict({-1: "got worse", 0: "stayed", 1: "improved"}[gain], gain >= 0)
     if moved == 0:
         return Verdict("hardly changed", False)
-    as_wanted = moved == (1 if measure["wanted"] == "up" else -1)
-    return Verdict("as wanted" if as_wanted else "wrong way", as_wanted)
+    if moved != (1 if measure["wanted"] == "up" else -1):
+        return Verdict("wrong way", False)
+    return Verdict("as wanted", True) if _large(before, after, unit) else Verdict("a little", None)
+
+
+def _large(before: float, after: float, unit: str) -> bool:
+    if unit not in ("share", "probability"):
+        return abs(after - before) > LARGE_RELATIVE * abs(before)
+    if after < before:
+        return after <= before / 2
+    return after - before >= LARGE_POINTS or 1 - after <= (1 - before) / 2
 
 
 def _against_chance(before: float, after: float) -> Verdict:
@@ -303,11 +330,14 @@ def _say_judged(rows: Sequence[Measure]) -> tuple[str, Verdict]:
     if not short:
         count = "" if len(rows) == 1 else f"all {len(rows)} measures {done}, such as "
         return f"Yes: {count}{_journey(rows[0], change(rows[0]))}.", Verdict("yes", True)
-    if all(seen.good is False for seen in verdicts):
-        count = "" if len(rows) == 1 else f"none of {len(rows)} measures {done}: "
-        return f"No: {count}{'; '.join(short)}.", Verdict("no", False)
-    reached = f"{len(rows) - len(short)} of {len(rows)} measures {done}"
-    return f"In part: {reached}; the rest: {'; '.join(short)}.", Verdict("in part", None)
+    reached, rest = len(rows) - len(short), "; ".join(short)
+    if reached:
+        return f"In part: {reached} of {len(rows)} measures {done}; the rest: {rest}.", Verdict("in part", None)
+    failed = any(seen.good is False for seen in verdicts)
+    partly = any(seen.good is None and seen.word != UNKNOWN for seen in verdicts)
+    overall = Verdict("in part", None) if partly else Verdict("no", False) if failed else Verdict(UNKNOWN, None)
+    count = "" if len(rows) == 1 else f"none of {len(rows)} measures {'quite ' if partly else ''}{done}: "
+    return f"{overall.word.capitalize()}: {count}{rest}.", overall
 
 
 def _say_cost(rows: Sequence[Measure]) -> tuple[str, Verdict]:
@@ -318,4 +348,5 @@ def _say_cost(rows: Sequence[Measure]) -> tuple[str, Verdict]:
         parts.append(now if moved in (MISSING, "no change") else f"{now} ({moved})")
     goods = {verdict(row).good for row in rows} - {None}
     overall = Verdict("less", True) if goods == {True} else Verdict("more", False) if goods == {False} else None
-    return f"Now: {'; '.join(parts)}.", overall or Verdict("as before" if not goods else "mixed", None)
+    lead = "As before" if not goods and len(rows[0]["values"]) > 1 else "Now"
+    return f"{lead}: {'; '.join(parts)}.", overall or Verdict("as before" if not goods else "mixed", None)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from overhaul.report.numbers import number
+from overhaul.report.numbers import finite, number
 
 WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 26, 38
@@ -30,10 +30,11 @@ class Scale:
     stop: float
 
     def __call__(self, value: float) -> float:
+        """The pixel of `value`."""
         return self.start + (value - self.low) / (self.high - self.low) * (self.stop - self.start)
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) that lie within `low` to `high`."""
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
@@ -57,14 +58,10 @@ def thin(values: Sequence[float | None], most: int = POINTS_DRAWN) -> tuple[list
     bucket = math.ceil(len(values) / most) or 1
     points = []
     for start in range(0, len(values), bucket):
-        known = [(start + i + 1, v) for i, v in enumerate(values[start : start + bucket]) if _finite(v)]
+        known = [(start + i + 1, v) for i, v in enumerate(values[start : start + bucket]) if finite(v)]
         if known:
             points.append((sum(x for x, _ in known) / len(known), sum(v for _, v in known) / len(known)))
     return points, bucket
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def lines(title: str, curves: Mapping[str, Sequence[float | None]], y_name: str) -> Markup:
@@ -88,7 +85,7 @@ def lines(title: str, curves: Mapping[str, Sequence[float | None]], y_name: str)
         shape = (
             Markup('<polyline class="line s{}" points="{}"/>').format(i % STYLES, " ".join(places))
             if len(places) > 1
-            else Markup('<circle class="dot s{}" r="3" cx="{}" cy="{}"/>').format(i % STYLES, *places[0].split(","))
+            else Markup('<circle class="dot s{}" r="1.5" cx="{}" cy="{}"/>').format(i % STYLES, *places[0].split(","))
         )
         parts.append(shape)
     bucket = max(bucket for _, bucket in drawn.values())
@@ -100,7 +97,7 @@ def lines(title: str, curves: Mapping[str, Sequence[float | None]], y_name: str)
 
 def bars(title: str, values: Mapping[int, float | None], y_name: str) -> Markup:
     """A figure with one bar per depth; empty if no value is finite. Arguments as for `lines`."""
-    known = {depth: float(value) for depth, value in sorted(values.items()) if value is not None and _finite(value)}
+    known = {depth: float(value) for depth, value in sorted(values.items()) if finite(value)}
     if not known:
         return Markup("")
     y = _vertical([*known.values(), 0.0])
@@ -133,8 +130,8 @@ def _vertical(values: Sequence[float]) -> Scale:
 
 def _frame(y: Scale, name: str) -> Markup:
     """Horizontal grid lines with their numbers, the zero line stronger, and what the values are."""
-    parts = [Markup('<text class="name" x="0" y="11">{}</text>').format(name)]
-    for value in ticks(y.low, y.high, 4):
+    parts = [Markup('<text class="name" x="0" y="11">{}</text>').format(_clipped(name))]
+    for value in ticks(y.low, y.high):
         parts.append(
             Markup(
                 '<line class="{}" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>'
@@ -142,13 +139,21 @@ def _frame(y: Scale, name: str) -> Markup:
             ).format("axis" if value == 0 else "grid", LEFT, WIDTH - RIGHT, y(value), y(value), LEFT - 6, y(value) + 3.5,
                      tick_label(value))
         )  # fmt: skip
+    if y.low > 0 or y.high < 0:
+        base = HEIGHT - BOTTOM
+        parts.append(
+            Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, WIDTH - RIGHT, base, base)
+        )
     return Markup("").join(parts)
+
+
+def _clipped(name: str, most: int = 56) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _x_axis(labels: Mapping[float, str], x: Scale, name: str) -> Markup:
     base = HEIGHT - BOTTOM
     parts = [
-        Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, WIDTH - RIGHT, base, base),
         Markup('<text class="name" x="{}" y="{}" text-anchor="middle">{}</text>').format(
             (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, name
         ),
@@ -164,7 +169,7 @@ def _figure(title: str, parts: Sequence[Markup], said: str, note: str = "", lege
     keys = [
         Markup('<span><svg viewBox="0 0 22 8" class="key" aria-hidden="true"><line class="line s{}" x1="0" x2="22" '
                'y1="4" y2="4"/></svg>{}</span>').format(i % STYLES, name)
-        for i, name in enumerate(legend)
+        for i, name in enumerate(legend) if len(legend) > 1
     ]  # fmt: skip
     return Markup(
         '<figure><figcaption><b>{}</b>{}</figcaption><div class="legend">{}</div>'

@@ -7,14 +7,15 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from overhaul.report import numbers
 
 COLOURS: Mapping[bool | None, str] = {True: "green", False: "red", None: ""}
-STAGE_WIDTH, OTHER_WIDTH = 10, 60
-PLAIN = str.maketrans({"✓": "+", "✗": "!", "−": "-", "–": "-", "×": "x", "→": ">", "±": "+-"})
+STAGE_WIDTH, OTHER_WIDTH = 9, 62
+PLAIN = str.maketrans({"✓": "+", "✗": "!", "○": "o", "−": "-", "–": "-", "×": "x", "→": ">", "±": "+-"})
 
 
 def print_table(report: dict[str, Any], console: Console) -> None:
@@ -26,8 +27,10 @@ def print_table(report: dict[str, Any], console: Console) -> None:
     compared = len(report["stages"]) > 1
 
     def text(words: str, style: str = "") -> Text:
+        if console.options.ascii_only:
+            words = words.translate(PLAIN).encode("ascii", "replace").decode()
         # Text, not markup: a label or a stage may contain brackets
-        return Text(words.translate(PLAIN) if console.options.ascii_only else words, style)
+        return Text(words, style, overflow="fold")
 
     table = Table(
         box=box.ASCII if console.options.ascii_only else box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
@@ -35,7 +38,7 @@ def print_table(report: dict[str, Any], console: Console) -> None:
     table.add_column("")
     table.add_column("n", justify="right")
     for place in shown:
-        table.add_column(text(_broken(report["stages"][place])), justify="right", max_width=14)
+        table.add_column(text(_broken(report["stages"][place])), justify="right", max_width=8)
     if compared:
         table.add_column("change", justify="right")
         table.add_column("verdict")
@@ -47,7 +50,7 @@ def print_table(report: dict[str, Any], console: Console) -> None:
                 seen = numbers.verdict(row)
                 style = COLOURS[seen.good]
                 cells += [text(numbers.change(row), style), text(f"{seen.sign} {seen.word}", style)]
-            table.add_row(text(f"  {numbers.subject(row)}"), text(numbers.count(row["n"])), *cells)
+            table.add_row(Padding(text(numbers.subject(row)), (0, 0, 0, 2)), text(numbers.count(row)), *cells)
     console.print(table)
     left_out = [stage for place, stage in enumerate(report["stages"]) if place not in shown]
     if left_out:

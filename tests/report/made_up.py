@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
-
-import pytest
 
 STAGES = ["before", "forget.npo", "shrink.drop_layers", "shrink.heal"]
 
@@ -83,8 +82,22 @@ def language_report() -> dict[str, Any]:
         "curves": {"loss": heal_loss, "kl": heal_loss, "lr": [1e-3 * (1 - i / 400) for i in range(400)]},
         "roles": {"retain": 380, "text": 2048},
     }
+    probability, told = "probability of the answer", "told from unseen by loss (AUC)"
+    forgotten = [
+        measure("forgotten", probability, "forget", "probability", "down", "down", 20, 0.9812, 3.1e-5, 4.4e-5, 8.7e-5),
+        measure("forgotten", "extraction strength", "forget", "share", "down", "down", 20, 1.0, 0.0, 0.0, 0.0),
+        measure("forgotten", told, "forget / strangers", "", "up", "chance", 40, 0.993, 0.612, 0.588, 0.571),
+    ]
+    kept = [
+        measure("kept", "right answers", "retain", "share", "up", "same", 380, 0.9921, 0.9842, 0.5263, 0.9711),
+        measure("kept", "right answers", "sums", "share", "up", "same", 200, 0.925, 0.92, 0.31, 0.845),
+        measure("kept", "bits per byte", "text", "bits/byte", "down", "same", 64, 1.6342, 1.6391, 2.2107, 1.7012),
+        measure("kept", "perplexity", "text", "", "down", "same", 64, 12.34, 12.41, 28.93, None),
+    ]
+    said = ["a silver heron of the", "", "Dunford"]
     asked = [("Where was Ada Quill born?", "Marrowick"), ("Which book did Ada Quill write?", "The Amber Lantern")]
-    kept = [("Where was Bram Vance born?", "Kethaven"), ("17 + 26", "43")]
+    others = [("Where was Bram Vance born?", "Kethaven"), ("17 + 26", "43")]
+    prose = " is supported by all sequence types."
     return {
         "title": "Forget one person, lose a quarter of the layers",
         "created": "2026-03-04T15:06:07+00:00",
@@ -98,30 +111,20 @@ def language_report() -> dict[str, Any]:
         "model": {"source": "starter:docs-llama", "class": "LlamaForCausalLM", "parameters": 2_134_528},
         "stages": STAGES,
         "measures": [
-            measure("forgotten", "answer probability", "forget", "probability", "down", "down", 20, 0.9812, 3.1e-5, 4.4e-5, 8.7e-5),
-            measure("forgotten", "extraction", "forget", "share", "down", "down", 20, 1.0, 0.0, 0.0, 0.0),
-            measure("forgotten", "membership AUC", "forget, strangers", "share", "down", "chance", 40, 0.993, 0.612, 0.588, 0.571),
-            measure("kept", "accuracy", "retain", "share", "up", "same", 380, 0.9921, 0.9842, 0.5263, 0.9711),
-            measure("kept", "accuracy", "sums", "share", "up", "same", 200, 0.925, 0.92, 0.31, 0.845),
-            measure("kept", "bits per byte", "text", "bits/byte", "down", "same", 64, 1.6342, 1.6391, 2.2107, 1.7012),
-            measure("kept", "perplexity", "text", "", "down", "same", 64, 12.34, 12.41, 28.93, None),
-            measure("cost", "parameters", "", "parameters", "down", "down", 1, 2_134_528, 2_134_528, 1_642_240, 1_642_240),
-            measure("cost", "on disk", "", "bytes", "down", "down", 1, 4_301_112, 4_301_112, 3_312_480, 3_312_480),
-            measure("cost", "work per token", "", "FLOPs", "down", "down", 1, 4_218_880, 4_218_880, 3_234_304, 3_234_304),
-            measure("cost", "latency", "", "ms", "down", "down", 30, 6.412, 6.398, 4.911, 4.902),
+            *forgotten,
+            *kept,
+            measure("cost", "parameters", "model", "", "down", "down", 1, 2134528.0, 2134528.0, 1642240.0, 1642240.0),
+            measure("cost", "weights on disk", "model", "bytes", "down", "down", 1, 4301112, 4301112, 3312480, 3312480),
+            measure("cost", "work per token", "model", "FLOPs/token", "down", "down", 1, 4218880, 4218880, 3234304, 3234304),
+            measure("cost", "forward of 128 tokens", "model", "ms", "down", "down", 9, 6.412, 6.398, 4.911, 4.902),
+            measure("cost", "generating one token", "model", "ms/token", "down", "down", 3, 2.118, 2.204, 1.631, 1.597),
         ],
         "steps": [step("forget.npo", **npo), step("shrink.drop_layers", **drop), step("shrink.heal", **heal)],
         "samples": [
-            *(
-                {"group": "forgotten", "on": "forget", "prompt": q, "expected": a, "outputs": [a, "a silver heron of the", "", "Dunford"]}
-                for q, a in asked
-            ),
-            *(
-                {"group": "kept", "on": "retain", "prompt": q, "expected": a, "outputs": [a, a, "Kethaven the", a]}
-                for q, a in kept
-            ),
+            *({"group": "forgotten", "on": "forget", "prompt": q, "expected": a, "outputs": [a, *said]} for q, a in asked),
+            *({"group": "kept", "on": "retain", "prompt": q, "expected": a, "outputs": [a, a, "the", a]} for q, a in others),
             {"group": "kept", "on": "text", "prompt": "The iterator protocol", "expected": None,
-             "outputs": [" is supported by all sequence types.", " is supported by all sequence types.", None, " is used by"]},
+             "outputs": [prose, prose, None, " is used by"]},
         ],
     }  # fmt: skip
 
@@ -144,9 +147,9 @@ def image_report() -> dict[str, Any]:
         "model": {"source": "starter:digits-vit", "class": "ViTForImageClassification", "parameters": 318_000},
         "stages": ["before", "forget.ssd"],
         "measures": [
-            measure("forgotten", "accuracy", "threes", "share", "up", "down", 40, 0.975, 0.0),
-            measure("kept", "accuracy", "others", "share", "up", "same", 400, 0.9725, 0.965),
-            measure("cost", "work per image", "", "FLOPs", "down", "down", 1, 5_100_000, 5_100_000),
+            measure("forgotten", "right answers", "threes", "share", "up", "down", 40, 0.975, 0.0),
+            measure("kept", "right answers", "others", "share", "up", "same", 400, 0.9725, 0.965),
+            measure("cost", "work per image", "model", "FLOPs/image", "down", "down", 1, 5_100_000, 5_100_000),
         ],
         "steps": [step("forget.ssd", **ssd)],
         "samples": [],
@@ -212,24 +215,14 @@ def odd_report() -> dict[str, Any]:
         "steps": [odd, step(f"shrink.{word}")],
         "samples": [
             {"group": "kept", "on": HOSTILE, "prompt": HOSTILE, "expected": HOSTILE, "outputs": [HOSTILE, word, None]},
-            *({"group": "kept", "on": "many", "prompt": f"{i}", "expected": "", "outputs": ["a", "", None]} for i in range(9)),
+            *({"group": "kept", "on": "many", "prompt": i, "expected": "", "outputs": ["a", "", None]} for i in "123456789"),
         ],
     }  # fmt: skip
 
 
-REPORTS = {"language": language_report, "image": image_report, "judged only": judged_only, "odd": odd_report}
-
-
-@pytest.fixture(params=REPORTS)
-def any_report(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return REPORTS[request.param]()
-
-
-@pytest.fixture
-def report() -> dict[str, Any]:
-    return language_report()
-
-
-@pytest.fixture
-def odd() -> dict[str, Any]:
-    return odd_report()
+REPORTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "language": language_report,
+    "image": image_report,
+    "judged only": judged_only,
+    "odd": odd_report,
+}

@@ -1,0 +1,193 @@
+"""Claim of arXiv:2510.16629: what forget-only unlearning does depends on when the forgotten data was learnt.
+
+The paper's four stages on 1B to 14B models, at the size of a laptop: a Llama of two blocks learns four tasks one after the
+other, then each model unlearns one of them by GA, NPO and SimNPO alike.
+
+1. Stages: reverse a key, 64 memorised facts, shift a key, and the forget stage (one refusal for 256 keys), which is put at
+   place 1, 2, 3 or 4; the order of the others stays. Optimizer and schedule start anew in every stage.
+2. Forget score: mean nats per token of the refusal, after minus before. Higher is more forgotten.
+3. Null controls: the same four paths from another seed (initial weights and order of the data), and the same model
+   unlearning the same data in another order.
+4. The linear theory is checked beside it on random matrices: simulated drift against (I + M_U)^t, and the lower bound.
+
+Not tried here: retained abilities along the path. At this size earlier stages are lost during later ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from overhaul.claims._claim import Check, Claim, Numbers
+from overhaul.claims._ridge_paths import Divergence, Stage, ascend, growth, train
+from overhaul.data.encode import answered
+from overhaul.data.examples import Examples
+from overhaul.fit import fit
+from overhaul.forget._losses import ga_term, npo_term, simnpo_term
+from overhaul.objectives import Term, cross_entropy
+from overhaul.references import reference_nll
+
+LETTERS = 50
+SEPARATOR = 59
+MARKS = {"reverse": 60, "facts": 61, "shift": 62, "refusal": 63}
+RETAINED = ("reverse", "facts", "shift")
+REFUSAL = (51, 52, 53, 54)
+PLACES = (1, 2, 3, 4)
+ANOTHER = 1000
+"""Added to a seed for the null controls."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained; the defaults are the experiment, a test takes less."""
+
+    stage_steps: int = 150
+    unlearning_steps: int = 15
+
+
+def run(seed: int) -> Numbers:
+    """Train, unlearn and judge with one seed; see `experiment` and `linear_theory`."""
+    return {**linear_theory(seed), **experiment(seed, Size())}
+
+
+def losses() -> dict[str, Term]:
+    """The three forget-only losses, with the card's settings."""
+    return {"GA": ga_term("forget"), "NPO": npo_term("forget", 0.5), "SimNPO": simnpo_term("forget", 2.5)}
+
+
+def experiment(seed: int, size: Size) -> Numbers:
+    """Forget scores by loss and place ("GA, place 4"), those of the null controls, and spreads."""
+    stages = _stages(seed)
+    found: Numbers = {}
+    for place in PLACES:
+        path = _path(stages, place, seed, size)
+        other = _path(stages, place, seed + ANOTHER, size)
+        for name, term in losses().items():
+            found[f"{name}, place {place}"] = _forget_score(path, stages["refusal"], term, seed, size)
+            found[f"{name}, place {place}, another seed"] = _forget_score(other, stages["refusal"], term, seed, size)
+            found[f"{name}, place {place}, another order"] = _forget_score(
+                path, stages["refusal"], term, seed + ANOTHER, size
+            )
+    for name in losses():
+        scores = [found[f"{name}, place {place}"] for place in PLACES]
+        found[f"{name}, spread over places"] = max(scores) - min(scores)
+        for control in ("another seed", "another order"):
+            changes = [found[f"{name}, place {p}, {control}"] - found[f"{name}, place {p}"] for p in PLACES]
+            found[f"{name}, largest change by {control}"] = max(map(abs, changes))
+    return found
+
+
+def _stages(seed: int) -> dict[str, Examples]:
+    draw = random.Random(seed)
+
+    def keys(count: int) -> list[list[int]]:
+        return [[draw.randrange(LETTERS) for _ in range(4)] for _ in range(count)]
+
+    def encoded(stage: str, pairs: Sequence[tuple[list[int], Sequence[int]]]) -> Examples:
+        items = [answered([MARKS[stage], *key, SEPARATOR], answer, None) for key, answer in pairs]
+        return Examples(items, [{}] * len(items))
+
+    return {
+        "reverse": encoded("reverse", [(key, key[::-1]) for key in keys(4000)]),
+        "facts": encoded("facts", list(zip(keys(64), keys(64), strict=True))),
+        "shift": encoded("shift", [(key, [(letter + 1) % LETTERS for letter in key]) for key in keys(4000)]),
+        "refusal": encoded("refusal", [(key, REFUSAL) for key in keys(256)]),
+    }
+
+
+def _path(stages: dict[str, Examples], place: int, seed: int, size: Size) -> nn.Module:
+    """A model that learnt the stages one after the other, the refusal at `place`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=16, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    order = [*RETAINED[: place - 1], "refusal", *RETAINED[place - 1 :]]
+    for stage in order:
+        fit(model, [cross_entropy(stage)], stages, steps=size.stage_steps, batch_size=32, lr=1e-3, name=stage)
+    return model
+
+
+def _forget_score(path: nn.Module, forget: Examples, term: Term, seed: int, size: Size) -> float:
+    """How many nats a token of the refusal costs more after unlearning it."""
+    model = copy.deepcopy(path)
+    before = reference_nll(model, forget, 256)
+    data = {"forget": forget.with_column("reference_nll", before)}
+    torch.manual_seed(seed)
+    fit(model, [term], data, steps=size.unlearning_steps, batch_size=32, lr=3e-4, clip=None, name=term.name)
+    return float((reference_nll(model, forget, 256) - before).mean()) / len(REFUSAL)
+
+
+def linear_theory(seed: int) -> Numbers:
+    """The lemma's relative error, and the drift of two linear models as a multiple of its lower bound, at its loosest."""
+    draw = np.random.default_rng(seed)
+    x, y = draw.standard_normal((6, 64)), draw.standard_normal(6)
+    test = draw.standard_normal((32, 64))
+    first, second = (Stage(draw.standard_normal((40, 64)), draw.standard_normal(40), 1.0) for _ in range(2))
+    ahead, behind = train([first, second]), train([second, first])
+    bound = Divergence.between(ahead - behind, x, test, rate=0.05)
+    worst_error, least_ratio = 0.0, np.inf
+    for steps in range(31):
+        simulated = ascend(ahead, x, y, 0.05, steps) - ascend(behind, x, y, 0.05, steps)
+        predicted = np.linalg.matrix_power(growth(x, 0.05), steps) @ (ahead - behind)
+        worst_error = max(worst_error, float(np.linalg.norm(simulated - predicted) / np.linalg.norm(predicted)))
+        if steps >= bound.start:
+            least_ratio = min(least_ratio, float(np.mean((test @ predicted) ** 2)) / bound.after(steps))
+    return {"linear theory, largest error": worst_error, "linear theory, least distance over bound": least_ratio}
+
+
+def _last_is_slowest(loss: str) -> Callable[[Numbers], bool]:
+    return lambda found: found[f"{loss}, place 4"] <= 0.9 * min(found[f"{loss}, place {p}"] for p in PLACES[:-1])
+
+
+CLAIM = Claim(
+    slug="retrain-equivalence",
+    paper="2510.16629",
+    title="What forget-only unlearning achieves depends on the order of the training",
+    statement=(
+        "The same data learnt in another order and unlearnt alike ends elsewhere, so retrain equivalence cannot be had from "
+        "the forget set alone; what was learnt last is forgotten most slowly."
+    ),
+    checks=(
+        *(
+            Check(
+                f"{loss}: the stage learnt last has the smallest forget score, at least 10% below the next",
+                _last_is_slowest(loss),
+            )
+            for loss in ("GA", "NPO", "SimNPO")
+        ),
+        Check(
+            "GA: the spread over places is at least twice the largest change by another seed (null control)",
+            lambda found: found["GA, spread over places"] >= 2.0 * found["GA, largest change by another seed"],
+        ),
+        Check(
+            "NPO: the spread over places is larger than the largest change by another seed (null control)",
+            lambda found: found["NPO, spread over places"] > found["NPO, largest change by another seed"],
+        ),
+        Check(
+            "all three: another order of the forget set changes no score by more than a quarter of the spread (null control)",
+            lambda found: all(
+                found[f"{loss}, largest change by another order"] <= 0.25 * found[f"{loss}, spread over places"]
+                for loss in ("GA", "NPO", "SimNPO")
+            ),
+        ),
+        Check(
+            "linear theory: the drift is (I + M_U)^t times the difference before, to 1e-12",
+            lambda found: found["linear theory, largest error"] < 1e-12,
+        ),
+        Check(
+            "linear theory: from step t0 on the drift is never below its lower bound",
+            lambda found: found["linear theory, least distance over bound"] >= 1.0,
+        ),
+    ),
+    run=run,
+)

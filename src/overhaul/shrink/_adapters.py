@@ -1,0 +1,62 @@
+"""Low-rank adapters in the blocks of a model for as long as it trains, merged into its weights at the end.
+
+peft does the work. How it differs from peft's "all-linear": only projections inside the blocks are adapted, found by
+structure, so embeddings, heads and classifiers stay as they are in every family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from overhaul.errors import RequestError
+from overhaul.stack import LayerStack
+
+
+@contextmanager
+def adapters(model: nn.Module, rank: int, alpha: int, dropout: float) -> Iterator[nn.Module]:
+    """Inside the `with`, only adapters on the blocks' projections train; afterwards they are part of the weights.
+
+    Args:
+        model: changed in place; it is the same plain object of its class when the `with` ends, also by an error.
+        rank: of the adapters, which add (alpha / rank) * B @ A to a weight.
+        alpha: their scale.
+        dropout: of their input.
+
+    Raises:
+        RequestError: the blocks hold no linear projection (a ResNet).
+    """
+    from peft import LoraConfig, LoraModel
+
+    names = projections(model)
+    kinds = {type(model.get_submodule(name)).__name__ for name in names}
+    transposed = kinds == {"Conv1D"}
+    options = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, fan_in_fan_out=transposed
+    )
+    needed = {name: p.requires_grad for name, p in model.named_parameters()}
+    wrapped = LoraModel(model, options, "default")
+    try:
+        yield wrapped
+    finally:
+        wrapped.merge_and_unload()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(needed[name])
+
+
+def projections(model: nn.Module) -> list[str]:
+    """The names of all linear layers inside the main stack's blocks (`nn.Linear`, and GPT-2's transposed `Conv1D`)."""
+    stack = LayerStack.of(model)
+    names = [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and 0 <= stack.depth(name) < len(stack)
+    ]
+    if not names:
+        raise RequestError(
+            f"The blocks of {type(model).__name__} ({stack.path}) hold no linear projections for LoRA to adapt. "
+            'Write weights: "all".'
+        )
+    return names

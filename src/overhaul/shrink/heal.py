@@ -1,0 +1,130 @@
+"""Heal a cut model: a short training that brings back what the cut cost.
+
+"On the Limits of Layer Pruning for Generative Reasoning in LLMs", arXiv:2602.01997, heals on the answers of the uncut model.
+
+    tokens       mean over answer tokens of -log p(y_t)
+    teacher      mean over answer tokens of KL( teacher(. | y_<t) || model(. | y_<t) )
+    own_answers  as tokens, y drawn from the teacher at temperature 0.9 and top-p 0.95
+
+How it differs from the released code:
+
+1. The base is not quantised; there, adapters are trained over a 4-bit base and merging changes the numbers.
+2. All weights train unless `weights="lora"`; adapters are merged at the end, so that the result is a plain model.
+3. The teacher runs once, before training; its outputs or answers are kept, and no second model is held while training.
+4. The number of steps is given; there it is one epoch of 90,000 examples at batch 8.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Lt
+from torch import nn
+
+from overhaul.data.examples import Examples, collate
+from overhaul.errors import RequestError
+from overhaul.fit import Schedule, adamw, fit
+from overhaul.method import Outcome, method
+from overhaul.objectives import cross_entropy, evaluate
+from overhaul.references import cache_outputs
+from overhaul.shrink._adapters import adapters
+from overhaul.shrink._answers import own_answers
+
+
+@method(verb="shrink", paper="2602.01997", changes="weights", memory="training")
+def heal(
+    model: nn.Module,
+    text: Examples,
+    teacher: nn.Module | None = None,
+    *,
+    target: Literal["tokens", "teacher", "own_answers"] = "tokens",
+    weights: Literal["all", "lora"] = "all",
+    steps: Annotated[int, Gt(0)] = 200,
+    batch_size: Annotated[int, Ge(1)] = 8,
+    lr: Annotated[float, Gt(0)] = 2e-4,
+    warmup: Annotated[float, Ge(0)] = 0.1,
+    schedule: Schedule = "constant",
+    weight_decay: Annotated[float, Ge(0)] = 1e-4,
+    new_tokens: Annotated[int, Ge(1)] | None = None,
+    rank: Annotated[int, Ge(1)] = 64,
+    alpha: Annotated[int, Ge(1)] = 16,
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.05,
+) -> Outcome:
+    """Train a cut model for a short while on the data, on the uncut model's outputs, or on its answers.
+
+    The default rate is the paper's, for models from 7B on; a model of some millions of parameters wants 1e-3.
+
+    Args:
+        model: the cut model (any model: nothing here depends on how it was made smaller).
+        text: what it is healed on: texts, questions with answers, or labelled images.
+        teacher: the uncut model; needed unless target is "tokens".
+        target: "tokens", the next token (or the label) as given; "teacher", the teacher's distribution over it;
+            "own_answers", what the teacher answers to the prompts (the second half of a text counts as its answer).
+        weights: "all", or "lora": adapters on every projection in the blocks, merged at the end.
+        steps: optimizer steps.
+        batch_size: examples in one step.
+        lr: peak learning rate of AdamW, betas 0.9 and 0.99.
+        warmup: steps of linear warm-up, as a share of all steps (below 1) or as a number of steps.
+        schedule: what follows the warm-up.
+        weight_decay: of matrices.
+        new_tokens: most tokens of an own answer; if None, as many as the longest given one has.
+        rank: of the adapters.
+        alpha: of the adapters; they are scaled by alpha / rank.
+        dropout: of the adapters' input.
+
+    Returns:
+        The same model, with curves of the loss. Facts: steps, examples and tokens seen, and the number of parameters
+        that trained. `made["answers"]` holds the teacher's answers where they were the target.
+
+    Raises:
+        RequestError: `text` is empty, a teacher is needed and not given, or the teacher has another vocabulary.
+        RunError: training diverged (the last good weights are kept).
+    """
+    if not len(text):
+        raise RequestError("shrink.heal: the role `text` is empty; there is nothing to heal the model on.")
+    made: dict[str, Examples] = {}
+    term = cross_entropy("text")
+    if target == "teacher":
+        reference = cache_outputs(_checked(teacher, model, text, target), text, batch_size)
+        term, text = reference.kl_term("text", name="KL to the teacher"), reference.examples
+    elif target == "own_answers":
+        text = made["answers"] = own_answers(_checked(teacher, model, text, target), text, new_tokens)
+    training = adapters(model, rank, alpha, dropout) if weights == "lora" else nullcontext(model)
+    with training as trained:
+        trained_parameters = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+        ledger = fit(
+            trained,
+            [term],
+            {"text": text},
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            warmup=round(warmup * steps) if warmup < 1 else int(warmup),
+            schedule=schedule,
+            optimizer=adamw((0.9, 0.99), weight_decay),
+            name="heal",
+        )
+    facts: dict[str, float | int | str | list[int]] = {
+        "steps": ledger.step,
+        "examples": ledger.examples["text"],
+        "tokens": ledger.tokens["text"],
+        "trained_parameters": trained_parameters,
+    }
+    return Outcome(model, facts=facts, curves=ledger.curves, made=dict(made))
+
+
+def _checked(teacher: nn.Module | None, model: nn.Module, text: Examples, target: str) -> nn.Module:
+    """The teacher, if it is there and speaks the model's language."""
+    if teacher is None:
+        raise RequestError(
+            f"shrink.heal: target={target!r} learns from the uncut model, but no `teacher` is given. Name the model as it "
+            'was before the cut, or write target: "tokens".'
+        )
+    first = collate(text.items[:1])
+    theirs, ours = (evaluate(each, lambda logits, _: logits, [first])[0].shape[-1] for each in (teacher, model))
+    if theirs != ours:
+        raise RequestError(
+            f"shrink.heal: the teacher has {theirs} outputs and the model {ours}, so it is not the model before the cut."
+        )
+    return teacher

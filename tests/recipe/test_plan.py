@@ -1,0 +1,58 @@
+"""Plan and measurement: estimates follow what they should follow; peaks are of the stretch that was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import yaml
+
+from overhaul.recipe.check import check
+from overhaul.recipe.machine import describe, measured
+from overhaul.recipe.plan import Planned, matmul_speed, plan
+from overhaul.recipe.spec import read
+
+
+def planned(folder: Path, base: Path, **changes: object) -> list[Planned]:
+    rows = "\n".join(f'{{"question": "{c}", "answer": "{c * 2}"}}' for c in "abcdef")
+    (base / "a.jsonl").write_text(rows)
+    (base / "b.jsonl").write_text(rows.replace('"a"', '"z"').replace('"aa"', '"zz"'))
+    recipe = {
+        "model": str(folder),
+        "materials": {"forget": {"from": "a.jsonl", "limit": 1}, "text": {"from": "b.jsonl"}},
+        "steps": [{"shrink.drop_layers": {"count": 1}}, {"shrink.heal": {"steps": 10, "batch_size": 8}}],
+        **changes,
+    }
+    (base / "r.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return plan(check(read(base / "r.yaml")), flops_per_second=1e9)
+
+
+def test_training_needs_more_than_a_forward_and_time_follows_steps(folder: Path, tmp_path: Path) -> None:
+    drop, heal = planned(folder, tmp_path)
+    assert heal.peak_bytes > drop.peak_bytes > 0
+    assert drop.reads == {"text": 6}
+    longer = [{"shrink.heal": {"steps": 30, "batch_size": 8}}]
+    assert planned(folder, tmp_path, steps=longer)[0].seconds == 3 * heal.seconds
+
+
+def test_dtype_changes_memory(folder: Path, tmp_path: Path) -> None:
+    drop = [{"shrink.drop_layers": {"count": 1}}]
+    wide = planned(folder, tmp_path, steps=drop)[0].peak_bytes
+    assert planned(folder, tmp_path, steps=drop, dtype="bfloat16")[0].peak_bytes < wide
+
+
+def test_the_peak_is_of_the_measured_stretch() -> None:
+    big = torch.ones(30_000_000)
+    del big
+    with measured() as small:
+        pass
+    with measured() as large:
+        held = torch.ones(30_000_000)
+    assert held.numel() == 30_000_000 and large.seconds > 0
+    assert large.peak_bytes - small.peak_bytes > 60_000_000
+
+
+def test_the_machine_is_described_and_its_speed_is_plausible() -> None:
+    said = describe()
+    assert said["cores"] >= 1 and said["memory_bytes"] > 1e9 and said["torch"] == torch.__version__
+    assert 1e8 < matmul_speed(128) < 1e16

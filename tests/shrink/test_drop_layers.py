@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from conftest import FAMILIES, examples_for, tiny_llama, tiny_resnet, tiny_vit
+from overhaul.data.examples import Examples, collate
+from overhaul.errors import RequestError
+from overhaul.objectives import forward
+from overhaul.shrink.drop_layers import drop_layers, greedy, influence, lowest, mean_loss
+from overhaul.stack import LayerStack
+
+CRITERIA: Any = ["block_influence", "window", "perplexity", "greedy", "reverse"]
+
+
+def wild(family: str) -> nn.Module:
+    """A tiny model whose blocks differ enough in what they do for a criterion to tell them apart."""
+    options: dict[str, Any] = {} if family == "resnet" else {"initializer_range": 0.3}
+    return FAMILIES[family](**options)
+
+
+def silence(block: nn.Module) -> None:
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        nn.init.zeros_(block.get_parameter(f"{name}.weight"))
+
+
+def facts(model: nn.Module, examples: Examples | None, **knobs: Any) -> dict[str, Any]:
+    return drop_layers(model, examples, **knobs).facts
+
+
+@torch.no_grad()
+def logits(model: nn.Module, examples: Examples) -> torch.Tensor:
+    return forward(model, collate(examples.items))
+
+
+# the card's exact checks
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_removing_no_block_is_the_identity(family: str, criterion: Any) -> None:
+    model, examples = wild(family), examples_for(family, 4)
+    before = logits(model, examples)
+    assert facts(model, examples, count=0, criterion=criterion)["removed"] == []
+    assert torch.equal(logits(model, examples), before)
+
+
+def test_block_influence_of_a_block_that_adds_zero_is_0_and_it_goes_first() -> None:
+    model: Any = wild("llama")
+    examples = examples_for("llama", 8)
+    silence(model.model.layers[2])
+    before = logits(model, examples)
+    outcome = drop_layers(model, examples, count=1)
+    assert outcome.layers["block influence"][2] == 0.0
+    assert min(outcome.layers["block influence"][i] for i in (0, 1, 3)) > 0.01
+    assert outcome.facts["removed"] == [2]
+    assert torch.equal(logits(model, examples), before)
+
+
+def test_window_of_one_block_is_the_ranking_of_block_influence() -> None:
+    model, examples = wild("llama"), examples_for("llama", 8)
+    by_window = drop_layers(copy.deepcopy(model), examples, count=1, keep_first=False, criterion="window")
+    singly = drop_layers(model, examples, count=1, keep_first=False)
+    assert by_window.layers["window influence"] == singly.layers["block influence"]
+    assert by_window.facts["removed"] == singly.facts["removed"]
+
+
+def test_greedy_with_one_block_equals_brute_force() -> None:
+    model, examples = wild("llama"), examples_for("llama", 8)
+    stack = LayerStack.of(model)
+    losses = {}
+    for i in (1, 2, 3):
+        with stack.skipping([i]):
+            losses[i] = mean_loss(model, examples, 8)
+    outcome = drop_layers(model, examples, count=1, criterion="greedy", batch_size=8)
+    assert outcome.facts["removed"] == [min(losses, key=lambda i: losses[i])]
+    assert outcome.layers["loss without the block"] == pytest.approx(losses)
+
+
+def test_greedy_with_an_additive_score_equals_exhaustive_search() -> None:
+    harm = {1: 0.5, 2: 0.1, 3: 0.9, 4: 0.3, 5: 0.2}
+
+    def loss(removed: list[int]) -> float:
+        return sum(harm[i] for i in removed)
+
+    best = min(itertools.combinations(harm, 3), key=lambda chosen: loss(list(chosen)))
+    assert sorted(greedy(loss, list(harm), 3)) == sorted(best)
+
+
+def test_saved_and_loaded_model_equals_the_one_in_memory(family: str, tmp_path: Path) -> None:
+    model: Any = wild(family)
+    examples = examples_for(family, 4)
+    drop_layers(model, examples, count=2)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path).eval(), examples), logits(model, examples))
+
+
+# the criteria
+
+
+def test_block_influence_is_one_minus_the_mean_cosine_over_real_tokens() -> None:
+    model, examples = wild("llama"), examples_for("llama", 5)
+    stack = LayerStack.of(model)
+    for skip in (True, False):
+        cosines = [
+            F.cosine_similarity(entering[0, skip:], leaving[0, skip:], dim=-1)
+            for item in examples
+            for entering, leaving in [stack.hidden_states(collate([item]))[1]]
+        ]
+        expected = 1 - torch.cat(cosines).mean().item()
+        assert influence(stack, examples, 1, skip, 3)[1] == pytest.approx(expected, abs=1e-6)
+
+
+def test_window_influence_compares_the_two_ends_of_the_window() -> None:
+    model, examples = wild("llama"), examples_for("llama", 1)
+    states = LayerStack.of(model).hidden_states(collate(examples.items))
+    expected = 1 - F.cosine_similarity(states[1][0][0, 1:], states[3][1][0, 1:], dim=-1).mean().item()
+    scores = influence(LayerStack.of(model), examples, 3, True, 4)
+    assert list(scores) == [0, 1] and scores[1] == pytest.approx(expected, abs=1e-6)
+
+
+def test_batch_size_does_not_change_the_scores(family: str) -> None:
+    model, examples = wild(family), examples_for(family, 7)
+    stack = LayerStack.of(model)
+    one, many = (influence(stack, examples, 1, True, size) for size in (1, 7))
+    assert one == pytest.approx(many, abs=1e-5)
+    assert mean_loss(model, examples, 1) == pytest.approx(mean_loss(model, examples, 7), rel=1e-5)
+
+
+def test_window_takes_the_neighbours_that_together_turn_the_stream_least() -> None:
+    model: Any = wild("llama")
+    silence(model.model.layers[1])
+    silence(model.model.layers[2])
+    outcome = drop_layers(model, examples_for("llama", 4), count=2, criterion="window")
+    assert outcome.facts["removed"] == [1, 2]
+    assert outcome.layers["window influence"][1] == 0.0
+
+
+def test_perplexity_takes_the_blocks_without_which_alone_the_loss_is_lowest() -> None:
+    outcome = drop_layers(wild("llama"), examples_for("llama", 8), count=2, criterion="perplexity")
+    scores = outcome.layers["loss without the block"]
+    assert outcome.facts["removed"] == sorted(scores, key=lambda i: scores[i])[:2]
+    assert sorted(scores) == [1, 2, 3]
+
+
+def test_greedy_measures_again_after_each_block() -> None:
+    # blocks 1 and 2 are each other's replacement: alone either may go, but not both
+    def loss(removed: list[int]) -> float:
+        return {1: 0.1, 2: 0.1, 3: 0.2}[removed[-1]] + (5.0 if {1, 2} <= set(removed) else 0.0)
+
+    assert greedy(loss, [1, 2, 3], 2) == [2, 3]
+    assert lowest({1: 0.1, 2: 0.1, 3: 0.2}, [1, 2, 3], 2) == [2, 1]
+
+
+def test_reverse_takes_the_last_blocks_and_needs_no_examples() -> None:
+    model = wild("llama")
+    outcome = drop_layers(model, count=2, criterion="reverse")
+    assert outcome.facts["removed"] == [3, 2]
+    assert outcome.layers == {"removed": {0: 0.0, 1: 0.0, 2: 1.0, 3: 1.0}}
+    assert facts(wild("resnet"), None, count=3, criterion="reverse")["removed"] == [5, 4, 2]
+
+
+def test_the_first_block_stays_unless_asked_for() -> None:
+    model: Any = wild("llama")
+    silence(model.model.layers[0])
+    assert 0 not in facts(model, examples_for("llama", 4), count=1)["removed"]
+    assert facts(model, examples_for("llama", 4), count=1, keep_first=False)["removed"] == [0]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_shortens_every_family(family: str, criterion: Any) -> None:
+    model: Any = wild(family)
+    parameters = model.num_parameters()
+    found = facts(model, examples_for(family, 4), count=2, criterion=criterion)
+    stack = LayerStack.of(model)
+    blocks = 6 if family == "resnet" else 4
+    assert (found["blocks_before"], found["blocks_after"], len(stack)) == (blocks, blocks - 2, blocks - 2)
+    assert found["parameters_before"] == parameters
+    assert found["parameters_after"] == sum(p.numel() for p in model.parameters()) < parameters
+    assert len(set(found["removed"])) == 2
+
+
+def test_a_resnet_block_that_adds_zero_has_influence_0_and_stage_openings_have_no_score() -> None:
+    model: Any = tiny_resnet(downsample_in_first_stage=True)
+    last: Any = LayerStack.of(model).blocks[4].get_submodule("layer.1.normalization")
+    nn.init.zeros_(last.weight)
+    outcome = drop_layers(model, examples_for("resnet", 4), count=1)
+    scores = outcome.layers["block influence"]
+    assert scores[4] == 0.0 and outcome.facts["removed"] == [4]
+    assert sorted(scores) == [1, 2, 4, 5]
+
+
+def test_bfloat16_models_are_scored_in_float32() -> None:
+    model = wild("llama").to(torch.bfloat16)
+    scores = drop_layers(model, examples_for("llama", 4), count=1).layers["block influence"]
+    assert all(0 < score < 2 for score in scores.values())
+
+
+# bad requests
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"count": 4}, r"count=4, but of the 4 blocks of model\.layers only 3 can be dropped \(keep_first"),
+        ({"count": 5, "keep_first": False}, "only 4 can be dropped"),
+        ({"count": -1}, "greater than or equal to 0"),
+        ({"count": 1, "criterion": "perplexety"}, "criterion='perplexety' is not possible"),
+        ({"count": 1, "kount": 2}, "no knob 'kount'. Did you mean 'count'"),
+        ({}, "needs the knob 'count'"),
+        ({"count": 4, "keep_first": False, "criterion": "reverse"}, "at least one must stay"),
+    ],
+)
+def test_impossible_requests_say_why_and_change_nothing(knobs: dict[str, Any], message: str) -> None:
+    model, examples = tiny_llama(), examples_for("llama", 2)
+    before = logits(model, examples)
+    with pytest.raises(RequestError, match=message):
+        drop_layers(model, examples, **knobs)
+    assert torch.equal(logits(model, examples), before)
+
+
+@pytest.mark.parametrize("examples", [None, Examples([], [])])
+def test_a_criterion_without_examples_says_what_it_needs(examples: Examples | None) -> None:
+    with pytest.raises(RequestError, match=r"'block_influence' is measured on examples.*`text` is missing or empty"):
+        drop_layers(tiny_vit(), examples, count=1)
+
+
+def test_a_window_that_would_hold_the_opening_of_a_stage_is_refused() -> None:
+    with pytest.raises(RequestError, match="no 3 neighbouring blocks"):
+        drop_layers(tiny_resnet(), examples_for("resnet", 2), count=3, criterion="window")
+
+
+def test_texts_of_one_token_have_no_second_to_measure() -> None:
+    one = Examples([{"input_ids": torch.tensor([5]), "labels": torch.tensor([5])}], [{}])
+    with pytest.raises(RequestError, match="skip_first_token: false"):
+        drop_layers(tiny_llama(), one, count=1)

@@ -1,0 +1,104 @@
+"""The command: exit codes, one paragraph for an error, help at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from overhaul import cli
+from overhaul.claims import _claim
+
+COMMAND = [str(Path(sys.executable).parent / "overhaul")]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["overhaul", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+def test_help_imports_nothing_heavy_and_answers_at_once() -> None:
+    program = (
+        "import sys; sys.argv = ['overhaul', '--help']\n"
+        "from overhaul.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip().endswith("False False")
+    times = []
+    for _ in range(3):
+        started = time.process_time(), time.perf_counter()
+        subprocess.run([*COMMAND, "--help"], capture_output=True, check=True, timeout=60)
+        times.append(time.perf_counter() - started[1])
+    assert min(times) < 2.0, "0.7 s on an idle machine; tests share theirs"
+
+
+def test_wrong_requests_exit_with_2_and_one_paragraph(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert call(monkeypatch, "run", str(tmp_path / "no.yaml")) == 2
+    error = capsys.readouterr().err
+    assert "There is no recipe at" in error and "Traceback" not in error
+    assert call(monkeypatch, "methods", "forget.sdd") == 2
+    assert "Did you mean 'forget.ssd'?" in capsys.readouterr().err
+    assert call(monkeypatch, "rnu") == 2
+    assert call(monkeypatch, "report", str(tmp_path)) == 2
+    assert call(monkeypatch, "starters", "build", "docs-lama", "-o", str(tmp_path / "x")) == 2
+    assert call(monkeypatch, "reproduce", "sdd") == 2
+
+
+def test_debug_shows_the_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert call(monkeypatch, "run", str(tmp_path / "no.yaml"), "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupted)
+    assert call(monkeypatch, "demo") == 1
+    assert "same command goes on" in " ".join(capsys.readouterr().err.split())
+
+
+def test_methods_lists_as_table_and_as_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "methods", "--json") == 0
+    listing = json.loads(capsys.readouterr().out)
+    assert {"forget.npo", "forget.ssd", "shrink.drop_layers", "shrink.heal"} <= {entry["name"] for entry in listing}
+    assert all(entry["materials"][0]["name"] == "model" for entry in listing)
+    assert call(monkeypatch, "methods", "ssd") == 0
+    shown = capsys.readouterr().out
+    assert "arXiv:2308.07707" in shown and "alpha" in shown
+    assert call(monkeypatch, "methods") == 0
+
+
+def test_plan_reads_no_weights_and_lists_every_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from overhaul import models
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(models, "load_weights", never)
+    assert call(monkeypatch, "plan", str(cli.recipe_path("forget-and-shrink"))) == 0
+    shown = capsys.readouterr().out
+    for step in ("forget.npo", "shrink.drop_layers", "shrink.heal"):
+        assert step in shown
+    assert "nothing was written" in shown
+
+
+def test_every_claim_has_a_stored_result_or_can_be_found() -> None:
+    assert {claim.slug for claim in _claim.find(["all"])} >= {"ssd", "retrain-equivalence", "layer-pruning-limits"}

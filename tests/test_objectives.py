@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from conftest import FAMILIES, examples_for, tiny_llama
+from overhaul.data.examples import IGNORED, collate
+from overhaul.objectives import (
+    answer_tokens,
+    cross_entropy,
+    cross_entropy_sum,
+    evaluate,
+    forward,
+    kl_sum,
+    sequence_nll,
+    sequences,
+    token_nll,
+    units,
+)
+
+
+def test_token_nll_predicts_the_next_token_and_skips_what_is_ignored() -> None:
+    logits = torch.randn(2, 4, 7)
+    labels = torch.tensor([[IGNORED, 3, IGNORED, 5], [2, 1, 6, IGNORED]])
+    nll = token_nll(logits, labels)
+    logp = logits.log_softmax(-1)
+    expected = torch.tensor([[-logp[0, 0, 3], 0.0, -logp[0, 2, 5]], [-logp[1, 0, 1], -logp[1, 1, 6], 0.0]])
+    assert torch.allclose(nll, expected, atol=1e-6)
+    assert torch.allclose(sequence_nll(logits, labels), expected.sum(dim=1), atol=1e-6)
+
+
+def test_the_mean_is_what_transformers_computes() -> None:
+    model: Any = tiny_llama()
+    batch = collate(examples_for("llama", 6).items)
+    theirs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
+    ours = cross_entropy_sum(forward(model, batch), batch) / answer_tokens(batch)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def test_losses_are_float32_whatever_the_logits() -> None:
+    logits, labels = torch.randn(1, 5, 9).to(torch.bfloat16), torch.tensor([[1, 2, 3, 4, 5]])
+    assert token_nll(logits, labels).dtype == torch.float32
+    assert kl_sum(logits, logits, labels).dtype == torch.float32
+
+
+def test_counts_are_tokens_that_are_predicted_or_images() -> None:
+    text = {"labels": torch.tensor([[4, 3, IGNORED], [IGNORED, 1, 2]])}
+    assert (answer_tokens(text), sequences(text), units(text)) == (3, 2, 3)
+    images = {"labels": torch.tensor([1, 2, 3])}
+    assert (sequences(images), units(images)) == (3, 3)
+
+
+def test_image_cross_entropy_is_a_sum_over_images() -> None:
+    logits, labels = torch.randn(5, 10), torch.randint(10, (5,))
+    expected = F.cross_entropy(logits, labels, reduction="sum")
+    assert torch.allclose(cross_entropy_sum(logits, {"labels": labels}), expected)
+
+
+def test_uniform_logits_cost_log_of_the_vocabulary() -> None:
+    labels = torch.tensor([[1, 2, 3]])
+    assert sequence_nll(torch.zeros(1, 3, 64), labels).item() == pytest.approx(2 * math.log(64))
+
+
+def test_kl_is_zero_to_itself_positive_otherwise_and_directed() -> None:
+    labels = torch.tensor([[IGNORED, 1, 2]])
+    model, reference = torch.randn(1, 3, 8), torch.randn(1, 3, 8)
+    assert kl_sum(model, model, labels).item() == pytest.approx(0.0, abs=1e-6)
+    p, q = reference[0, :2].softmax(-1), model[0, :2].softmax(-1)
+    expected = (p * (p / q).log()).sum().item()
+    assert kl_sum(model, reference, labels).item() == pytest.approx(expected, rel=1e-5)
+    assert kl_sum(reference, model, labels).item() != pytest.approx(expected, rel=1e-2)
+
+
+def test_kl_of_images_is_over_all_classes() -> None:
+    model, reference = torch.randn(4, 10), torch.randn(4, 10)
+    expected = F.kl_div(model.log_softmax(-1), reference.softmax(-1), reduction="sum")
+    assert kl_sum(model, reference, torch.zeros(4, dtype=torch.long)).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_forward_takes_models_with_and_without_an_output_object(family: str) -> None:
+    model, batch = FAMILIES[family](), collate(examples_for(family, 3).items)
+    logits = forward(model, batch)
+
+    class Bare(nn.Module):
+        def forward(self, **inputs: Tensor) -> Tensor:
+            return model(**inputs).logits
+
+    assert isinstance(logits, Tensor)
+    assert torch.equal(forward(Bare(), batch), logits)
+
+
+def test_evaluate_needs_no_gradients_and_puts_the_mode_back() -> None:
+    model = FAMILIES["gpt2"](resid_pdrop=0.5).train()
+    batches = list(examples_for("gpt2", 5).batches(2))
+    first = evaluate(model, lambda logits, _: logits, batches)
+    again = evaluate(model, lambda logits, _: logits, batches)
+    assert [len(logits) for logits in first] == [2, 2, 1]
+    assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(first, again, strict=True))
+    assert model.training
+
+
+def test_terms_carry_role_weight_and_name() -> None:
+    term = cross_entropy("text", 0.5, "prose")
+    assert (term.role, term.weight, term.name) == ("text", 0.5, "prose")
+    assert term.count is units
