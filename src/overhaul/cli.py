@@ -29,7 +29,7 @@ app = typer.Typer(
 starters_app = typer.Typer(help="Small trained models and data that ship with Overhaul.", invoke_without_command=True)
 app.add_typer(starters_app, name="starters")
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 110)
 errors = Console(stderr=True)
 
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="The run folder; runs/NAME if not given.")]

@@ -9,10 +9,11 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -264,18 +265,35 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def same_weights(before: ModelFacts, after: ModelFacts) -> bool:
-    """Whether two checkpoints hold the same tensors, bit for bit. One tensor of each is in memory at a time."""
-    if before.shapes != after.shapes:
-        return False
+def pairs(before: ModelFacts, after: ModelFacts) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """The tensors that two checkpoints share by name and shape, one pair in memory at a time."""
     with contextlib.ExitStack() as stack:
         where: list[dict[str, Any]] = []
         for known in (before, after):
             files = [stack.enter_context(safe_open(str(path), framework="pt")) for path in known.weight_files]
             where.append({name: file for file in files for name in file.keys()})  # noqa: SIM118 (no mapping)
-        return all(
-            torch.equal(where[0][name].get_tensor(name), where[1][name].get_tensor(name)) for name in before.shapes
-        )
+        for name, shape in before.shapes.items():
+            if after.shapes.get(name) == shape:
+                yield name, where[0][name].get_tensor(name), where[1][name].get_tensor(name)
+
+
+def same_weights(before: ModelFacts, after: ModelFacts) -> bool:
+    """Whether two checkpoints hold the same tensors, bit for bit."""
+    return before.shapes == after.shapes and all(torch.equal(old, new) for _, old, new in pairs(before, after))
+
+
+def change_by_depth(before: ModelFacts, after: ModelFacts, depth: Callable[[str], int]) -> dict[int, float]:
+    """||new - old|| / ||old|| over all weights of each depth, in float32; empty where the tensors are not the same ones."""
+    if before.shapes != after.shapes:
+        return {}
+    moved: dict[int, float] = {}
+    size: dict[int, float] = {}
+    for name, old, new in pairs(before, after):
+        if old.is_floating_point():
+            place = depth(name)
+            moved[place] = moved.get(place, 0.0) + float((new.float() - old.float()).square().sum())
+            size[place] = size.get(place, 0.0) + float(old.float().square().sum())
+    return {place: math.sqrt(moved[place] / size[place]) if size[place] else 0.0 for place in sorted(moved)}
 
 
 def save(model: nn.Module, processor: Any, folder: str | Path, *, dtype: str | None = None) -> Path:

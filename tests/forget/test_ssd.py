@@ -374,3 +374,11 @@ def test_a_forget_set_that_is_the_whole_training_set_is_refused() -> None:
 def test_a_frozen_model_is_refused() -> None:
     with pytest.raises(RequestError, match="Every parameter of the model is frozen"):
         ssd(two_layers().requires_grad_(False), vectors(4), vectors(16))
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"alpha": 0.0}, {"alpha": "percentile"}, {"lam": -0.1}, {"importance": "fisher"}, {"batch_size": 0}]
+)
+def test_knobs_out_of_range_are_refused(knobs: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=next(iter(knobs))):
+        ssd(two_layers(), vectors(4), vectors(16), **knobs)

@@ -276,7 +276,7 @@ def test_samples_are_the_same_whether_or_not_all_answers_were_generated(
 ) -> None:
     both = {"all": Examples([*data["forget"].items] * 5, [*data["forget"].rows] * 5, tiny_tokenizer())}
     few = judge(taught, check({"kept": {"extraction": "all"}}, both), both).samples
-    full = judge(taught, check({"kept": {"rouge": "all"}}, both), both).samples
+    full = judge(taught, check({"kept": {"rouge": "all"}}, both), both, limit=5).samples
     assert few == full
     assert len(few) == 4
     assert [sample["output"] for sample in few] == [sample["expected"] for sample in few]
@@ -289,9 +289,12 @@ def test_samples_show_prompt_expected_and_output(taught: nn.Module, data: dict[s
     assert samples[0]["prompt"] == "q: pet of ada? a:"
     assert samples[0]["expected"] == "an otter"
     assert samples[0]["output"] == "an otter"
-    whole = samples[2]["prompt"] + samples[2]["expected"]
-    assert whole in "the cat sat on the mat and looked at the other cat. " * 6
-    assert len(samples[2]["output"]) > 0
+    for sample in samples[2:]:
+        whole = sample["prompt"] + sample["expected"]
+        assert whole in "the cat sat on the mat and looked at the other cat. " * 6 + "no two words alike here"
+        # 31 characters after <s>, then 32 or what is left of a piece of 64, 61 or 24 tokens
+        assert (len(sample["prompt"]), len(sample["expected"])) in {(31, 32), (31, 29), (22, 1)}
+        assert len(sample["output"]) > 1
 
 
 def test_likelihoods_need_no_tokenizer_and_answers_do(data: dict[str, Examples]) -> None:

@@ -124,7 +124,11 @@ def test_models_named_after_a_step_must_exist_and_come_before(folder: Path, tmp_
     assert good.steps[1].reads == {"text": "text", "teacher": "teacher"}
     assert checked(folder, tmp_path, materials={**text, "teacher": {"after": "npo"}}, steps=[npo, heal])
     refused(
-        "is no step. Known: forget.npo", folder, tmp_path, materials={**text, "teacher": {"after": "nop"}}, steps=[npo, heal]
+        "is no step. Known: forget.npo",
+        folder,
+        tmp_path,
+        materials={**text, "teacher": {"after": "nop"}},
+        steps=[npo, heal],
     )
     refused("before that", folder, tmp_path, materials={**text, "teacher": {"after": "forget.npo"}}, steps=[heal, npo])
 

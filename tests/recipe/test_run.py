@@ -143,11 +143,13 @@ def test_a_training_goes_on_from_its_checkpoint(folder: Path, tmp_path: Path, mo
     recipe = write_recipe(folder, tmp_path)
     run(recipe, tmp_path / "whole")
     done: list[int] = []
+    stopped: list[bool] = []
 
     def interrupt(what: str, step: int, total: int, detail: str) -> None:
         if what == "npo":
             done.append(step)
-            if step == 3 and done.count(3) == 1:
+            if step == 3 and not stopped:
+                stopped.append(True)
                 raise KeyboardInterrupt
 
     with session.using(report=interrupt, checkpoint_seconds=0.0):
@@ -161,7 +163,9 @@ def test_a_training_goes_on_from_its_checkpoint(folder: Path, tmp_path: Path, mo
 
 
 def test_a_step_that_changes_nothing_is_an_error(folder: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(folder, tmp_path, steps=[{"forget.npo": {"steps": 1, "lr": 1e-12, "stop_at": None}}], judge={})
+    recipe = write_recipe(
+        folder, tmp_path, steps=[{"forget.npo": {"steps": 1, "lr": 1e-12, "stop_at": None}}], judge={}
+    )
     with pytest.raises(RunError, match=r"Step 1, forget.npo, changed nothing that bfloat16 weights can hold"):
         run(recipe, tmp_path / "out")
     assert not list((tmp_path / "out" / "steps").glob("01*")) and not (tmp_path / "out" / "model").exists()

@@ -166,15 +166,15 @@ CLAIM = Claim(
             for loss in ("GA", "NPO", "SimNPO")
         ),
         Check(
-            "GA: the spread over places is at least twice the largest change by another seed (null control)",
+            "null control, GA: the spread over places is at least twice the largest change by another seed",
             lambda found: found["GA, spread over places"] >= 2.0 * found["GA, largest change by another seed"],
         ),
         Check(
-            "NPO: the spread over places is larger than the largest change by another seed (null control)",
+            "null control, NPO: the spread over places is larger than the largest change by another seed",
             lambda found: found["NPO, spread over places"] > found["NPO, largest change by another seed"],
         ),
         Check(
-            "all three: another order of the forget set changes no score by more than a quarter of the spread (null control)",
+            "null control, all three: another order of the forget set changes no score by more than a quarter of the spread",
             lambda found: all(
                 found[f"{loss}, largest change by another order"] <= 0.25 * found[f"{loss}, spread over places"]
                 for loss in ("GA", "NPO", "SimNPO")

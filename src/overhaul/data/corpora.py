@@ -62,13 +62,18 @@ def code(split: Split = "train") -> list[Row]:
     return rows
 
 
-def digits(split: Split = "train") -> list[Row]:
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey values scaled to [-1, 1]; every fifth is held out."""
+def digits(split: Split = "train", enlarge: int = 1) -> list[Row]:
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey values scaled to [-1, 1]; every fifth is held out.
+
+    Each pixel becomes a square of `enlarge` by `enlarge`: networks that halve their input several times need room.
+    """
+    import numpy
     from sklearn.datasets import load_digits
 
     data: Any = load_digits()
+    square = numpy.ones((enlarge, enlarge), dtype="float32")
     return [
-        {"image": data.images[i].astype("float32") / 8.0 - 1.0, "label": int(data.target[i])}
+        {"image": numpy.kron(data.images[i].astype("float32") / 8.0 - 1.0, square), "label": int(data.target[i])}
         for i in range(len(data.target))
         if (i % 5 == 0) == (split == "validation")
     ]

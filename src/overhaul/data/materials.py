@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -24,6 +25,7 @@ STARTER_DATA: Mapping[str, Callable[[tasks.Split], list[Row]]] = {
     "addition": tasks.addition,
     "brackets": tasks.brackets,
     "digits": corpora.digits,
+    "digits-32": partial(corpora.digits, enlarge=4),
 }
 
 COLUMNS: Mapping[Form, tuple[str, ...]] = {

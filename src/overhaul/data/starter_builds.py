@@ -12,6 +12,7 @@ from torch import nn
 from overhaul.data import corpora, tasks
 from overhaul.data.encode import encode_images, encode_qa, encode_text
 from overhaul.data.examples import Examples, join
+from overhaul.data.materials import STARTER_DATA
 from overhaul.fit import adamw, fit
 from overhaul.objectives import cross_entropy
 
@@ -99,7 +100,7 @@ def docs_llama(folder: Path, steps: int = 3000) -> None:
 def digits_vit(folder: Path, steps: int = 1500) -> None:
     """Train `digits-vit` into `folder`: a ViT of 4 blocks on 2x2 patches of 8x8 digits."""
     torch.manual_seed(0)
-    _train_on_digits(new_vit(), folder, steps, 2e-3)
+    _train_on_digits(new_vit(), "digits", folder, steps, 1e-3)
 
 
 def new_vit() -> nn.Module:
@@ -108,13 +109,13 @@ def new_vit() -> nn.Module:
 
     config = ViTConfig(
         image_size=8, patch_size=2, num_channels=1, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
-        intermediate_size=128, **LABELS, hidden_dropout_prob=0.1,
+        intermediate_size=128, **LABELS, hidden_dropout_prob=0.0,
     )  # fmt: skip
     return ViTForImageClassification(config)
 
 
-def digits_resnet(folder: Path, steps: int = 800) -> None:
-    """Train `digits-resnet` into `folder`: a ResNet of two stages with three basic blocks each."""
+def digits_resnet(folder: Path, steps: int = 400) -> None:
+    """Train `digits-resnet` into `folder`: a ResNet of two stages with three basic blocks each, on enlarged digits."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
     config = ResNetConfig(
@@ -122,20 +123,20 @@ def digits_resnet(folder: Path, steps: int = 800) -> None:
         downsample_in_first_stage=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    _train_on_digits(ResNetForImageClassification(config), folder, steps, 3e-3)
+    _train_on_digits(ResNetForImageClassification(config), "digits-32", folder, steps, 2e-3)
 
 
-def _train_on_digits(model: Any, folder: Path, steps: int, lr: float) -> None:
-    learn_images(model, encode_images(corpora.digits("train")), steps, lr, folder.name)
+def _train_on_digits(model: Any, data: str, folder: Path, steps: int, lr: float) -> None:
+    learn_images(model, encode_images(STARTER_DATA[data]("train")), steps, lr, folder.name)
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
 def learn_images(model: nn.Module, images: Examples, steps: int, lr: float, name: str) -> None:
-    """Train a classifier on images and their shifts."""
+    """Train a classifier on images as they are."""
     fit(
         model,
         [cross_entropy("images")],
-        {"images": shifted(images)},
+        {"images": images},
         steps=steps,
         batch_size=64,
         lr=lr,
@@ -144,20 +145,6 @@ def learn_images(model: nn.Module, images: Examples, steps: int, lr: float, name
         optimizer=adamw(weight_decay=0.05),
         name=name,
     )
-
-
-def shifted(images: Examples) -> Examples:
-    """The images and their shifts by one pixel in four directions, the background filling in."""
-    parts = [images]
-    for axis, by in ((1, 1), (1, -1), (2, 1), (2, -1)):
-        items = []
-        for item in images.items:
-            moved = torch.roll(item["pixel_values"], by, dims=axis)
-            edge = 0 if by > 0 else -1
-            moved.select(axis, edge).fill_(-1.0)
-            items.append({**item, "pixel_values": moved})
-        parts.append(Examples(items, images.rows))
-    return join(parts)
 
 
 BUILDS: dict[str, Callable[[Path], None]] = {

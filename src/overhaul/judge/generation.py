@@ -103,7 +103,7 @@ def _continue(
     known = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(device)
     starts = [len(prompt) for prompt in prompts]
     ends = [start + room(model, start, new_tokens) for start in starts]
-    start_of, end_of, stop = (torch.tensor(values, device=device) for values in (starts, ends, stops))
+    start_of, stop = torch.tensor(starts, device=device), torch.tensor(stops, device=device)
 
     def dictate(ids: Tensor, scores: Tensor) -> Tensor:
         if scores.isnan().any():
@@ -115,8 +115,7 @@ def _continue(
         return scores
 
     def ended(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        said = ids.shape[1]
-        return (said >= end_of) | ((said > start_of) & torch.isin(ids[:, -1], stop))
+        return (start_of < ids.shape[1]) & torch.isin(ids[:, -1], stop)
 
     shared = known[:, : min(starts)]
     with _plainly(model, max(ends) - min(starts), sampling) as run:

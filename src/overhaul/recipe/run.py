@@ -25,6 +25,7 @@ from overhaul.recipe.check import Checked, Step, check
 from overhaul.recipe.spec import read
 from overhaul.recipe.store import RunFolder, code_version, key_of, write_json, write_text
 from overhaul.report.html import write_html
+from overhaul.stack import LayerStack
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,10 @@ class Runner:
         stored = self.checked.model.dtype
         with models.writing(partial):
             models.save(outcome.model, self.checked.processor, partial / "model", dtype=stored)
-        self.check_effect(step, stages[-1].facts, models.facts(partial / "model"), stored)
+        before, after = stages[-1].facts, models.facts(partial / "model")
+        self.check_effect(step, before, after, stored)
+        stacks = LayerStack.find(outcome.model)
+        touched = models.change_by_depth(before, after, stacks[0].depth) if len(stacks) == 1 else {}
         record = {
             "name": step.name,
             "summary": step.method.summary,
@@ -180,7 +184,7 @@ class Runner:
             "seconds": cost.seconds,
             "peak_bytes": cost.peak_bytes,
             "facts": outcome.facts,
-            "layers": outcome.layers,
+            "layers": {**outcome.layers, **({"relative change of the weights": touched} if touched else {})},
             "curves": outcome.curves,
             "roles": {role: len(self.data[name]) for role, name in step.reads.items() if name in self.data},
         }

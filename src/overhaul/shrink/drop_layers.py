@@ -162,15 +162,16 @@ def _by_loss(
     stack: LayerStack, examples: Examples, candidates: Sequence[int], count: int, batch_size: int, *, again: bool
 ) -> tuple[Scores, list[int]]:
     """Each candidate's loss without it, and the blocks to drop: all by these losses, or one a round."""
+    known: dict[frozenset[int], float] = {}
 
     def loss(removed: list[int]) -> float:
-        with stack.skipping(removed):
-            return mean_loss(stack.model, examples, batch_size)
+        if frozenset(removed) not in known:
+            with stack.skipping(removed):
+                known[frozenset(removed)] = mean_loss(stack.model, examples, batch_size)
+        return known[frozenset(removed)]
 
     scores = without_each(loss, candidates, [])
-    if not again:
-        return scores, lowest(scores, candidates, count)
-    return scores, greedy(loss, candidates, count)
+    return scores, greedy(loss, candidates, count) if again else lowest(scores, candidates, count)
 
 
 def without_each(loss: Callable[[list[int]], float], candidates: Sequence[int], removed: list[int]) -> Scores:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Annotated, Literal
 
+import torch
 from annotated_types import Ge, Gt, Lt
 from torch import nn
 
@@ -83,6 +84,8 @@ def heal(
     """
     if not len(text):
         raise RequestError("shrink.heal: the role `text` is empty; there is nothing to heal the model on.")
+    if len(text) > steps * batch_size:  # the teacher need not answer what no step will read
+        text = text.shuffled(torch.initial_seed())[: steps * batch_size]
     made: dict[str, Examples] = {}
     term = cross_entropy("text")
     if target == "teacher":
