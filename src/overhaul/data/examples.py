@@ -98,7 +98,7 @@ class Examples(Sequence[Encoded]):
         for item, row in zip(self.items, self.rows, strict=True):
             for name in sorted(item):
                 hasher.update(name.encode())
-                hasher.update(item[name].numpy().tobytes())
+                hasher.update(item[name].reshape(-1).view(torch.uint8).numpy().tobytes())
             hasher.update(json.dumps(dict(row), sort_keys=True, default=str).encode())
         return hasher.hexdigest()
 

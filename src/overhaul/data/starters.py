@@ -30,8 +30,8 @@ ORIGINS: Mapping[str, str] = {
         "Trained on text that ships with CPython 3.11 (its reference and standard library, PSF licence) and on generated "
         "sums, brackets and people. The people are invented; no fact about them is about anybody."
     ),
-    "digits-vit": "Trained on scikit-learn's copy of the UCI handwritten digits, four fifths of them.",
-    "digits-resnet": "Trained on scikit-learn's copy of the UCI handwritten digits, four fifths of them, enlarged four times.",
+    "digits-vit": "Trained on four fifths of scikit-learn's copy of the UCI handwritten digits.",
+    "digits-resnet": "Trained on four fifths of scikit-learn's copy of the UCI handwritten digits, enlarged four times.",
 }
 
 
