@@ -32,6 +32,9 @@ app.add_typer(starters_app, name="starters")
 console = Console(width=None if sys.stdout.isatty() else 110)
 errors = Console(stderr=True)
 
+INTERRUPTED = 130
+"""What the command line parser makes of Ctrl-C."""
+
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="The run folder; runs/NAME if not given.")]
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -43,12 +46,12 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         code = app(arguments, prog_name="overhaul", standalone_mode=False)
+        if code == INTERRUPTED:
+            _fail("Stopped. Finished steps are kept; the same command goes on from there.", debug)
+            code = 1
     except OverhaulError as error:
         _fail(str(error), debug)
         code = error.exit_code
-    except KeyboardInterrupt:
-        _fail("Stopped. Finished steps are kept; the same command goes on from there.", debug)
-        code = 1
     except Exception as error:
         if not hasattr(error, "format_message"):  # not one of the command line parser's own
             _fail(f"{type(error).__name__}: {error}. `--debug` shows where.", debug)

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from conftest import tiny_llama, tiny_vit
 from overhaul import models
 from overhaul.errors import RequestError, RunError
 from overhaul.recipe import run as running
@@ -162,7 +164,11 @@ def test_a_training_goes_on_from_its_checkpoint(folder: Path, tmp_path: Path, mo
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
 
 
-def test_a_step_that_changes_nothing_is_an_error(folder: Path, tmp_path: Path) -> None:
+def test_a_step_that_changes_nothing_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
+    model: Any = tiny_llama()
+    with torch.no_grad():  # the padding row is zero, and from zero even 1e-12 is a change
+        model.get_input_embeddings().weight[0] = 0.01
+    folder = models.save(model, tokenizer, tmp_path / "model", dtype="bfloat16")
     recipe = write_recipe(
         folder, tmp_path, steps=[{"forget.npo": {"steps": 1, "lr": 1e-12, "stop_at": None}}], judge={}
     )
@@ -222,8 +228,6 @@ def test_running_out_of_disk_in_a_step_keeps_what_was_finished(
 
 
 def test_images_run_too(tmp_path: Path) -> None:
-    from conftest import tiny_vit
-
     models.save(tiny_vit(), None, tmp_path / "vit")
     recipe = {
         "model": str(tmp_path / "vit"),
