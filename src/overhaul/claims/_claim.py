@@ -60,6 +60,7 @@ class Claim:
         statement: what the paper claims, in a sentence or two.
         checks: what must be true for it to hold here, stated before it is run.
         run: seed -> measured numbers by name, baselines and null control among them.
+        remarks: written after the run: what did not hold, and the best explanation there is.
     """
 
     slug: str
@@ -68,6 +69,7 @@ class Claim:
     statement: str
     checks: tuple[Check, ...]
     run: Callable[[int], Numbers]
+    remarks: str = ""
 
 
 def slugs() -> list[str]:
@@ -184,6 +186,7 @@ def claims_page() -> str:
         "measures baselines and a null control beside the method. This page is generated from the stored results.",
         "",
     ]
+    remarks = {claim.slug: claim.remarks for claim in find(["all"])}
     for result in stored():
         held = sum(all(check["passed"]) for check in result["checks"])
         lines += [
@@ -198,6 +201,7 @@ def claims_page() -> str:
             "|---|---|",
             *(f"| {_cell(check['text'])} | {verdict(check['passed'])} |" for check in result["checks"]),
             "",
+            *([remarks[result["slug"]], ""] if remarks.get(result["slug"]) else []),
             _row("measured", [f"seed {seed}" for seed in range(len(result["seconds"]))]),
             _row("---", ["---:"] * len(result["seconds"])),
             *(_row(_cell(name), [_shown(v) for v in values]) for name, values in result["numbers"].items()),

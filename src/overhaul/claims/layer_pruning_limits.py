@@ -42,7 +42,7 @@ Pair = tuple[str, str]
 class Size:
     """How much is trained and judged; the defaults are the experiment, a test takes less."""
 
-    training_steps: int = 750
+    training_steps: int = 1400
     healing_steps: int = 120
     healing_prompts: int = 1500
     judged: int = 250

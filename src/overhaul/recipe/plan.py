@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 
+from overhaul.data.materials import Row, Source, form_of
 from overhaul.models import DTYPES
 from overhaul.recipe.check import Checked, Step
 
@@ -56,21 +57,36 @@ def matmul_speed(size: int = 512, repeats: int = 5) -> float:
     return 2 * size**3 / best
 
 
+def tokens_of(spec: Source, row: Row) -> int:
+    """About how many positions an example takes: three characters a token, text cut at its length, an image's patches."""
+    form = form_of(spec, [row])
+    if form == "text":
+        return spec.length
+    if form == "image":
+        return 64
+    said = (
+        row[spec.column("messages")] if form == "chat" else [row[spec.column("question")], row[spec.column("answer")]]
+    )
+    return (len(str(said)) + len(spec.prompt)) // 3 + 1
+
+
 def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
     config, count = checked.model.config, checked.model.parameters
     weights = count * DTYPES[checked.recipe.dtype].itemsize
     models = 1 + any(m.kind == "model" and m.name in step.reads for m in step.method.roles)
     read = {role: checked.rows[name] for role, name in step.reads.items() if name in checked.rows}
-    rows = {role: sum(len(part) for _, part in sources) for role, sources in read.items()}
-    length = max([1, *(spec.length for sources in read.values() for spec, _ in sources)])
+    lengths = {role: [tokens_of(spec, row) for spec, rows in parts for row in rows] for role, parts in read.items()}
+    longest = max([1, *(max(each) for each in lengths.values())])
     batch = int(step.knobs.get("batch_size") or 16)
     hidden, depth = config.get("hidden_size", 0) or config.get("n_embd", 0), config.get("num_hidden_layers", 1) or 1
     trains = step.method.memory != "forward"
     # about 16 activations of the hidden size are kept per block for a backward, 4 live at once without one; the
     # logits stand three times (raw, log-softmax, gradient)
     kept = 16 * depth if trains else 4
-    activations = 4 * batch * length * (kept * hidden + (3 if trains else 1) * config.get("vocab_size", 0))
+    activations = 4 * batch * longest * (kept * hidden + (3 if trains else 1) * config.get("vocab_size", 0))
     peak = weights * models + COPIES[step.method.memory] * 4 * count + activations
-    tokens = min(length, 64) * (batch * int(step.knobs["steps"]) if "steps" in step.knobs else sum(rows.values()))
+    means = [sum(each) / len(each) for each in lengths.values()]
+    steps = step.knobs.get("steps")
+    tokens = steps * batch * sum(means) if steps else sum(map(sum, lengths.values()))
     seconds = tokens * count * (6 if trains else 2) / speed
-    return Planned(step.name, rows, step.knobs, peak, seconds)
+    return Planned(step.name, {role: len(each) for role, each in lengths.items()}, step.knobs, peak, seconds)
