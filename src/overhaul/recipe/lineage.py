@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from overhaul import __version__
 from overhaul.recipe.check import Checked
+from overhaul.recipe.store import Stage
 from overhaul.report.numbers import humanise
-
-if TYPE_CHECKING:
-    from overhaul.recipe.run import Stage
 
 
 def lineage(

@@ -23,7 +23,7 @@ from overhaul.judge import judge as judging
 from overhaul.recipe import lineage, machine
 from overhaul.recipe.check import Checked, Step, check
 from overhaul.recipe.spec import read
-from overhaul.recipe.store import RunFolder, code_version, key_of, write_json, write_text
+from overhaul.recipe.store import RunFolder, Stage, code_version, key_of, write_json, write_text
 from overhaul.report.html import write_html
 from overhaul.stack import LayerStack
 
@@ -34,16 +34,6 @@ class Run:
 
     folder: Path
     report: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A model of the run: as it came in, or after a step."""
-
-    name: str
-    key: str
-    facts: models.ModelFacts
-    record: Mapping[str, Any] | None = None
 
 
 def run(source: str | Path | Mapping[str, Any], out: str | Path | None = None) -> Run:

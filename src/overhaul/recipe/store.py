@@ -13,11 +13,12 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from overhaul.errors import RequestError
-from overhaul.models import writing
+from overhaul.models import ModelFacts, writing
 
 
 def key_of(*parts: Any) -> str:
@@ -43,6 +44,16 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of indented JSON; NaN is refused."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A model of the run: as it came in, or after a step."""
+
+    name: str
+    key: str
+    facts: ModelFacts
+    record: Mapping[str, Any] | None = None
 
 
 class RunFolder:
