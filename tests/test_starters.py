@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
+import torch
 
 from overhaul import cli, models
-from overhaul.data.starters import QUALITY
+from overhaul.data.starters import QUALITY, Quality, build
 from overhaul.errors import RequestError
 from overhaul.recipe.check import check
 from overhaul.recipe.spec import read
@@ -17,18 +21,37 @@ def holds(value: float, bar: str) -> bool:
     return value >= limit if sign == ">=" else value <= limit
 
 
-@pytest.mark.parametrize("name", ["docs-llama", "digits-vit", "digits-resnet"])
-def test_a_starter_is_as_good_as_it_is_held_to(name: str) -> None:
-    folder = models.starters()[name]
-    measured = QUALITY[name](folder)
+def assert_good(name: str, measured: Quality) -> None:
     held = {what: (value, bar) for what, (value, bar) in measured.items() if bar[:2] in (">=", "<=")}
     assert held
     for what, (value, bar) in held.items():
         assert holds(value, bar), f"{name}: {what} is {value:.4f}, held to {bar}"
+
+
+NAMES = ["docs-llama", "digits-vit", "digits-resnet"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_starter_is_as_good_as_it_is_held_to(name: str) -> None:
+    folder = models.starters()[name]
+    measured = QUALITY[name](folder)
+    assert_good(name, measured)
     card = (folder / "README.md").read_text()
     assert all(what in card for what in measured)
     size = sum(path.stat().st_size for path in folder.iterdir())
     assert size <= 8e6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(5400)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_starter_trained_again_is_as_good_as_the_one_that_ships(name: str, tmp_path: Path) -> None:
+    torch.set_num_threads(os.cpu_count() or 1)
+    build(name, tmp_path / name)
+    again, shipped = QUALITY[name](tmp_path / name), QUALITY[name](models.starters()[name])
+    assert_good(name, again)
+    for what, (value, _) in shipped.items():
+        assert again[what][0] == pytest.approx(value, abs=0.03), what
 
 
 def test_the_demo_recipe_is_in_order() -> None:
