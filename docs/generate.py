@@ -1,13 +1,21 @@
-"""Write the generated pages: docs/claims.md from the stored results, docs/methods/ from the methods themselves."""
+"""Write the generated pages: docs/claims.md from the stored results, docs/methods/ from the methods themselves, and
+docs/families.md from what the tests verify.
+"""
 
 from __future__ import annotations
 
+import inspect
+import sys
 from pathlib import Path
 
 from overhaul.claims._claim import claims_page
 from overhaul.method import Method, methods
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "tests"))
+
+from families import FAMILIES, Family  # noqa: E402
+from guarantees import GUARANTEES  # noqa: E402
 
 
 def method_page(method: Method) -> str:
@@ -29,6 +37,32 @@ def method_page(method: Method) -> str:
     return "\n".join(lines)
 
 
+def families_page() -> str:
+    """Which guarantee is verified on which family."""
+    columns = list(GUARANTEES.values())
+    lines = [
+        "# Families",
+        "",
+        "Stacks of blocks are found by structure, not by a table of names. Each ✓ is a test on a tiny random model of the",
+        "family (`tests/test_families.py`); – marks what has no meaning there. A family joins by one entry in",
+        "`tests/families.py`; a model of your own by being a list of blocks.",
+        "",
+        f"| family | class | stack | fixed blocks | {' | '.join(each.title for each in columns)} |",
+        "|---|---|---|---|" + ":-:|" * len(columns),
+    ]
+    for name, family in FAMILIES.items():
+        marks = " | ".join("✓" if each.applies(family) else "–" for each in columns)
+        fixed = ", ".join(map(str, family.pinned)) or "none"
+        lines.append(f"| {name} | `{_class_of(family)}` | `{family.stack}` | {fixed} | {marks} |")
+    lines += ["", "A fixed block stays in its place and runs once: something outside of it depends on where it is.", ""]
+    lines += [f"- **{each.title}**: {inspect.cleandoc(each.check.__doc__ or '')}" for each in columns]
+    return "\n".join([*lines, ""])
+
+
+def _class_of(family: Family) -> str:
+    return family.builder if isinstance(family.builder, str) else family.builder[0]
+
+
 def _cell(text: str) -> str:
     return text.replace("|", r"\|")
 
@@ -40,7 +74,7 @@ def _example(method: Method) -> str:
 def pages() -> dict[Path, str]:
     """Every generated page by its place."""
     written = {HERE / "methods" / f"{name}.md": method_page(method) for name, method in methods().items()}
-    return {**written, HERE / "claims.md": claims_page()}
+    return {**written, HERE / "claims.md": claims_page(), HERE / "families.md": families_page()}
 
 
 if __name__ == "__main__":

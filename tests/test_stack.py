@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import families
 from conftest import FAMILIES, tiny_gemma3, tiny_gpt2, tiny_llama, tiny_qwen3, tiny_resnet, tiny_vit
 from overhaul.errors import RequestError
 from overhaul.objectives import forward
@@ -262,12 +263,25 @@ def test_a_model_that_its_config_could_not_describe_is_refused_and_left_as_it_wa
     assert torch.equal(logits(model, "gpt2"), output)
 
 
-def test_a_stack_whose_length_the_config_does_not_declare_cannot_be_changed() -> None:
-    from transformers import T5Config, T5ForConditionalGeneration
+def test_a_depth_that_only_another_name_of_the_config_declares_is_found(tmp_path: Path) -> None:
+    model: Any = families.FAMILIES["T5, encoder"].build()
+    LayerStack.at(model, "encoder.block").drop([1])
+    LayerStack.at(model, "decoder.block").drop([3, 1])
+    assert (model.config.num_layers, model.config.num_decoder_layers) == (2, 2)
+    model.save_pretrained(tmp_path)
+    again, loading = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading.values())
+    inputs = families.FAMILIES["T5, encoder"].inputs()
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**inputs).logits, model(**inputs).logits)
 
-    model = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2))
-    with pytest.raises(RequestError, match=r"does not say how many blocks encoder\.block has"):
-        LayerStack.find(model)[0].drop([1])
+
+def test_a_stack_whose_length_no_config_declares_cannot_be_changed() -> None:
+    model = families.FAMILIES["UNet"].build()
+    before = {name: id(p) for name, p in model.named_parameters()}
+    with pytest.raises(RequestError, match=r"No entry in the config of UNet2DConditionModel says how many blocks"):
+        LayerStack.at(model, "mid_block.attentions.0.transformer_blocks").drop([1])
+    assert {name: id(p) for name, p in model.named_parameters()} == before
 
 
 def test_dropping_consumes_no_randomness() -> None:

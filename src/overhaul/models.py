@@ -15,14 +15,17 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from overhaul.errors import RequestError, RunError, did_you_mean
+from overhaul.paths import follow_saved_paths, set_aside, write_paths
 
 STARTERS = Path(__file__).parent / "data" / "starters"
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,8 +54,13 @@ class ModelFacts:
 
     @property
     def architecture(self) -> str:
-        """The model class that config.json names."""
-        return self.config["architectures"][0]
+        """The model class that config.json names: as transformers writes it, or as diffusers does."""
+        return self.config["architectures"][0] if "architectures" in self.config else self.config["_class_name"]
+
+    @property
+    def library(self) -> Literal["transformers", "diffusers"]:
+        """The library that the class belongs to."""
+        return "diffusers" if "_class_name" in self.config else "transformers"
 
     @property
     def parameters(self) -> int:
@@ -121,7 +129,7 @@ def facts(source: str | Path) -> ModelFacts:
         config = json.loads((folder / "config.json").read_text())
     except json.JSONDecodeError as error:
         raise RequestError(f"{folder / 'config.json'} is not valid JSON: {error}.") from error
-    if not config.get("architectures"):
+    if not config.get("architectures") and "_class_name" not in config:
         raise RequestError(f"{folder / 'config.json'} names no `architectures`, so the model class is not known.")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -184,26 +192,67 @@ def open_model(source: str | Path, *, dtype: str = "float32", trust_remote_code:
 
 def load_weights(known: ModelFacts, dtype: str, trust_remote_code: bool = False) -> nn.Module:
     """The model itself. Tensors that the checkpoint lacks are an error, never filled at random."""
-    import transformers
-
     if dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is not possible.{did_you_mean(dtype, DTYPES)}")
-    kind: Any = getattr(transformers, known.architecture, None)
-    if kind is None and not trust_remote_code:
-        raise RequestError(
-            f"{known.source}: transformers {transformers.__version__} has no class {known.architecture!r}. If the folder "
-            "brings its own code and you trust it, say `trust_remote_code: true`."
-        )
+    kind = class_of(known)
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "use_safetensors": True, "output_loading_info": True}
+    if known.library == "diffusers":
+        options["torch_dtype"] = options.pop("dtype")
     if kind is None:
-        kind, options["trust_remote_code"] = transformers.AutoModel, True
+        if not trust_remote_code:
+            raise RequestError(
+                f"{known.source}: the {known.library} that is installed has no class {known.architecture!r}. If the folder "
+                "brings its own code and you trust it, say `trust_remote_code: true`."
+            )
+        from transformers import AutoModel
+
+        kind, options["trust_remote_code"] = AutoModel, True
     with _quiet_transformers():
         model, loading = kind.from_pretrained(known.folder, **options)
     missing = sorted(loading["missing_keys"])
     if missing:
         raise RequestError(f"{known.source}: the weights lack {len(missing)} tensors, such as {missing[0]!r}.")
+    follow_saved_paths(model, known.folder)
     # nn.Dropout and the like must be off until a training turns them on
     return model.eval()
+
+
+def class_of(known: ModelFacts) -> Any:
+    """The class that config.json names, or None where its library has none of that name.
+
+    Raises:
+        RequestError: the class belongs to diffusers, which is not installed.
+    """
+    if known.library == "diffusers" and find_spec("diffusers") is None:
+        raise RequestError(
+            f"{known.source} is a diffusers model ({known.architecture}); install it with `pip install overhaul[diffusion]`."
+        )
+    return getattr(import_module(known.library), known.architecture, None)
+
+
+def planned(known: ModelFacts) -> nn.Module | None:
+    """What config.json describes, built without memory on torch's meta device; None where the folder brings its own code.
+
+    Raises:
+        RequestError: nothing can be built from the config.
+    """
+    kind = class_of(known)
+    if kind is None:
+        return None
+    try:
+        if known.library == "diffusers":
+            with torch.device("meta"):
+                return kind.from_config(kind.load_config(known.folder))
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(known.folder)
+        with torch.device("meta"):
+            return kind(config)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RequestError(
+            f"{known.source}: no {known.architecture} can be built from config.json: {error}. Correct config.json; "
+            "`overhaul plan` checks it without reading weights."
+        ) from error
 
 
 def check_shapes(known: ModelFacts) -> None:
@@ -214,14 +263,10 @@ def check_shapes(known: ModelFacts) -> None:
     Raises:
         RequestError: a tensor has another shape than the config says.
     """
-    import transformers
-
-    kind: Any = getattr(transformers, known.architecture, None)
-    if kind is None:  # the folder brings its own code, which is not run here
+    model = planned(known)
+    if model is None:
         return
-    config = transformers.AutoConfig.from_pretrained(known.folder)
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in kind(config).state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, shape in known.shapes.items():
         if expected.get(name, shape) != shape:
             raise RequestError(
@@ -300,7 +345,8 @@ def save(model: nn.Module, processor: Any, folder: str | Path, *, dtype: str | N
     """Save as a plain checkpoint: written beside its place and renamed when complete.
 
     Args:
-        model: a transformers model. It stays as it is; only the files are in `dtype`.
+        model: a transformers or diffusers model. It stays as it is; only the files are in `dtype`. The paths that it
+            follows are saved beside its weights.
         processor: its tokenizer or image processor, or None.
         folder: must not exist yet.
         dtype: of the files; the model's own if None.
@@ -316,10 +362,12 @@ def save(model: nn.Module, processor: Any, folder: str | Path, *, dtype: str | N
     if bad:
         raise RunError(f"{len(bad)} tensors hold values that are not finite, such as {bad[0]!r}; nothing was saved.")
     partial = folder.with_name(f".{folder.name}.partial")
-    with writing(folder):
+    with set_aside(model) as paths, writing(folder):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write_checkpoint(model, processor, partial, dtype)
+        if paths:
+            write_paths(partial, paths)
         os.replace(partial, folder)
     return folder
 
@@ -327,24 +375,36 @@ def save(model: nn.Module, processor: Any, folder: str | Path, *, dtype: str | N
 def write_checkpoint(model: Any, processor: Any, folder: Path, dtype: str | None) -> None:
     """`save_pretrained` in `dtype` without changing the model that is held."""
     wanted = DTYPES.get(dtype or "", None)
-    state = None
-    config_dtype = model.config.dtype
-    if wanted is not None:
-        # tied tensors must stay one tensor, or they would be written twice
-        cast: dict[int, torch.Tensor] = {}
-        state = {}
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if id(tensor) not in cast:
-                cast[id(tensor)] = tensor.detach().to(wanted) if tensor.is_floating_point() else tensor.detach()
-            state[name] = cast[id(tensor)]
-        model.config.dtype = wanted
-    try:
+    if wanted is None:
         with _quiet_transformers():
-            model.save_pretrained(folder, state_dict=state)
-    finally:
-        model.config.dtype = config_dtype
+            model.save_pretrained(folder)
+    elif hasattr(model, "register_to_config"):  # diffusers saves only what the model holds
+        from huggingface_hub import save_torch_state_dict
+
+        model.save_config(folder)
+        save_torch_state_dict(
+            _cast(model, wanted), folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors"
+        )
+    else:
+        config_dtype, model.config.dtype = model.config.dtype, wanted
+        try:
+            with _quiet_transformers():
+                model.save_pretrained(folder, state_dict=_cast(model, wanted))
+        finally:
+            model.config.dtype = config_dtype
     if processor is not None:
         processor.save_pretrained(folder)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The state in another dtype; tied tensors stay one tensor, or they would be written twice."""
+    cast: dict[int, torch.Tensor] = {}
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in cast:
+            cast[id(tensor)] = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+        state[name] = cast[id(tensor)]
+    return state
 
 
 @contextlib.contextmanager
