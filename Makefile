@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/forget-and-shrink
 
-.PHONY: demo test check bench docs reproduce clean
+.PHONY: demo test check bench large docs reproduce clean
 
 demo: $(VENV)/installed
 	$(BIN)/overhaul run recipes/forget-and-shrink.yaml -o $(RUN)
@@ -19,6 +19,9 @@ check: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks
+
+large: $(VENV)/installed
+	$(BIN)/python benchmarks/large.py
 
 reproduce: $(VENV)/installed
 	$(BIN)/overhaul reproduce all

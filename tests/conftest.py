@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from overhaul.data.encode import answered
 from overhaul.data.examples import Examples
+from overhaul.objectives import evaluate
+from overhaul.stack import LayerStack
 
 TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 64}
 
@@ -90,6 +92,21 @@ def examples_for(family: str, count: int, seed: int = 0) -> Examples:
         tokens = torch.randint(3, 64, (prompt + answer,), generator=draw).tolist()
         items.append(answered(tokens[:prompt], tokens[prompt:], None))
     return Examples(items, [{}] * count)
+
+
+def hidden_states(stack: LayerStack, batch: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """What enters and what leaves every block in one forward pass, by hooks and nothing of ours."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        entering = args[0] if args else kwargs["hidden_states"]
+        seen.append((entering, output[0] if isinstance(output, tuple) else output))
+
+    hooks = [block.register_forward_hook(record, with_kwargs=True) for block in stack.blocks]
+    evaluate(stack.model, lambda logits, _: logits, [dict(batch)])
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
 CHARACTERS = "\n abcdefghijklmnopqrstuvwxyz0123456789.,:;?!+-='\"()[]{}_"

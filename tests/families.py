@@ -92,9 +92,10 @@ class Family:
         return {name: value(normal) for name, value in DIFFUSION[str(self.builder)].items()}
 
 
+NAMED: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LM: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    **NAMED, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "max_position_embeddings": 128,
 }  # fmt: skip
 GROUPED = {**LM, "num_key_value_heads": 2}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 3}
@@ -143,22 +144,24 @@ UNET = {
 
 FAMILIES: dict[str, Family] = {
     "Llama": Family("model.layers", 4, "causal", ("LlamaForCausalLM", "LlamaConfig"), GROUPED),
-    "Mistral": Family("model.layers", 4, "causal", ("MistralForCausalLM", "MistralConfig"), {**GROUPED, "sliding_window": 4}),
+    "Mistral": Family("model.layers", 4, "causal", ("MistralForCausalLM", "MistralConfig"),
+        {**GROUPED, "sliding_window": 4}),
     "Qwen2": Family("model.layers", 4, "causal", ("Qwen2ForCausalLM", "Qwen2Config"), GROUPED),
     "Qwen3, alternating windows": Family("model.layers", 4, "causal", ("Qwen3ForCausalLM", "Qwen3Config"),
         {**GROUPED, **SLIDING, "head_dim": 8, "use_sliding_window": True}),
     "Gemma2": Family("model.layers", 4, "causal", ("Gemma2ForCausalLM", "Gemma2Config"), GEMMA),
     "Gemma3": Family("model.layers", 4, "causal", ("Gemma3ForCausalLM", "Gemma3TextConfig"), GEMMA),
     "Phi3": Family("model.layers", 4, "causal", ("Phi3ForCausalLM", "Phi3Config"), GROUPED),
-    "Mixtral": Family("model.layers", 4, "causal", ("MixtralForCausalLM", "MixtralConfig"), {**MOE, "num_local_experts": 4}),
+    "Mixtral": Family("model.layers", 4, "causal", ("MixtralForCausalLM", "MixtralConfig"),
+        {**MOE, "num_local_experts": 4}),
     "OLMoE": Family("model.layers", 4, "causal", ("OlmoeForCausalLM", "OlmoeConfig"), {**MOE, "num_experts": 4}),
     "GPT-2": Family("transformer.h", 4, "causal", ("GPT2LMHeadModel", "GPT2Config"),
-        {"vocab_size": 64, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2}),
+        {**NAMED, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128}),
     "OPT": Family("model.decoder.layers", 4, "causal", ("OPTForCausalLM", "OPTConfig"),
         {**LM, "ffn_dim": 48, "word_embed_proj_dim": 32, "layerdrop": 0.0}),
     "GPT-NeoX": Family("gpt_neox.layers", 4, "causal", ("GPTNeoXForCausalLM", "GPTNeoXConfig"), LM),
     "Bloom": Family("transformer.h", 4, "causal", ("BloomForCausalLM", "BloomConfig"),
-        {"vocab_size": 64, "hidden_size": 32, "n_layer": 4, "n_head": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
+        {**NAMED, "hidden_size": 32, "n_layer": 4, "n_head": 4}),
     "BERT": Family("bert.encoder.layer", 4, "encoder", ("BertForMaskedLM", "BertConfig"), LM),
     "T5, encoder": Family("encoder.block", 3, "seq2seq", ("T5ForConditionalGeneration", "T5Config"), T5, (0,)),
     "T5, decoder": Family("decoder.block", 4, "seq2seq", ("T5ForConditionalGeneration", "T5Config"), T5, (0,)),
@@ -167,7 +170,8 @@ FAMILIES: dict[str, Family] = {
     "CLIP, text": Family("text_model.encoder.layers", 3, "two towers", ("CLIPModel", "CLIPConfig"), CLIP),
     "CLIP, vision": Family("vision_model.encoder.layers", 3, "two towers", ("CLIPModel", "CLIPConfig"), CLIP),
     "ResNet": Family("resnet.encoder.stages", 6, "image", ("ResNetForImageClassification", "ResNetConfig"),
-        {"num_channels": 3, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [3, 3], "layer_type": "basic", "num_labels": 5}, (0, 3)),
+        {"num_channels": 3, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [3, 3], "layer_type": "basic",
+         "num_labels": 5}, (0, 3)),
     "DiT": Family("transformer_blocks", 4, "diffusion", "DiTTransformer2DModel",
         {**HEADS, **LATENT, "out_channels": 8, "num_embeds_ada_norm": 10}, (0,)),
     "PixArt": Family("transformer_blocks", 4, "diffusion", "PixArtTransformer2DModel",

@@ -2,23 +2,24 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors import safe_open
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from conftest import FAMILIES, examples_for, tiny_llama, tiny_resnet
-from overhaul import fit as fitting
-from overhaul import session
+from conftest import examples_for, tiny_llama, tiny_resnet
+from overhaul import parallel
 from overhaul.data.examples import Batch, Examples
 from overhaul.errors import RequestError, RunError
-from overhaul.fit import Draw, Ledger, adamw, by_length, fit, learning_rate
-from overhaul.objectives import Term, answer_tokens, cross_entropy, sequence_nll, sequences
+from overhaul.fit import Draw, by_length, fit
+from overhaul.objectives import Penalty, Term, answer_tokens, cross_entropy, sequence_nll, sequences
+from overhaul.references import cache_outputs
+from overhaul.schedules import Infinite
 
 KNOBS: dict[str, Any] = {"batch_size": 4, "lr": 1e-2}
 
@@ -45,20 +46,38 @@ def two_roles() -> tuple[list[Term], dict[str, Examples]]:
     return terms, {"a": examples_for("llama", 40, seed=1), "b": examples_for("llama", 70, seed=2)}
 
 
-def sgd(named: Any) -> torch.optim.Optimizer:
+def sgd(model: nn.Module, trained: Any) -> torch.optim.Optimizer:
     """Plain descent, whose steps are proportional to the gradient: AdamW would hide a wrong factor."""
-    return torch.optim.SGD([p for _, p in named], lr=1.0)
+    return torch.optim.SGD(trained.values(), lr=1.0)
+
+
+def distance(start: dict[str, Tensor]) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """Half the squared distance of the weights from where they began."""
+    return lambda now: torch.stack([(now[n] - start[n]).square().sum() for n in now]).sum() / 2
 
 
 def test_accumulation_does_not_change_a_result() -> None:
+    """1 x 32 as 2 x 16 and 4 x 8: per token, per sequence, KL on either role, a penalty on the weights."""
     results = []
     for accumulation in (1, 2, 4):
         torch.manual_seed(0)
         model = small()
         terms, data = two_roles()
+        to_a, to_b = (cache_outputs(model, data[role], 16) for role in "ab")
+        penalty = Penalty(distance({n: p.detach() + 0.1 for n, p in model.named_parameters()}), 0.2)
+        objective = [*terms, to_a.kl_term("a", 0.5, "KL a"), to_b.kl_term("b", 2.0, "KL b"), penalty]
+        data = {"a": to_a.examples, "b": to_b.examples}
         sizes = {"a": 32 // accumulation, "b": 20 // accumulation}
         ledger = fit(
-            model, terms, data, steps=3, batch_size=sizes, accumulation=accumulation, lr=0.1, optimizer=sgd, clip=None
+            model,
+            objective,
+            data,
+            steps=3,
+            batch_size=sizes,
+            accumulation=accumulation,
+            lr=0.1,
+            optimizer=sgd,
+            clip=None,
         )
         results.append((weights(model), ledger))
     for other, ledger in results[1:]:
@@ -67,6 +86,45 @@ def test_accumulation_does_not_change_a_result() -> None:
         assert ledger.examples == results[0][1].examples == {"a": 96, "b": 60}
         for curve, values in results[0][1].curves.items():
             assert ledger.curves[curve] == pytest.approx(values, abs=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_penalty_counts_once_a_step(accumulation: int) -> None:
+    """Descent on half a squared distance d leaves (1 - lr * weight) d of it, whatever else is drawn beside."""
+    model = small()
+    target = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    before = weights(model)
+    still = Term("a", lambda logits, batch: logits.sum() * 0.0, sequences)
+    ledger = fit(
+        model, [still, Penalty(distance(target), 0.5)], {"a": examples_for("llama", 6)}, steps=2, batch_size=2,
+        accumulation=accumulation, lr=0.2, optimizer=sgd, clip=None,
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter, 0.9**2 * before[name], rtol=1e-5, atol=1e-8), name
+    half = sum(float(before[n].square().sum()) for n, _ in model.named_parameters()) / 2
+    assert ledger.curves["penalty"] == pytest.approx([half, 0.9**2 * half], rel=1e-5)
+    assert ledger.curves["loss"] == pytest.approx([0.5 * value for value in ledger.curves["penalty"]])
+
+
+def test_a_penalty_needs_no_data_and_sees_what_trains() -> None:
+    model, seen = small(), list[str]()
+
+    def norms(now: Mapping[str, Tensor]) -> Tensor:
+        seen.extend(now)
+        return torch.stack([p.square().sum() for p in now.values()]).sum()
+
+    ledger = fit(model, [Penalty(norms)], {}, steps=1, lr=1e-2, trainable=lambda name: "norm" in name)
+    assert seen == [name for name, _ in model.named_parameters() if "norm" in name]
+    assert (ledger.examples, ledger.step) == ({}, 1)
+
+
+def test_a_penalty_that_is_not_finite_stops_too() -> None:
+    model = small()
+    before = weights(model)
+    nothing = Penalty(lambda now: next(iter(now.values())).sum() * math.nan, name="EWC")
+    with pytest.raises(RunError, match="step 1: the term 'EWC', which reads the weights, is nan"):
+        fit(model, [nothing], {}, steps=1)
+    assert same(weights(model), before)
 
 
 def test_one_step_is_the_gradient_of_the_weighted_means() -> None:
@@ -118,59 +176,6 @@ def test_lengths_are_grouped_without_losing_an_example() -> None:
     )
     assert len(groups) > 1
     assert all(2 * min(group) >= max(group) for group in lengths)
-
-
-def interrupted(at: int, error: type[BaseException] = KeyboardInterrupt) -> session.Report:
-    def report(what: str, done: int, total: int, detail: str) -> None:
-        if done == at:
-            raise error
-
-    return report
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "resnet"])
-@pytest.mark.parametrize("way", ["asked to stop", "interrupted"])
-def test_resuming_gives_the_same_weights_bit_for_bit(family: str, way: str, tmp_path: Path) -> None:
-    dropout = {"gpt2": {"resid_pdrop": 0.1, "embd_pdrop": 0.1}, "llama": {"attention_dropout": 0.1}}.get(family, {})
-    data = {"a": examples_for(family, 10, seed=1), "b": examples_for(family, 7, seed=2)}
-    terms = [cross_entropy("a", name="a"), cross_entropy("b", 0.5, "b")]
-
-    def train(scratch: Path | None, stop: Any = None, report: session.Report = lambda *_: None) -> tuple[Any, Ledger]:
-        torch.manual_seed(3)
-        model = FAMILIES[family](**dropout)
-        with session.using(scratch=scratch, checkpoint_seconds=0.0, report=report):
-            ledger = fit(
-                model, terms, data, steps=8, batch_size={"a": 4, "b": 3}, lr=1e-2, warmup=2, schedule="cosine",
-                should_stop=stop,
-            )  # fmt: skip
-        return weights(model), ledger
-
-    straight, whole = train(None)
-    if way == "asked to stop":
-        train(tmp_path, stop=lambda ledger: ledger.step == 5)
-    else:
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path, report=interrupted(6))  # the fifth step is the last that was saved
-    resumed, ledger = train(tmp_path)
-    assert same(resumed, straight)
-    assert ledger.curves == whole.curves
-    assert (ledger.step, ledger.examples, ledger.tokens) == (whole.step, whole.examples, whole.tokens)
-    assert ledger.examples == {"a": 32, "b": 24}
-
-
-def test_a_checkpoint_is_safetensors_and_never_half_written(tmp_path: Path) -> None:
-    with session.using(scratch=tmp_path, checkpoint_seconds=0.0):
-        fit(small(), [cross_entropy("a")], {"a": examples_for("llama", 8)}, steps=2, name="heal", **KNOBS)
-    (file,) = tmp_path.iterdir()
-    assert file.name == "heal.checkpoint"
-    with safe_open(str(file), framework="pt") as opened:
-        assert any(key.startswith("optimizer/") for key in opened.keys())  # noqa: SIM118
-
-
-def test_no_scratch_folder_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    fit(small(), [cross_entropy("a")], {"a": examples_for("llama", 8)}, steps=1, **KNOBS)
-    assert not list(tmp_path.iterdir())
 
 
 def spoilt(after: int) -> Callable[[Tensor, Batch], Tensor]:
@@ -226,37 +231,10 @@ def test_norm_statistics_of_a_bad_step_are_taken_back() -> None:
     assert same(weights(model), before)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
-        ("cosine", [0.5, 1.0, 1.0, 0.8535534, 0.5, 0.1464466]),
-    ],
-)
-def test_schedules_warm_up_and_come_down(schedule: Any, expected: list[float]) -> None:
-    rates = [learning_rate(step, 6, 2.0, 2, schedule) for step in range(6)]
-    assert rates == pytest.approx([2.0 * share for share in expected])
-    model, data = small(), {"a": examples_for("llama", 4)}
-    ledger = fit(model, [cross_entropy("a")], data, steps=6, batch_size=4, lr=1e-3, warmup=2, schedule=schedule)
-    assert ledger.curves["lr"] == pytest.approx([1e-3 * share for share in expected])
-
-
-def test_a_floor_is_where_the_schedule_ends() -> None:
-    assert learning_rate(99, 100, 1.0, 0, "linear", floor=0.2) == pytest.approx(0.2 + 0.8 * 0.01)
-    assert learning_rate(10**6, 10**6, 1.0, 0, "cosine", floor=0.2) == pytest.approx(0.2)
-
-
-def test_groups_of_an_optimizer_keep_their_ratio_of_rates() -> None:
-    def two_rates(named: Any) -> torch.optim.Optimizer:
-        first, *others = [p for _, p in named]
-        return torch.optim.SGD([{"params": [first], "lr": 0.0}, {"params": others, "lr": 1.0}])
-
-    model = small()
-    before = weights(model)
-    fit(model, [cross_entropy("a")], {"a": examples_for("llama", 4)}, steps=2, optimizer=two_rates, **KNOBS)
-    changed = [name for name, tensor in model.named_parameters() if not torch.equal(tensor, before[name])]
-    assert changed == [name for name, _ in model.named_parameters()][1:]
+def test_a_schedule_of_its_own_brings_its_own_warmup() -> None:
+    rates = Infinite(warmup=1, cooled=2, plateau=0.5, floor=0.1)
+    with pytest.raises(ValueError, match="belong to a schedule given by name"):
+        fit(small(), [cross_entropy("a")], {"a": examples_for("llama", 4)}, steps=1, schedule=rates, warmup=3)
 
 
 def test_only_the_chosen_subset_trains_and_the_rest_is_thawed_again() -> None:
@@ -374,22 +352,8 @@ def test_should_stop_ends_early() -> None:
     assert ledger.step == 2
 
 
-def test_matrices_decay_and_vectors_do_not() -> None:
-    model = small()
-    before = weights(model)
-
-    def nothing(logits: Tensor, batch: Batch) -> Tensor:
-        return logits.float().sum() * 0.0
-
-    data = {"a": examples_for("llama", 4)}
-    fit(model, [Term("a", nothing, answer_tokens)], data, steps=1, optimizer=adamw(weight_decay=0.5), **KNOBS)
-    for name, parameter in model.named_parameters():
-        factor = 1.0 - 1e-2 * 0.5 if parameter.ndim >= 2 else 1.0
-        assert torch.allclose(parameter, factor * before[name], rtol=1e-6), name
-
-
 def test_bf16_training_leaves_a_plain_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "_has_fast_bf16", lambda: True)
+    monkeypatch.setattr(parallel, "_has_fast_bf16", lambda: True)
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         model, data = small(), {"a": examples_for("llama", 4)}
@@ -401,6 +365,13 @@ def test_bf16_training_leaves_a_plain_forward(monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(model(**item).logits, copied(**item).logits)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_an_engine_that_steps_by_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    monkeypatch.setattr(parallel, "Accelerator", lambda **_: engine)
+    with pytest.raises(RequestError, match="not for DEEPSPEED, whose engine steps"):
+        fit(small(), [cross_entropy("a")], {"a": examples_for("llama", 4)}, steps=1)
 
 
 def test_a_missing_or_empty_role_is_refused() -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -329,29 +328,3 @@ def test_hooks_stay_on_their_blocks() -> None:
     with stack.skipping([1]):
         logits(model, "llama")
     assert calls == [0, 2, 3]
-
-
-# hidden states
-
-
-def test_hidden_states_are_what_enters_and_leaves_each_block(family: str) -> None:
-    model: Any = FAMILIES[family]()
-    stack = LayerStack.of(model)
-    states = stack.hidden_states(batch_for(family))
-    assert len(states) == len(stack)
-    for (_, leaving), (entering, _) in itertools.pairwise(states):
-        assert torch.equal(leaving, entering)
-    assert not any(block._forward_hooks for block in stack.blocks)
-    if family in ("llama", "gpt2"):
-        library = model(**batch_for(family), output_hidden_states=True).hidden_states
-        for ours, theirs in zip(states, library, strict=False):
-            assert torch.equal(ours[0], theirs)
-
-
-def test_hidden_states_leave_no_hook_behind_even_after_an_error() -> None:
-    model = tiny_llama().train()
-    stack = LayerStack.of(model)
-    with pytest.raises(IndexError):
-        stack.hidden_states({"input_ids": torch.tensor([[10_000]])})
-    assert not any(block._forward_hooks for block in stack.blocks)
-    assert model.training

@@ -183,8 +183,9 @@ def invoke(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     """Logits for a collated batch (one with labels); what the model returns for its own keyword arguments. No cache."""
     if "labels" in inputs:
         return forward(model, inputs)
-    caches = "use_cache" in inspect.signature(model.forward).parameters
-    return model(**inputs, **({"use_cache": False} if caches else {}))
+    unwrapped = getattr(model, "get_base_model", lambda: model)()  # peft's forward names no arguments
+    caches = "use_cache" in inspect.signature(unwrapped.forward).parameters
+    return model(**{**({"use_cache": False} if caches else {}), **inputs})
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -37,6 +37,22 @@ class Term:
     name: str = "loss"
 
 
+@dataclass(frozen=True)
+class Penalty:
+    """A part of an objective that reads the weights and no batch: it counts once in every optimizer step.
+
+    Attributes:
+        loss: the parameters that train, by name -> a float32 scalar. Under FSDP2 a parameter is gathered when it is looked
+            up, so a penalty on some of them should look up no others.
+        weight: its share in the total.
+        name: how curves and errors call it.
+    """
+
+    loss: Callable[[Mapping[str, Tensor]], Tensor]
+    weight: float = 1.0
+    name: str = "penalty"
+
+
 def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Logits of a Hugging Face model, or of any module that takes these inputs and returns logits or an object with them."""
     if "pixel_values" in batch:

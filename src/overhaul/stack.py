@@ -12,17 +12,16 @@ config follow the block and not its position (`arrangement`).
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from overhaul import discovery
 from overhaul.arrangement import Entry, arrange, describe, faults
 from overhaul.discovery import Blocks
 from overhaul.errors import RequestError, did_you_mean
-from overhaul.objectives import evaluate
 from overhaul.paths import Following
 
 _AFTER = re.compile(r"(^|[._])(final|out|head)([._]|$)")
@@ -217,31 +216,6 @@ class LayerStack:
                     f"Block {place} of {self.path} must stay {where} and run once: {reason}. These can be dropped, "
                     f"repeated or moved: {self.droppable}."
                 )
-
-    def hidden_states(self, batch: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """What enters and what leaves every block in one forward pass, without gradients, in eval mode.
-
-        The capture is by hooks of its own: the library's `output_hidden_states` loses count when a stack is edited.
-
-        Args:
-            batch: a collated batch, as for `objectives.forward`.
-
-        Returns:
-            One (entering, leaving) for each block, each [b, t, d] or [b, c, h, w].
-        """
-        seen: list[tuple[Tensor, Tensor]] = []
-
-        def record(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-            entering = args[0] if args else kwargs["hidden_states"]
-            seen.append((entering, output[0] if isinstance(output, tuple) else output))
-
-        hooks = [block.register_forward_hook(record, with_kwargs=True) for block in self.blocks]
-        try:
-            evaluate(self.model, lambda logits, _: logits, [dict(batch)])
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return seen
 
     def _kinds(self) -> str:
         return f"{len(self)} x {' / '.join(sorted({type(block).__name__ for block in self.blocks}))}"

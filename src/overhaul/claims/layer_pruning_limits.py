@@ -189,7 +189,7 @@ def _task_driven_order(full: nn.Module, searched: Mapping[str, Examples]) -> lis
         with stack.skipping(removed):
             return -sum(accuracy(full, searched[task]) / max(reference[task], 1e-9) for task in TASKS)
 
-    return greedy(cost, range(1, BLOCKS), max(CUTS))
+    return greedy(lambda cuts: list(map(cost, cuts)), range(1, BLOCKS), max(CUTS))
 
 
 def _classification_outlives(found: Mapping[str, float]) -> bool:

@@ -27,6 +27,8 @@ from overhaul.objectives import forward
 SEQUENCE = 128
 NEW_TOKENS = 16
 WARM_UPS, FORWARDS, GENERATIONS = 2, 9, 3
+ENOUGH_SECONDS = 20.0
+"""After so long, a median of fewer runs has to do: a large model on a CPU would be timed for hours."""
 
 
 def cost(model: nn.Module, folder: Path | None = None, sample: Encoded | None = None) -> list[Measure]:
@@ -55,14 +57,12 @@ def cost(model: nn.Module, folder: Path | None = None, sample: Encoded | None = 
     with at_rest(model):
         per = "token" if is_text else "image"
         measures.append(_cost("flops", f"work per {per}", f"FLOPs/{per}", flops(model, batch) / tokens))
-        seconds = _median_seconds(model, lambda: forward(model, batch), FORWARDS)
-        measures.append(_cost("latency", what, "ms", 1e3 * seconds, FORWARDS))
+        seconds, n = _median_seconds(model, lambda: forward(model, batch), FORWARDS)
+        measures.append(_cost("latency", what, "ms", 1e3 * seconds, n))
         if is_text and generates(model):
             prompt = batch["input_ids"][0, :NEW_TOKENS]
-            seconds = _median_seconds(model, lambda: generate(model, [prompt], NEW_TOKENS, ()), GENERATIONS)
-            measures.append(
-                _cost("decode_latency", "generating one token", "ms/token", 1e3 * seconds / NEW_TOKENS, GENERATIONS)
-            )
+            seconds, n = _median_seconds(model, lambda: generate(model, [prompt], NEW_TOKENS, ()), GENERATIONS)
+            measures.append(_cost("decode_latency", "generating one token", "ms/token", 1e3 * seconds / NEW_TOKENS, n))
     return measures
 
 
@@ -93,15 +93,17 @@ def flops(model: nn.Module, batch: Batch) -> int:
 
 
 @torch.no_grad()
-def _median_seconds(model: nn.Module, run: Callable[[], Any], times: int) -> float:
+def _median_seconds(model: nn.Module, run: Callable[[], Any], times: int) -> tuple[float, int]:
+    """The median of `times` warm runs, or of as many as fit into `ENOUGH_SECONDS`, and how many those were."""
     device = next(model.parameters()).device
     spent: list[float] = []
-    for _ in range(WARM_UPS + times):
+    while len(spent) < WARM_UPS + times and sum(spent) < ENOUGH_SECONDS:
         started = time.perf_counter()
         run()
         _wait(device)
         spent.append(time.perf_counter() - started)
-    return statistics.median(spent[WARM_UPS:])
+    warm = spent[WARM_UPS:] or spent[-1:]
+    return statistics.median(warm), len(warm)
 
 
 def _wait(device: torch.device) -> None:

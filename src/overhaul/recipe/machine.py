@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import platform
 import resource
 import time
@@ -55,6 +57,7 @@ def measured() -> Iterator[Measured]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
+    _give_back()
     resettable = _reset_high_water()
     try:
         yield result
@@ -66,6 +69,13 @@ def measured() -> Iterator[Measured]:
             # ru_maxrss is in kB on Linux, and the peak of the whole process where Linux's counter cannot be reset
             status = _high_water() if resettable else 0
             result.peak_bytes = status or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _give_back() -> None:
+    """Return freed memory to the system, so that a peak is of this stretch and not of what went before."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_high_water() -> bool:

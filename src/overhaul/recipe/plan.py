@@ -1,13 +1,16 @@
 """What a recipe will take, from configs, headers and data alone: steps, peak memory, time.
 
-The time is a floor: arithmetic at the speed of a short matrix multiplication on this machine. Memory counts weights,
-gradients, optimizer state and the activations of one batch; the interpreter and its libraries are listed apart.
+1. The time is a floor: arithmetic at the speed of a short matrix multiplication on this machine, in the dtype of the run.
+2. Memory counts weights, gradients, optimizer state, the activations of the largest of some batches, and outputs that are
+   cached. In a training, activations and gradients take turns: one grows as the other falls.
+3. The interpreter and its libraries are listed apart; on an accelerator they do not count.
 """
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +21,9 @@ from overhaul.data.materials import Row, Source, form_of
 from overhaul.models import DTYPES
 from overhaul.recipe.check import Checked, Step
 
-COPIES: Mapping[str, int] = {"forward": 0, "gradient": 3, "training": 3}
-"""Float32 arrays of the model's size that a step holds beside its weights: none; the gradient and two importances; the
-gradient and AdamW's two moments."""
+CHARACTERS_PER_TOKEN = 3
+IMAGE_POSITIONS = 64
+DRAWN_BATCHES = 32
 
 
 @dataclass(frozen=True)
@@ -36,19 +39,23 @@ class Planned:
 
 def plan(checked: Checked, flops_per_second: float | None = None) -> list[Planned]:
     """Estimate every step. `flops_per_second` is measured in a fraction of a second if not given."""
-    speed = flops_per_second or matmul_speed()
+    speed = flops_per_second or matmul_speed(dtype=DTYPES[checked.recipe.dtype])
     return [_estimate(step, checked, speed) for step in checked.steps]
 
 
 def libraries_bytes() -> int:
-    """What this process holds before any model: the interpreter and its libraries."""
+    """What this process holds before any model: the interpreter and its libraries, those of a training included."""
+    import accelerate  # noqa: F401 (a run imports it)
+    import matplotlib.figure  # noqa: F401
+    from transformers import GenerationMixin  # noqa: F401
+
     return psutil.Process().memory_info().rss
 
 
-def matmul_speed(size: int = 512, repeats: int = 5) -> float:
-    """FLOP per second of a float32 matrix product here: the best of a few, each a few milliseconds."""
+def matmul_speed(size: int = 512, repeats: int = 5, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP per second of a matrix product here: the best of a few, each a few milliseconds."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.ones(size, size, device=device)
+    a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(repeats):
         started = time.perf_counter()
@@ -57,36 +64,96 @@ def matmul_speed(size: int = 512, repeats: int = 5) -> float:
     return 2 * size**3 / best
 
 
-def tokens_of(spec: Source, row: Row) -> int:
-    """About how many positions an example takes: three characters a token, text cut at its length, an image's patches."""
+def lengths_of(spec: Source, row: Row) -> list[int]:
+    """About how many positions the examples made of a row take: three characters a token, an image's patches."""
     form = form_of(spec, [row])
-    if form == "text":
-        return spec.length
     if form == "image":
-        return 64
-    said = (
-        row[spec.column("messages")] if form == "chat" else [row[spec.column("question")], row[spec.column("answer")]]
-    )
-    return (len(str(said)) + len(spec.prompt)) // 3 + 1
+        return [IMAGE_POSITIONS]
+    if form == "text":
+        tokens = len(str(row[spec.column("text")])) // CHARACTERS_PER_TOKEN + 1
+        whole, rest = divmod(tokens, spec.length)
+        return [spec.length] * whole + [rest] * (rest > 1)
+    columns = ["messages"] if form == "chat" else ["question", "answer"]
+    characters = sum(len(str(row[spec.column(name)])) for name in columns) + len(spec.prompt)
+    return [characters // CHARACTERS_PER_TOKEN + 1]
+
+
+def largest_batch(lengths: Sequence[int], size: int) -> int:
+    """Positions in the largest forward among some batches, which are split so that none is padded to twice its length."""
+    draw = random.Random(0)
+    largest = 1
+    for _ in range(DRAWN_BATCHES):
+        batch = sorted(draw.choices(lengths, k=size), reverse=True)
+        while batch:
+            part = [length for length in batch if 2 * length >= batch[0]]
+            largest = max(largest, len(part) * part[0])
+            batch = batch[len(part) :]
+    return largest
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a network keeps per position, in numbers.
+
+    Attributes:
+        kept: for a backward pass, in all blocks together.
+        live: at once, in one block.
+        logits: the vocabulary, or 0.
+        hidden: the width.
+    """
+
+    kept: int
+    live: int
+    logits: int
+    hidden: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Shape:
+        """From config.json, by the names that transformers uses. What is not named there counts as a usual ratio."""
+        config = {**config, **config.get("text_config", {})}
+        hidden = config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 0
+        hidden = hidden or sum(config.get("hidden_sizes", ()))
+        depth = config.get("num_hidden_layers") or config.get("n_layer") or config.get("num_layers") or 0
+        depth = depth or sum(config.get("depths", ())) or 1
+        inner = config.get("intermediate_size") or config.get("d_ff") or 4 * hidden
+        # kept: two norms' inputs and outputs, queries, keys, values, the attention's output; four of the MLP's width
+        return cls(depth * (8 * hidden + 4 * inner), 4 * hidden + 3 * inner, config.get("vocab_size", 0), hidden)
 
 
 def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
-    config, count = checked.model.config, checked.model.parameters
-    weights = count * DTYPES[checked.recipe.dtype].itemsize
-    models = 1 + any(m.kind == "model" and m.name in step.reads for m in step.method.roles)
+    model, shape = checked.model, Shape.of(checked.model.config)
+    width = DTYPES[checked.recipe.dtype].itemsize
     read = {role: checked.rows[name] for role, name in step.reads.items() if name in checked.rows}
-    lengths = {role: [tokens_of(spec, row) for spec, rows in parts for row in rows] for role, parts in read.items()}
-    longest = max([1, *(max(each) for each in lengths.values())])
-    batch = int(step.knobs.get("batch_size") or 16)
-    hidden, depth = config.get("hidden_size", 0) or config.get("n_embd", 0), config.get("num_hidden_layers", 1) or 1
+    lengths = {
+        role: [n for spec, rows in parts for row in rows for n in lengths_of(spec, row)] for role, parts in read.items()
+    }
+    size = int(step.knobs.get("batch_size") or 16)
+    positions = max([1, *(largest_batch(each, size) for each in lengths.values())])
     trains = step.method.memory != "forward"
-    # about 16 activations of the hidden size are kept per block for a backward, 4 live at once without one; the
-    # logits stand three times (raw, log-softmax, gradient)
-    kept = 16 * depth if trains else 4
-    activations = 4 * batch * longest * (kept * hidden + (3 if trains else 1) * config.get("vocab_size", 0))
-    peak = weights * models + COPIES[step.method.memory] * 4 * count + activations
-    means = [sum(each) / len(each) for each in lengths.values()]
+    # logits stand several times: raw, shifted, log-softmax and its gradient in float32
+    logits = shape.logits * (16 if trains else width + 4)
+    activations = positions * (width * (shape.kept if trains else shape.live) + logits)
+    models = 1 + any(m.kind == "model" and m.name in step.reads for m in step.method.roles)
+    trained = (
+        _adapters(model.shapes, int(step.knobs["rank"])) if step.knobs.get("weights") == "lora" else model.parameters
+    )
+    held = {
+        "forward": activations,
+        "gradient": 8 * trained + max(width * trained, activations),
+        "training": 2 * width * trained + max(width * trained, activations),
+    }[step.method.memory]
+    cached = width * shape.hidden * sum(map(sum, lengths.values())) if models > 1 else 0
     steps = step.knobs.get("steps")
-    tokens = steps * batch * sum(means) if steps else sum(map(sum, lengths.values()))
-    seconds = tokens * count * (6 if trains else 2) / speed
+    means = [sum(each) / len(each) for each in lengths.values()]
+    tokens = steps * size * sum(means) if steps else sum(map(sum, lengths.values()))
+    seconds = tokens * model.parameters * (6 if trains else 2) / speed
+    peak = width * model.parameters * models + held + cached
     return Planned(step.name, {role: len(each) for role, each in lengths.items()}, step.knobs, peak, seconds)
+
+
+def _adapters(shapes: Mapping[str, tuple[int, ...]], rank: int) -> int:
+    """Numbers in adapters of this rank on every matrix of the blocks."""
+    inside = (
+        shape for name, shape in shapes.items() if len(shape) == 2 and any(part.isdigit() for part in name.split("."))
+    )
+    return sum(rank * sum(shape) for shape in inside)

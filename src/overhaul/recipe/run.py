@@ -1,7 +1,10 @@
 """Run a recipe: step by step, each keyed by all it depends on, each judged from the files it wrote.
 
-A step begins from the saved result of the one before, also in an uninterrupted run. So a run that was killed and one
-that was not give the same numbers, and every checkpoint is loaded once before anybody relies on it.
+1. A step begins from the saved result of the one before, also in an uninterrupted run. So a run that was killed and one
+   that was not give the same numbers, and every checkpoint is loaded once before anybody relies on it.
+2. Under `torchrun` or `accelerate launch` every process walks through the same steps. The main one alone judges and
+   writes, the others wait where its files are read back, so all must see the run folder. What a method does outside
+   `fit`, each of them does for itself.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from overhaul import __version__, models, session
+from overhaul import __version__, models, processes, session
 from overhaul.errors import OverhaulError, RunError
 from overhaul.judge import judge as judging
+from overhaul.method import Outcome
 from overhaul.recipe import lineage, machine
 from overhaul.recipe.check import Checked, Step, check
 from overhaul.recipe.spec import read
@@ -47,10 +51,14 @@ def run(source: str | Path | Mapping[str, Any], out: str | Path | None = None) -
         RequestError: the recipe, its data or the folder is wrong; nothing was started.
         RunError: a step failed; the steps before it are kept.
     """
+    processes.start()
     document = read(source)
     checked = check(document)
     root = Path(out) if out is not None else Path("runs") / document.name
-    folder = RunFolder.claim(root, document.name, checked.model.bytes * (1 + len(checked.steps)))
+    folder = RunFolder(root)
+    if processes.is_main():
+        folder = RunFolder.claim(root, document.name, checked.model.bytes * (1 + len(checked.steps)))
+    processes.wait()
     return Runner(checked, folder).go()
 
 
@@ -74,6 +82,13 @@ class Runner:
             stages.append(self.step(step, stages))
             judged.append(self.judge(stages[-1]))
         report = self.report(stages, judged)
+        if processes.is_main():
+            self.publish(stages, report)
+        processes.wait()
+        return Run(self.folder.root, report)
+
+    def publish(self, stages: list[Stage], report: dict[str, Any]) -> None:
+        """Put the last stage's model, the report and where all came from in their places."""
         history = lineage.lineage(self.checked, stages, self.digests, report)
         self.folder.publish(
             stages[-1].facts.folder,
@@ -88,7 +103,6 @@ class Runner:
         write_json(self.folder.root / "report.json", report)
         with models.writing(self.folder.root):
             write_html(report, self.folder.root / "report.html")
-        return Run(self.folder.root, report)
 
     def load(self, stage: Stage) -> nn.Module:
         """The model of a stage; the last one loaded is kept."""
@@ -131,17 +145,19 @@ class Runner:
         """The stage after a step: found where it was done before, else made."""
         key = self.key(step, stages)
         place = self.folder.step(step.number, step.name, key)
-        if not (place / "step.json").exists():
+        if not processes.agreed((place / "step.json").exists()):
             self.make(step, stages, key, place)
+            processes.wait()
         facts = replace(models.facts(place / "model"), source=f"step {step.number}")
         return Stage(step.name, key, facts, json.loads((place / "step.json").read_text()))
 
     def make(self, step: Step, stages: list[Stage], key: str, place: Path) -> None:
         """Run one step into its place."""
         partial = place.with_name(f".{place.name}.partial")
-        with models.writing(partial):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+        if processes.is_main():
+            with models.writing(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
         model = self.load(stages[-1])
         self.model = None  # the method may change it in place
         materials: dict[str, Any] = {}
@@ -158,14 +174,22 @@ class Runner:
                     f"Step {step.number}, {step.name}, ran out of memory. A smaller `batch_size`, `weights: lora` where the "
                     "method has it, or `dtype: bfloat16` need less; `overhaul plan` shows how much."
                 ) from error
+        if processes.is_main():
+            record = self.save(step, stages[-1].facts, outcome, cost, partial)
+            self.folder.finish_step(place, partial, record, key)
+
+    def save(
+        self, step: Step, before: models.ModelFacts, outcome: Outcome, cost: machine.Measured, partial: Path
+    ) -> dict[str, Any]:
+        """Save what a step made into `partial` if it changed something; the step's record."""
         stored = self.checked.model.dtype
         with models.writing(partial):
             models.save(outcome.model, self.checked.processor, partial / "model", dtype=stored)
-        before, after = stages[-1].facts, models.facts(partial / "model")
+        after = models.facts(partial / "model")
         self.check_effect(step, before, after, stored)
         stacks = LayerStack.find(outcome.model)
         touched = models.change_by_depth(before, after, stacks[0].depth) if len(stacks) == 1 else {}
-        record = {
+        return {
             "name": step.name,
             "summary": step.method.summary,
             "paper": step.method.paper,
@@ -178,7 +202,6 @@ class Runner:
             "curves": outcome.curves,
             "roles": {role: len(self.data[name]) for role, name in step.reads.items() if name in self.data},
         }
-        self.folder.finish_step(place, partial, record, key)
 
     def check_effect(self, step: Step, before: models.ModelFacts, after: models.ModelFacts, dtype: str) -> None:
         """A step that should change the model and did not has failed."""
@@ -193,13 +216,14 @@ class Runner:
         requests = [asdict(request) for request in self.checked.requests]
         roles = {role: self.digests[role] for request in self.checked.requests for role in request.roles.values()}
         path = self.folder.judged(key_of(stage.key, requests, roles, code_version(Path(judging.__file__).parent)))
-        if not path.exists():
+        if processes.is_main() and not path.exists():
             model = self.load(stage)
             torch.manual_seed(self.checked.recipe.seed)
             judgement = judging.judge(model, self.checked.requests, self.data)
             sample = next((data[0] for data in self.data.values() if len(data)), None)
             measures = [*judgement.measures, *judging.cost(model, stage.facts.folder, sample)]
             write_json(path, {"measures": [asdict(measure) for measure in measures], "samples": judgement.samples})
+        processes.wait()
         return json.loads(path.read_text())
 
     def report(self, stages: list[Stage], judged: list[dict[str, Any]]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ How it differs from the released code:
 3. "greedy" scores by the loss on the given answers, measured for every remaining block in every round. The released loop
    samples task accuracies with temperature 0.9, which makes its choice a matter of luck with 100 items.
 4. 1 - cos is computed as half the squared distance of unit vectors: exactly 0 where a block does nothing.
+5. Losses without single blocks are taken along paths that share their beginnings (`prefix`), not one forward each.
 """
 
 from __future__ import annotations
@@ -22,17 +23,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
-import torch
-import torch.nn.functional as F
 from annotated_types import Ge
-from torch import Tensor, nn
+from torch import nn
 
 from overhaul import session
-from overhaul.data.examples import Batch, Examples
+from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
 from overhaul.method import Outcome, method
-from overhaul.objectives import cross_entropy_sum, evaluate, units
+from overhaul.prefix import path_losses
 from overhaul.stack import LayerStack
+from overhaul.trace import measure, turn, windows
 
 Scores = dict[int, float]
 """Block -> score; the block with the lowest is the first to go."""
@@ -106,41 +106,14 @@ def influence(stack: LayerStack, examples: Examples, width: int, skip_first_toke
     Returns:
         Values in [0, 2] by l; without the places where the shape changes on the way.
     """
-    sums: dict[int, float] = {}
-    counts: dict[int, int] = {}
-    steps = -(-len(examples) // batch_size)
-    for batch in session.progress(examples.batches(batch_size), "block influence", steps):
-        counted = _counted(batch, skip_first_token)
-        states = stack.hidden_states(batch)
-        # width 0 is a request to drop nothing: no window, no score
-        for start in range(len(states) - width + 1 if width else 0):
-            turned = _turned(states[start][0], states[start + width - 1][1])
-            if turned is not None:
-                kept = turned.cpu() if counted is None else turned.cpu()[counted]
-                sums[start] = sums.get(start, 0.0) + kept.double().sum().item()
-                counts[start] = counts.get(start, 0) + kept.numel()
-    if 0 in counts.values():
+    if not width:  # a request to drop nothing: no window, no score
+        return {}
+    skipped = int(skip_first_token and not examples.is_image)
+    if skipped and all(len(item["input_ids"]) < 2 for item in examples):
         raise RequestError("shrink.drop_layers: no text is longer than its first token; write skip_first_token: false.")
-    return {start: sums[start] / counts[start] for start in sums}
-
-
-def _turned(entering: Tensor, leaving: Tensor) -> Tensor | None:
-    """1 - cosine at each position, [b, t] or [b, h, w]; None where the two differ in shape."""
-    if entering.shape != leaving.shape:
-        return None
-    features = -1 if entering.ndim == 3 else 1
-    distance = F.normalize(entering.float(), dim=features) - F.normalize(leaving.float(), dim=features)
-    return distance.square().sum(dim=features) / 2
-
-
-def _counted(batch: Batch, skip_first_token: bool) -> Tensor | None:
-    """Which positions of a text count, [b, t]: no padding; None for images, where all do."""
-    if "attention_mask" not in batch:
-        return None
-    mask = batch["attention_mask"].bool()
-    if skip_first_token:
-        mask[:, 0] = False
-    return mask
+    batches = session.progress(examples.batches(batch_size), "block influence", -(-len(examples) // batch_size))
+    seen = measure(stack, batches, windows(stack, width), turn, skip_first=skipped)
+    return {start: float(seen[pair].mean) for start, pair in enumerate(windows(stack, width)) if pair in seen}
 
 
 def lowest(scores: Scores, candidates: Sequence[int], count: int) -> list[int]:
@@ -162,47 +135,32 @@ def _by_loss(
     stack: LayerStack, examples: Examples, candidates: Sequence[int], count: int, batch_size: int, *, again: bool
 ) -> tuple[Scores, list[int]]:
     """Each candidate's loss without it, and the blocks to drop: all by these losses, or one a round."""
-    known: dict[frozenset[int], float] = {}
 
-    def loss(removed: list[int]) -> float:
-        if frozenset(removed) not in known:
-            with stack.skipping(removed):
-                known[frozenset(removed)] = mean_loss(stack.model, examples, batch_size)
-        return known[frozenset(removed)]
+    def losses(cuts: list[list[int]]) -> list[float]:
+        paths = [[i for i in range(len(stack)) if i not in cut] for cut in cuts]
+        return path_losses(stack, paths, examples, batch_size)
 
-    scores = without_each(loss, candidates, [])
-    return scores, greedy(loss, candidates, count) if again else lowest(scores, candidates, count)
+    scores = dict(zip(candidates, losses([[i] for i in candidates]), strict=True))
+    return scores, greedy(losses, candidates, count) if again else lowest(scores, candidates, count)
 
 
-def without_each(loss: Callable[[list[int]], float], candidates: Sequence[int], removed: list[int]) -> Scores:
-    """The loss of the network without `removed` and one more block, for each candidate that is left."""
-    left = [i for i in candidates if i not in removed]
-    return {i: loss([*removed, i]) for i in session.progress(left, "loss without each block", len(left))}
-
-
-def greedy(loss: Callable[[list[int]], float], candidates: Sequence[int], count: int) -> list[int]:
+def greedy(losses: Callable[[list[list[int]]], list[float]], candidates: Sequence[int], count: int) -> list[int]:
     """Drop one block a round, each time the one without which the loss is lowest; ties go to the later block.
 
     Args:
-        loss: list of dropped blocks -> what is to stay low (a loss, or a negative task score).
+        losses: lists of dropped blocks -> what is to stay low (a loss, or a negative task score) for each.
         candidates: blocks that may go.
-        count: rounds. The cost is about count * len(candidates) calls of `loss`.
+        count: rounds, each of which asks for all remaining candidates at once.
 
     Returns:
         The dropped blocks in the order of choice.
     """
     removed: list[int] = []
     for _ in range(count):
-        scores = without_each(loss, candidates, removed)
-        removed += lowest(scores, list(scores), 1)
+        left = [i for i in candidates if i not in removed]
+        scores = dict(zip(left, losses([[*removed, i] for i in left]), strict=True))
+        removed += lowest(scores, left, 1)
     return removed
-
-
-def mean_loss(model: nn.Module, examples: Examples, batch_size: int) -> float:
-    """Cross-entropy per answer token (or image) in nats."""
-    batches = list(examples.batches(batch_size))
-    total = torch.stack([value.cpu().double() for value in evaluate(model, cross_entropy_sum, batches)]).sum().item()
-    return total / max(1, sum(map(units, batches)))
 
 
 def _parameters(model: nn.Module) -> int:

@@ -1,0 +1,44 @@
+"""`python -m overhaul`: the `overhaul` command, alone or as one of several processes.
+
+    torchrun --nproc-per-node 2 -m overhaul run recipe.yaml -o OUT
+    accelerate launch --multi_gpu --num_processes 2 -m overhaul run recipe.yaml -o OUT
+
+1. Of several processes the main one alone shows progress and prints; the others end with it.
+2. If one fails, the first to do so says why. Its launcher ends the others.
+3. `accelerate launch --cpu` starts one process only unless MPI is there; on CPUs take `torchrun`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+
+from rich.console import Console
+
+from overhaul import cli
+
+
+def main() -> None:
+    """Run the command; of several processes speak for all or not at all."""
+    if "LOCAL_RANK" not in os.environ:
+        cli.main()
+        return
+    said = io.StringIO()
+    cli.console.quiet = os.environ.get("RANK", "0") != "0"
+    cli.errors = Console(file=said, force_terminal=sys.stderr.isatty())
+    try:
+        cli.main()
+    except SystemExit as end:
+        from overhaul import processes
+
+        if end.code and processes.first_to_fail():
+            sys.stderr.write(said.getvalue())
+            sys.stderr.flush()
+        if not end.code:
+            processes.leave()
+        raise
+
+
+if __name__ == "__main__":
+    main()
