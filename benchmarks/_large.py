@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from overhaul._output import create
+from overhaul.weights.output import create
 
 WIDTH_STEP = 64
 """Widths are multiples of it: the size of one attention head."""

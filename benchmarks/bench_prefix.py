@@ -19,11 +19,11 @@ from _timing import alternate, median_ratio, rounds, show
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from overhaul.arrangement import Entry
 from overhaul.data.examples import IGNORED, Examples
 from overhaul.objectives import cross_entropy_sum, evaluate, units
 from overhaul.prefix import path_losses
 from overhaul.stack import LayerStack
+from overhaul.stack.arrangement import Entry
 
 BLOCKS = 12
 VOCABULARY = 4096

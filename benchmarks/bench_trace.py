@@ -6,9 +6,9 @@ import torch
 from _timing import alternate, median_ratio, rounds, show
 from torch import nn
 
-from overhaul.calls import invoke
 from overhaul.models import open_model
 from overhaul.stack import LayerStack
+from overhaul.stack.calls import invoke
 from overhaul.trace import capture, statistics, turn, windows
 
 BATCH, TOKENS, VOCABULARY, FORWARDS = 16, 128, 2048, 2

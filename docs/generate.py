@@ -44,7 +44,7 @@ def families_page() -> str:
         "# Families",
         "",
         "Stacks of blocks are found by structure, not by a table of names. Each ✓ is a test on a tiny random model of the",
-        "family (`tests/test_families.py`); – marks what has no meaning there. A family joins by one entry in",
+        "family (`tests/stack/test_families.py`); – marks what has no meaning there. A family joins by one entry in",
         "`tests/families.py`; a model of your own by being a list of blocks.",
         "",
         f"| family | class | stack | fixed blocks | {' | '.join(each.title for each in columns)} |",

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from overhaul.data.encode import answered
-from overhaul.data.examples import Examples
-from overhaul.objectives import evaluate
+from overhaul.data.examples import Examples, collate
+from overhaul.objectives import cross_entropy_sum, evaluate, units
 from overhaul.stack import LayerStack
 
 TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 64}
@@ -107,6 +107,13 @@ def hidden_states(stack: LayerStack, batch: Mapping[str, Tensor]) -> list[tuple[
     for hook in hooks:
         hook.remove()
     return seen
+
+
+def mean_loss(model: nn.Module, examples: Examples) -> float:
+    """Cross-entropy per answer token or image, in nats."""
+    batch = collate(examples.items)
+    (loss,) = evaluate(model, cross_entropy_sum, [batch])
+    return float(loss) / units(batch)
 
 
 CHARACTERS = "\n abcdefghijklmnopqrstuvwxyz0123456789.,:;?!+-='\"()[]{}_"

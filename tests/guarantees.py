@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from families import Family
 from overhaul import models
-from overhaul.calls import Calls, invoke
 from overhaul.stack import LayerStack
+from overhaul.stack.calls import Calls, invoke
 
 OUTPUTS = ("logits", "sample", "logits_per_image")
 

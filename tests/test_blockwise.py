@@ -14,10 +14,10 @@ from conftest import examples_for, hidden_states, tiny_llama
 from families import FAMILIES
 from overhaul import session
 from overhaul.blockwise import Site, blockwise
-from overhaul.calls import invoke
 from overhaul.errors import RequestError, RunError
 from overhaul.objectives import forward
 from overhaul.stack import LayerStack
+from overhaul.stack.calls import invoke
 
 
 def tensors(value: Any) -> list[Tensor]:

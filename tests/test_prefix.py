@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from conftest import FAMILIES as SMALL
 from conftest import examples_for, tiny_gemma3, tiny_llama
 from families import FAMILIES
-from overhaul.arrangement import Entry
-from overhaul.calls import Calls, invoke
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError, RunError
 from overhaul.objectives import cross_entropy_sum, evaluate, units
 from overhaul.prefix import path_losses, run_paths
 from overhaul.stack import LayerStack
+from overhaul.stack.arrangement import Entry
+from overhaul.stack.calls import Calls, invoke
 
 Paths = list[list[Entry]]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from conftest import tiny_llama
-from overhaul.calls import invoke
 from overhaul.stack import LayerStack
+from overhaul.stack.calls import invoke
 from overhaul.trace import measure
 
 WIDTH, ROWS, LENGTH = 32, 2, 9

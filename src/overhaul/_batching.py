@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from overhaul.calls import Call, Calls, State
+from overhaul.stack.calls import Call, Calls, State
 
 _OF_EVERY_MODULE = {*vars(nn.Module()), "layer_idx"}
 

@@ -30,11 +30,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from overhaul import session
-from overhaul.calls import Call, Calls, State, map_tensors, state_bytes
 from overhaul.errors import RequestError, RunError
 from overhaul.judge.measure import at_rest
 from overhaul.models import writing
 from overhaul.stack import LayerStack
+from overhaul.stack.calls import Call, Calls, State, map_tensors, state_bytes
 
 BUDGET = 2**32
 """Bytes of main memory for states and arguments of blocks: 4 GiB."""

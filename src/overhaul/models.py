@@ -9,11 +9,10 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -21,11 +20,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from overhaul.errors import RequestError, RunError, did_you_mean
-from overhaul.paths import follow_saved_paths, set_aside, write_paths
+from overhaul.stack.paths import follow_saved_paths, set_aside, write_paths
 
 STARTERS = Path(__file__).parent / "data" / "starters"
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -243,10 +241,10 @@ def planned(known: ModelFacts) -> nn.Module | None:
         if known.library == "diffusers":
             with torch.device("meta"):
                 return kind.from_config(kind.load_config(known.folder))
-        from transformers import AutoConfig
+        from transformers.initialization import no_init_weights
 
-        config = AutoConfig.from_pretrained(known.folder)
-        with torch.device("meta"):
+        config = kind.config_class.from_pretrained(known.folder)
+        with torch.device("meta"), no_init_weights():
             return kind(config)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RequestError(
@@ -308,37 +306,6 @@ def _quiet_transformers() -> Iterator[None]:
     finally:
         if was_shown:
             logging.enable_progress_bar()
-
-
-def pairs(before: ModelFacts, after: ModelFacts) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """The tensors that two checkpoints share by name and shape, one pair in memory at a time."""
-    with contextlib.ExitStack() as stack:
-        where: list[dict[str, Any]] = []
-        for known in (before, after):
-            files = [stack.enter_context(safe_open(str(path), framework="pt")) for path in known.weight_files]
-            where.append({name: file for file in files for name in file.keys()})  # noqa: SIM118 (no mapping)
-        for name, shape in before.shapes.items():
-            if after.shapes.get(name) == shape:
-                yield name, where[0][name].get_tensor(name), where[1][name].get_tensor(name)
-
-
-def same_weights(before: ModelFacts, after: ModelFacts) -> bool:
-    """Whether two checkpoints hold the same tensors, bit for bit."""
-    return before.shapes == after.shapes and all(torch.equal(old, new) for _, old, new in pairs(before, after))
-
-
-def change_by_depth(before: ModelFacts, after: ModelFacts, depth: Callable[[str], int]) -> dict[int, float]:
-    """||new - old|| / ||old|| over all weights of each depth, in float32; empty where the tensors are not the same ones."""
-    if before.shapes != after.shapes:
-        return {}
-    moved: dict[int, float] = {}
-    size: dict[int, float] = {}
-    for name, old, new in pairs(before, after):
-        if old.is_floating_point():
-            place = depth(name)
-            moved[place] = moved.get(place, 0.0) + float((new.float() - old.float()).square().sum())
-            size[place] = size.get(place, 0.0) + float(old.float().square().sum())
-    return {place: math.sqrt(moved[place] / size[place]) if size[place] else 0.0 for place in sorted(moved)}
 
 
 def save(model: nn.Module, processor: Any, folder: str | Path, *, dtype: str | None = None) -> Path:

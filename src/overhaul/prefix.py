@@ -26,14 +26,14 @@ from torch import Tensor, nn
 
 from overhaul import session
 from overhaul._batching import BatchedBlocks, same
-from overhaul.arrangement import Entry
-from overhaul.calls import Calls, State, state_bytes
 from overhaul.data.examples import IGNORED, Examples
 from overhaul.errors import RequestError
 from overhaul.judge.measure import at_rest
 from overhaul.objectives import cross_entropy_sum, units
 from overhaul.references import _output_head
 from overhaul.stack import LayerStack
+from overhaul.stack.arrangement import Entry
+from overhaul.stack.calls import Calls, State, state_bytes
 
 Result = TypeVar("Result")
 Stop = tuple[int, int]

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from conftest import FAMILIES, examples_for, hidden_states, tiny_llama, tiny_resnet, tiny_vit
+from conftest import FAMILIES, examples_for, hidden_states, mean_loss, tiny_llama, tiny_resnet, tiny_vit
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
-from overhaul.objectives import cross_entropy_sum, evaluate, forward, units
+from overhaul.objectives import forward
 from overhaul.shrink.drop_layers import drop_layers, greedy, influence, lowest
 from overhaul.stack import LayerStack
 
@@ -77,8 +77,7 @@ def test_greedy_with_one_block_equals_brute_force() -> None:
     losses = {}
     for i in (1, 2, 3):
         with stack.skipping([i]):
-            (loss,) = evaluate(model, cross_entropy_sum, [collate(examples.items)])
-            losses[i] = float(loss) / units(collate(examples.items))
+            losses[i] = mean_loss(model, examples)
     outcome = drop_layers(model, examples, count=1, criterion="greedy", batch_size=8)
     assert outcome.facts["removed"] == [min(losses, key=lambda i: losses[i])]
     assert outcome.layers["loss without the block"] == pytest.approx(losses)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conftest import FAMILIES, examples_for, tiny_llama, tiny_resnet
+from conftest import FAMILIES, examples_for, mean_loss, tiny_llama, tiny_resnet
 from overhaul.data.encode import encode_qa, encode_text
 from overhaul.data.examples import IGNORED, Examples, collate
 from overhaul.errors import RequestError
@@ -17,7 +17,7 @@ from overhaul.fit import fit
 from overhaul.objectives import cross_entropy, forward
 from overhaul.shrink._adapters import adapters, projections
 from overhaul.shrink._answers import own_answers, prompt_of
-from overhaul.shrink.drop_layers import drop_layers, mean_loss
+from overhaul.shrink.drop_layers import drop_layers
 from overhaul.shrink.heal import heal
 from overhaul.stack import LayerStack
 
@@ -60,10 +60,10 @@ def kl(teacher: nn.Module, model: nn.Module, examples: Examples) -> float:
 
 def test_healing_on_tokens_lowers_the_loss_of_every_family(family: str) -> None:
     model, examples = cut(FAMILIES[family]()), examples_for(family, 16)
-    before = mean_loss(model, examples, 16)
+    before = mean_loss(model, examples)
     outcome = heal(model, examples, steps=10, **FAST)
     assert outcome.model is model and not model.training
-    assert mean_loss(model, examples, 16) < before - 0.1
+    assert mean_loss(model, examples) < before - 0.1
     assert outcome.facts["steps"] == len(outcome.curves["loss"]) == 10
     assert outcome.facts["examples"] == 80
 
@@ -110,7 +110,7 @@ def test_healing_on_own_answers_learns_the_teachers_answers_and_not_the_given_on
     answers: Examples = outcome.made["answers"]
     same = [row["answer"].strip() == right["answer"] for row, right in zip(answers.rows, taught.rows, strict=True)]
     assert sum(same) >= 5
-    assert mean_loss(model, answers, 6) < 0.5 < mean_loss(model, wrong, 6)
+    assert mean_loss(model, answers) < 0.5 < mean_loss(model, wrong)
 
 
 # own answers
@@ -194,7 +194,7 @@ def test_adapters_train_alone_and_are_merged_into_a_plain_model(name: str, tmp_p
     kind, examples = type(model), examples_for(name, 16)
     stack = LayerStack.of(model)
     before = {n: p.clone() for n, p in model.named_parameters()}
-    loss = mean_loss(model, examples, 16)
+    loss = mean_loss(model, examples)
     outcome = heal(model, examples, weights="lora", rank=4, alpha=8, steps=20, **FAST)
     assert type(outcome.model) is kind and outcome.model is model
     assert list(before) == [n for n, _ in model.named_parameters()]
@@ -202,7 +202,7 @@ def test_adapters_train_alone_and_are_merged_into_a_plain_model(name: str, tmp_p
     assert changed == {f"{n}.weight" for n in projections(model)}
     assert all(0 <= stack.depth(n) < 3 for n in changed)
     assert all(p.requires_grad for p in model.parameters())
-    assert mean_loss(model, examples, 16) < loss
+    assert mean_loss(model, examples) < loss
     model.save_pretrained(tmp_path)
     again = kind.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(again, examples), logits(model, examples))

@@ -29,7 +29,7 @@ from overhaul.recipe.check import Checked, Step, check
 from overhaul.recipe.spec import read
 from overhaul.recipe.store import RunFolder, Stage, code_version, key_of, write_json, write_text
 from overhaul.report.html import write_html
-from overhaul.stack import LayerStack
+from overhaul.weights import relative_change
 
 
 @dataclass(frozen=True)
@@ -185,10 +185,7 @@ class Runner:
         stored = self.checked.model.dtype
         with models.writing(partial):
             models.save(outcome.model, self.checked.processor, partial / "model", dtype=stored)
-        after = models.facts(partial / "model")
-        self.check_effect(step, before, after, stored)
-        stacks = LayerStack.find(outcome.model)
-        touched = models.change_by_depth(before, after, stacks[0].depth) if len(stacks) == 1 else {}
+        touched = self.check_effect(step, before, models.facts(partial / "model"), stored)
         return {
             "name": step.name,
             "summary": step.method.summary,
@@ -203,13 +200,24 @@ class Runner:
             "roles": {role: len(self.data[name]) for role, name in step.reads.items() if name in self.data},
         }
 
-    def check_effect(self, step: Step, before: models.ModelFacts, after: models.ModelFacts, dtype: str) -> None:
-        """A step that should change the model and did not has failed."""
-        if step.method.changes != "nothing" and models.same_weights(before, after):
+    def check_effect(
+        self, step: Step, before: models.ModelFacts, after: models.ModelFacts, dtype: str
+    ) -> dict[int, float]:
+        """How much the weights of each depth changed; empty where the tensors are others or there are several stacks.
+
+        Raises:
+            RunError: a step that should change the model did not.
+        """
+        if before.shapes != after.shapes:
+            return {}
+        change = relative_change(before.folder, after.folder)
+        if step.method.changes != "nothing" and not any(change.by_tensor.values()):
             raise RunError(
                 f"Step {step.number}, {step.name}, changed nothing that {dtype} weights can hold. Its knobs were "
                 f"{dict(step.knobs)}: a higher learning rate, more steps or a lower threshold would change something."
             )
+        one_stack = len({stack for stack, _ in change.by_depth}) == 1
+        return {depth: value for (_, depth), value in change.by_depth.items()} if one_stack else {}
 
     def judge(self, stage: Stage) -> dict[str, Any]:
         """What the judge says of a stage: found where it was judged before, else measured."""

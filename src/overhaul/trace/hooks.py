@@ -1,0 +1,266 @@
+"""Trace: see what flows through a stack, and step in, by hooks that are gone when the `with` ends, however it ends.
+
+    with capture(stack, ["entering", "leaving.7"], statistics) as seen:      # h_0 .. h_8 of 8 blocks
+        for batch in batches:
+            invoke(model, batch)
+    seen["leaving.7"].norm_mean
+
+    turned = measure(stack, batches, windows(stack), turn)                    # ShortGPT's block influence
+
+    with intervene(stack, {"leaving.3": Add(2.0 * direction)}):
+        model.generate(...)
+
+A *site* is written "entering.N" or "leaving.N" (the stream at block N), "entering" or "leaving" (at every block), or is
+the name of any module: the first tensor that it returns. `sites.sites` finds the modules whose outputs are the
+contributions of attention and MLP.
+
+1. States are reduced as they pass, in float32, so nothing of the size [blocks, samples, positions, width] is held. For a
+   pair of sites the first state waits for the second, within one forward.
+2. Padding never counts: the attention mask is taken from the call of the innermost module around the stack that is given
+   one ([b, t]); a decoder's stack so sees the decoder's mask. A recomputation for a backward pass does not count again.
+3. A compiled model runs uncompiled inside: its graph would not see hooks that came later.
+4. Hooks run in the order in which their `with` blocks were entered, so a capture inside an intervention sees its effect.
+   Within one intervention, edits of one site are done in the order in which they are given.
+5. Blocks are counted along the path in force when the `with` is entered (`LayerStack.following`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from overhaul.errors import RequestError, RunError, did_you_mean
+from overhaul.stack import LayerStack
+from overhaul.stack.calls import invoke, map_tensors
+from overhaul.trace import edits as primitives
+from overhaul.trace.edits import Primitive
+from overhaul.trace.streams import MAIN, Stream, argument
+from overhaul.trace.watch import Shape, Watch
+
+Result = TypeVar("Result")
+Site = str | tuple[str, str]
+"""A site, or two whose states are reduced together."""
+
+_ENTERING, _LEAVING = "entering", "leaving"
+
+
+@contextmanager
+def capture(
+    stack: LayerStack,
+    sites: Iterable[Site],
+    reduce: Callable[..., Result | None],
+    *,
+    skip_first: int = 0,
+    stream: Stream = MAIN,
+) -> Iterator[dict[Any, Result]]:
+    """Reduce the states that pass these sites in all forwards inside the `with`.
+
+    Args:
+        stack: the stack; its model runs as usual.
+        sites: where to look: single sites, or pairs.
+        reduce: (state [b, t, d], mask [b, t]) -> result, for a pair (first, second, mask) -> result; None adds nothing.
+            Results are joined with `+` over the forwards. States come in float32, without gradient.
+        skip_first: how many positions at the start of each sample do not count: those of a text's first token are so
+            large that they hide the others.
+        stream: the stream of a joint block that "entering" and "leaving" mean.
+
+    Yields:
+        Site -> result, filled as forwards run; two of them are joined by `merged`. Sites at which `reduce` found nothing
+        to add are left out.
+
+    Raises:
+        RequestError: an unknown site, or (at the end) no position counted.
+        RunError: (at the end) nothing passed a site.
+    """
+    watch = Watch(reduce, skip_first, list(dict.fromkeys(_expanded(stack, sites))))
+    with ExitStack() as undo:
+        _run_uncompiled(undo)
+        for module in _around(stack):
+            _hook(undo, module.register_forward_pre_hook, watch.note_mask)
+        for block in stack.blocks:
+            _hook(undo, block.register_forward_pre_hook, watch.shape.note)
+        for name in watch.names:
+            place, module = _located(stack, name)
+            if place is None:
+                _hook(undo, module.register_forward_hook, partial(watch.read_module, name))
+            elif name.startswith(_ENTERING):
+                _hook(undo, module.register_forward_pre_hook, partial(watch.read_entering, name, stream))
+            else:
+                _hook(undo, module.register_forward_hook, partial(watch.read_leaving, name, stream))
+        yield watch.seen
+    watch.finish()
+
+
+def measure(
+    stack: LayerStack,
+    batches: Iterable[Mapping[str, Any]],
+    sites: Iterable[Site],
+    reduce: Callable[..., Result | None],
+    *,
+    skip_first: int = 0,
+    stream: Stream = MAIN,
+) -> dict[Any, Result]:
+    """`capture` over one forward of each batch, in eval mode and without gradients; the mode is put back.
+
+    Args:
+        stack: the stack.
+        batches: collated batches, or the model's own keyword arguments; moved to the model's device.
+        sites: see `capture`.
+        reduce: see `capture`.
+        skip_first: see `capture`.
+        stream: see `capture`.
+    """
+    model, was_training = stack.model, stack.model.training
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        with torch.no_grad(), capture(stack, sites, reduce, skip_first=skip_first, stream=stream) as seen:
+            for batch in batches:
+                invoke(model, map_tensors(dict(batch), lambda tensor: tensor.to(device)))
+    finally:
+        model.train(was_training)
+    return seen
+
+
+def merged(first: Mapping[Any, Result], second: Mapping[Any, Result]) -> dict[Any, Result]:
+    """Two captures as one: what a capture of the forwards of the first and then of the second would have given."""
+    before: dict[Any, Any] = dict(first)
+    both = {site: before[site] + second[site] for site in first if site in second}
+    return {**first, **second, **both}
+
+
+def windows(stack: LayerStack, width: int = 1) -> list[tuple[str, str]]:
+    """Each run of `width` neighbouring blocks as a pair: what enters the first of them and what leaves the last."""
+    if not 1 <= width <= len(stack):
+        raise RequestError(f"A window of {width} blocks does not fit {stack.path}, which has {len(stack)}.")
+    return [(f"{_ENTERING}.{n}", f"{_LEAVING}.{n + width - 1}") for n in range(len(stack) - width + 1)]
+
+
+@contextmanager
+def intervene(
+    stack: LayerStack, edits: Mapping[str, Primitive | Sequence[Primitive]], *, stream: Stream = MAIN
+) -> Iterator[LayerStack]:
+    """Inside the `with`, change the states that pass these sites; what was edited flows on.
+
+    Args:
+        stack: the stack; its model runs as usual.
+        edits: site -> one primitive, or several that are done in their order. "leaving" and "leaving.3" may both be given:
+            they too are done in their order.
+        stream: the stream of a joint block that "entering" and "leaving" mean.
+
+    Raises:
+        RequestError: an unknown site, `Skip` at anything but "leaving", a value that is not finite or of the wrong width;
+            from a forward, before its first block runs: a selection or value that does not fit the batch. With a cache, a
+            forward holds only the new positions.
+        RunError: (at the end) nothing passed a site, so nothing was edited there.
+    """
+    width = getattr(stack.config, "hidden_size", None) if stream == MAIN else None
+    chains: dict[str, list[Primitive]] = {}
+    for site, given in edits.items():
+        for name in _expanded(stack, [site]):
+            for edit in given if isinstance(given, Sequence) else [given]:
+                primitives.check(edit, None if _located(stack, name)[0] is None else width, name)
+                chains.setdefault(name, []).append(edit)
+    reached, shape = set[str](), Shape()
+    with ExitStack() as undo:
+        _run_uncompiled(undo)
+        of_stream = {name: chain for name, chain in chains.items() if _located(stack, name)[0] is not None}
+        _hook(undo, stack.blocks[0].register_forward_pre_hook, partial(_check_fits, of_stream, stream))
+        for block in stack.blocks:
+            _hook(undo, block.register_forward_pre_hook, shape.note)
+        for name, chain in chains.items():
+            place, module = _located(stack, name)
+            if place is None:
+                _hook(undo, module.register_forward_hook, partial(primitives.edit_module, chain, name, shape))
+            elif name.startswith(_ENTERING):
+                _hook(undo, module.register_forward_pre_hook, partial(primitives.edit_entering, chain, name, stream))
+            else:
+                _hook(undo, module.register_forward_hook, partial(primitives.edit_leaving, chain, name, stream))
+            _hook(undo, module.register_forward_hook, partial(_note, reached, name))
+        yield stack
+    missed = [name for name in chains if name not in reached]
+    if missed:
+        raise RunError(f"Nothing passed {missed[0]}, so nothing was edited: no forward ran inside, or none reached it.")
+
+
+# sites
+
+
+def _expanded(stack: LayerStack, sites: Iterable[Site]) -> list[Any]:
+    """The sites with "entering" and "leaving" written out for every block."""
+    found: list[Site] = []
+    for site in sites:
+        if isinstance(site, tuple):
+            for name in site:
+                _located(stack, name)
+            if len(site) != 2 or site[0] == site[1]:
+                raise RequestError(f"A pair is two different sites, not {site}.")
+            found.append(site)
+        elif site in (_ENTERING, _LEAVING):
+            found += [f"{site}.{n}" for n in range(len(stack))]
+        else:
+            _located(stack, site)
+            found.append(site)
+    return found
+
+
+def _located(stack: LayerStack, name: str) -> tuple[int | None, nn.Module]:
+    """The block at a site of the stream with its place, or (None, module)."""
+    blocks = stack.blocks
+    for kind in (_ENTERING, _LEAVING):
+        number = name.removeprefix(f"{kind}.")
+        if number != name and number.isdecimal() and int(number) < len(blocks):
+            return int(number), blocks[int(number)]
+    try:
+        if name:
+            return None, stack.model.get_submodule(name)
+    except AttributeError:
+        pass
+    known = [f"{kind}.{n}" for kind in (_ENTERING, _LEAVING) for n in range(len(blocks))]
+    modules = [path for path, _ in stack.model.named_modules() if path]
+    near = difflib.get_close_matches(name, [*known, *modules], n=1)
+    raise RequestError(
+        f"There is no site {name!r}.{did_you_mean(name, near or [known[0], known[-1], stack.path])} A site is "
+        f'"entering.N" or "leaving.N" with a block from 0 to {len(blocks) - 1}, or the name of a module.'
+    )
+
+
+def _around(stack: LayerStack) -> list[nn.Module]:
+    """The modules around the stack, the model itself first."""
+    steps = stack.path.split(".")[:-1]
+    return [stack.model.get_submodule(".".join(steps[:n])) for n in range(len(steps) + 1)]
+
+
+# hooks
+
+
+def _hook(undo: ExitStack, register: Callable[..., Any], hook: Callable[..., Any]) -> None:
+    undo.callback(register(hook, with_kwargs=True).remove)
+
+
+def _run_uncompiled(undo: ExitStack) -> None:
+    # nothing can have been compiled where dynamo was never imported, and importing it takes seconds
+    if "torch._dynamo" in sys.modules:
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
+
+
+def _note(reached: set[str], name: str, *call: Any) -> None:
+    reached.add(name)
+
+
+def _check_fits(
+    chains: Mapping[str, Sequence[Primitive]], stream: Stream, block: nn.Module, args: Any, kwargs: Any
+) -> None:
+    state = argument(block, stream, args, kwargs)
+    # maps of images change their size from stage to stage: each is checked where it is edited
+    if isinstance(state, Tensor) and state.ndim == 3:
+        for name, chain in chains.items():
+            for edit in chain:
+                primitives.check_fit(edit, state.shape, name)

@@ -1,0 +1,145 @@
+"""What a capture knows while forwards run: which positions count, what waits for its partner, what was reduced so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from overhaul.errors import RequestError, RunError
+from overhaul.trace.streams import MAIN, Stream, argument, as_rows, first_tensor, leaving, parts, takes
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Shape:
+    """The shape of the stream in the forward that runs."""
+
+    value: torch.Size | None = None
+
+    def note(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook before each block."""
+        entering = argument(block, MAIN, args, kwargs)
+        self.value = entering.shape if isinstance(entering, Tensor) else None
+
+
+@dataclass
+class Watch(Generic[Result]):
+    """One capture.
+
+    Attributes:
+        reduce: the reduction.
+        skip_first: how many positions at the start of each sample do not count.
+        wanted: the sites and pairs of sites.
+        shape: of the stream.
+        seen: site -> result so far.
+    """
+
+    reduce: Callable[..., Result | None]
+    skip_first: int
+    wanted: Sequence[str | tuple[str, str]]
+    shape: Shape = field(default_factory=Shape)
+    seen: dict[Any, Result] = field(default_factory=dict)
+    _users: dict[str, list[Any]] = field(default_factory=dict)
+    _passed: dict[Any, bool] = field(default_factory=dict)  # whether any position counted
+    _waiting: dict[Any, tuple[str, Tensor]] = field(default_factory=dict)
+    _given: Tensor | None = None
+    _mask: tuple[Any, Tensor, bool] | None = None
+
+    def __post_init__(self) -> None:
+        for site in self.wanted:
+            for name in [site] if isinstance(site, str) else site:
+                self._users.setdefault(name, []).append(site)
+
+    @property
+    def names(self) -> list[str]:
+        """Every single site that is looked at."""
+        return list(self._users)
+
+    def note_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook before the modules around the stack: the innermost runs last and so has the last word."""
+        if takes(module, "attention_mask"):
+            mask = argument(module, "attention_mask", args, kwargs)
+            # masks that were made ready for attention, [b, 1, t, t], say the same in another form
+            if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+                self._given, self._mask = mask, None
+
+    def read_module(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """A hook after a module."""
+        index = first_tensor(output)
+        self._arrive(name, None if index is None else parts(output)[index])
+
+    def read_entering(self, name: str, stream: Stream, block: nn.Module, args: Any, kwargs: Any) -> None:
+        """A hook before a block."""
+        self._arrive(name, argument(block, stream, args, kwargs))
+
+    def read_leaving(self, name: str, stream: Stream, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """A hook after a block."""
+        index = leaving(block, args, kwargs, output).get(stream)
+        self._arrive(name, None if index is None else parts(output)[index])
+
+    def finish(self) -> None:
+        """Refuse a capture that saw nothing.
+
+        Raises:
+            RunError: nothing passed a site.
+            RequestError: no position counted.
+        """
+        missed = [site for site in self.wanted if site not in self._passed]
+        if missed:
+            raise RunError(f"Nothing passed {missed[0]}: no forward ran inside the `with`, or none reached it.")
+        empty = [site for site in self.wanted if not self._passed[site]]
+        if empty:
+            raise RequestError(
+                f"No position counted at {empty[0]}: all were padding, or among the first {self.skip_first} of their "
+                "sample. Give longer samples, or a smaller skip_first."
+            )
+
+    def _arrive(self, name: str, value: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:  # a backward pass recomputes what was seen before
+            return
+        if not isinstance(value, Tensor):  # the last block of SD3 returns no text
+            self._passed |= dict.fromkeys(self._users[name], True)
+            return
+        state = as_rows(value.detach(), self.shape.value, name).float()
+        kept: Tensor | None = None
+        for site in self._users[name]:
+            if site == name:
+                self._add(site, name, state)
+                continue
+            other, waited = self._waiting.pop(site, (name, state))
+            if other == name:
+                # the model may go on working in what it handed over
+                kept = state.clone() if kept is None else kept
+                self._waiting[site] = (name, kept)
+            else:
+                self._add(site, name, *((waited, state) if site[1] == name else (state, waited)))
+
+    def _add(self, site: Any, name: str, *states: Tensor) -> None:
+        mask, counts = self._counting(states[0], name)
+        self._passed[site] = self._passed.get(site, False) or counts
+        value: Any = self.reduce(*states, mask) if counts else None
+        if value is not None:
+            self.seen[site] = self.seen[site] + value if site in self.seen else value
+
+    def _counting(self, state: Tensor, name: str) -> tuple[Tensor, bool]:
+        """The positions of a state that count, [b, t], and whether there are any."""
+        batch, length = state.shape[:2]
+        key = (batch, length, state.device)
+        if self._mask is None or self._mask[0] != key:
+            mask = torch.ones(batch, length, dtype=torch.bool, device=state.device)
+            if self._given is not None:
+                mask = self._given.to(state.device).bool()
+                if len(mask) != batch or mask.shape[1] < length or length != (self.shape.value or (0, length))[1]:
+                    raise RequestError(
+                        f"{name} gives a state of {batch} samples with {length} positions, to which the attention mask "
+                        f"{list(mask.shape)} does not belong: which of them are padding cannot be told."
+                    )
+            mask = mask & (mask.cumsum(1) > self.skip_first)
+            mask = mask[:, mask.shape[1] - length :]  # with a cache, the last positions are the new ones
+            self._mask = (key, mask, bool(mask.any()))
+        return self._mask[1], self._mask[2]

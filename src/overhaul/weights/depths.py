@@ -1,0 +1,131 @@
+"""The depth of every tensor of a checkpoint, told by the structure of its architecture and not by a table of names.
+
+1. The class that config.json names is built on torch's meta device, without memory for weights, and its stacks are asked.
+2. transformers renames tensors when it loads and saves ("vit.encoder.layer.0" in a file is "vit.layers.0" in the model).
+   A numbered list of stored names that the model lacks is taken for the stack of as many blocks whose path shares the
+   most words with it.
+3. Where the class is unknown (its code lies in the folder and is not run), the numbered lists of names are the stacks,
+   and what lies outside them comes after the blocks only if its name says so.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+from torch import nn
+
+from overhaul.stack import LayerStack
+
+Place = tuple[str, int, int]
+"""(path of the stack, depth, number of blocks); depth as in `LayerStack.depth`. ("", -1, 0) where there is no stack."""
+
+_NUMBERED = re.compile(r"(?:(?P<path>.*?)\.)?(?P<number>\d+)\.")
+_LAST = re.compile(r"(^|[._])(final|out|head|norm|ln_f|score|classifier)([._]|$)")
+
+
+class Places:
+    """The places of all tensors of a model, found out when the first is asked for.
+
+    To build an architecture, transformers imports for seconds; a blend that is the same at all depths need not wait for it.
+    """
+
+    def __init__(self, names: Collection[str], model: Callable[[], nn.Module | None]) -> None:
+        """Keep what is needed to find out.
+
+        Args:
+            names: of stored tensors, or of parameters and buffers.
+            model: gives the model they belong to, with or without weights, or None if its class is unknown.
+        """
+        self._names, self._model = names, model
+        self._found: dict[str, Place] | None = None
+        self._lock = threading.Lock()
+
+    def __getitem__(self, name: str) -> Place:
+        with self._lock:
+            if self._found is None:
+                model = self._model()
+                stacks = LayerStack.find(model) if model is not None else []
+                self._found = _by_structure(stacks, self._names) if stacks else _by_names(self._names)
+        return self._found[name]
+
+
+def _by_structure(stacks: Sequence[LayerStack], names: Collection[str]) -> dict[str, Place]:
+    model = stacks[0].model
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    own |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    sizes = {stack.path: len(stack) for stack in stacks}
+    lists: dict[str, tuple[LayerStack, int]] = {}
+    for stack in stacks:
+        before = 0
+        for path in stack.lists:
+            lists[path] = (stack, before)
+            before += len(list(model.get_submodule(path).children()))
+    for path, count in _numbered(name for name in names if name not in own).items():
+        twins = [stack for stack in stacks if sizes[stack.path] == count and stack.lists == (stack.path,)]
+        if path not in lists and twins:
+            lists[path] = (max(twins, key=lambda stack: len(_words(path) & _words(stack.path))), 0)
+
+    def place(name: str) -> Place:
+        for path, (stack, before) in lists.items():
+            number = name[len(path) + 1 :].partition(".")[0] if name.startswith(f"{path}.") else ""
+            if number.isdigit():  # files may hold more blocks than the config counts, such as those for drafting tokens
+                return stack.path, min(before + int(number), sizes[stack.path]), sizes[stack.path]
+        built = _as_built(name, own, getattr(model, "base_model_prefix", ""))
+        owner = _owner(stacks, built)
+        return owner.path, owner.depth(built), sizes[owner.path]
+
+    return {name: place(name) for name in names}
+
+
+def _as_built(name: str, own: Collection[str], prefix: str) -> str:
+    """The model's name for a stored tensor: with or without the prefix that a model with a head puts before its body."""
+    return next((n for n in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if n in own), name)
+
+
+def _owner(stacks: Sequence[LayerStack], name: str) -> LayerStack:
+    """The stack that a tensor outside all blocks counts to: the nearest by path, else the last that lies before it."""
+    shared = [_leading(name, stack.path) for stack in stacks]
+    near = [stack for stack, words in zip(stacks, shared, strict=True) if words == max(shared)]
+    passed = [stack for stack in near if stack.depth(name) >= 0]
+    return passed[-1] if passed else near[0]
+
+
+def _by_names(names: Collection[str]) -> dict[str, Place]:
+    lists = {path: count for path, count in _numbered(names).items() if count > 1}
+
+    def place(name: str) -> Place:
+        found = _NUMBERED.match(name)
+        if found and (found["path"] or "") in lists:
+            path = found["path"] or ""
+            return path, int(found["number"]), lists[path]
+        if not lists:
+            return "", -1, 0
+        path = max(lists, key=lambda path: (_leading(name, path), lists[path]))
+        return path, lists[path] if _LAST.search(name) and "emb" not in name else -1, lists[path]
+
+    return {name: place(name) for name in names}
+
+
+def _numbered(names: Iterable[str]) -> dict[str, int]:
+    """The outermost numbered lists ("model.layers") whose numbers are 0, 1, ... without a gap, and their lengths."""
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        if found := _NUMBERED.match(name):
+            numbers.setdefault(found["path"] or "", set()).add(int(found["number"]))
+    return {path: len(seen) for path, seen in numbers.items() if seen == set(range(len(seen)))}
+
+
+def _words(path: str) -> set[str]:
+    return set(re.split(r"[._]", path))
+
+
+def _leading(name: str, path: str) -> int:
+    """How many words two paths share from their start."""
+    count = 0
+    for ours, theirs in zip(re.split(r"[._]", name), re.split(r"[._]", path), strict=False):
+        if ours != theirs:
+            break
+        count += 1
+    return count

@@ -1,0 +1,254 @@
+"""What a checkpoint holds, by config.json and safetensors headers alone: where every tensor lies and at which depth.
+
+1. What counts is what `from_pretrained` would read: the files that model.safetensors.index.json names, else
+   model.safetensors, else all there are. Anything that could be read in two ways is refused.
+2. A live model has the same index, so that one function serves files and models in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from overhaul.errors import RequestError
+from overhaul.models import ModelFacts, _header, facts, planned
+from overhaul.weights.depths import Places
+
+Source = str | Path
+"""A checkpoint: a folder, a hub name, or `starter:NAME`."""
+
+DTYPE_CODES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """One tensor of a model.
+
+    Attributes:
+        name: as stored, or as the live model names it.
+        shape: its sizes.
+        dtype: as stored.
+        places: of all tensors of its model.
+        file: where it lies; None in a live model.
+        offset: bytes from the start of the file to its first number.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    places: Places = field(repr=False)
+    file: Path | None = None
+    offset: int = 0
+
+    @property
+    def stack(self) -> str:
+        """Path of the stack it is counted to; "" where the model has none."""
+        return self.places[self.name][0]
+
+    @property
+    def depth(self) -> int:
+        """Its block; -1 before the first, `blocks` after the last."""
+        return self.places[self.name][1]
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks in its stack."""
+        return self.places[self.name][2]
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Size where it is stored."""
+        return self.numbers * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorIndex:
+    """All tensors of a model, in the order in which they are stored. Create it with `of`.
+
+    Attributes:
+        source: as the user wrote it, or the class of a live model.
+        folder: where the files lie; None for a live model.
+        config: config.json.
+        tensors: by name.
+    """
+
+    source: str
+    folder: Path | None
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorFacts]
+
+    @classmethod
+    def of(cls, source: str | Path | nn.Module) -> TensorIndex:
+        """Index a checkpoint (folder, hub name, `starter:NAME`) by its headers, or a live model by its state dict.
+
+        Raises:
+            RequestError: files are missing, damaged or contradict each other, or a dtype is one to copy and not to count
+                with (a quantised checkpoint).
+        """
+        if isinstance(source, nn.Module):
+            return _of_model(source)
+        known = facts(source)
+        headers = {path: _header(path) for path in known.weight_files}
+        found: dict[str, tuple[Path, int, dict[str, Any]]] = {}
+        for path in _weight_files(known, headers):
+            header = headers[path]
+            start = path.stat().st_size - max(entry["data_offsets"][1] for entry in header.values())
+            for name in sorted(header, key=lambda name: header[name]["data_offsets"][0]):
+                found[name] = (path, start, header[name])
+        where = Places(found, lambda: planned(known))
+        tensors = {name: _stored(name, *entry, where) for name, entry in found.items()}
+        return cls(known.source, known.folder, known.config, tensors)
+
+    @property
+    def stacks(self) -> dict[str, int]:
+        """Number of blocks of every stack, by its path."""
+        return {tensor.stack: tensor.blocks for tensor in self.tensors.values() if tensor.stack}
+
+
+def _of_model(model: nn.Module) -> TensorIndex:
+    state = model.state_dict()
+    where = Places(list(state), lambda: model)
+    config: Any = getattr(model, "config", None)
+    tensors = {name: TensorFacts(name, tuple(t.shape), t.dtype, where) for name, t in state.items()}
+    return TensorIndex(type(model).__name__, None, config.to_dict() if config is not None else {}, tensors)
+
+
+def _stored(name: str, path: Path, start: int, entry: Mapping[str, Any], where: Places) -> TensorFacts:
+    dtype = DTYPE_CODES.get(entry["dtype"])
+    if dtype is None:
+        raise RequestError(
+            f"{path}: {name} is stored as {entry['dtype']}, which is a code and not a number to count with. Load the model "
+            "with transformers, dequantise it, save it, and give that folder."
+        )
+    first, end = entry["data_offsets"]
+    tensor = TensorFacts(name, tuple(entry["shape"]), dtype, where, path, start + first)
+    if end - first != tensor.bytes:
+        raise RequestError(
+            f"{path} is damaged: {name} of shape {list(tensor.shape)} needs {tensor.bytes} bytes, but its header gives it "
+            f"{end - first}. Fetch or save the file again."
+        )
+    return tensor
+
+
+def _weight_files(known: ModelFacts, held: Mapping[Path, Collection[str]]) -> list[Path]:
+    """Of the files and the names each holds, the files that make up the model, if that is certain."""
+    owner: dict[str, Path] = {}
+    for path, names in held.items():
+        for name in sorted(names):
+            if name in owner:
+                raise RequestError(
+                    f"{known.source}: {name} lies in both {owner[name].name} and {path.name}, so it is not certain which "
+                    "one counts. Remove the file that does not belong to the model."
+                )
+            owner[name] = path
+    if (known.folder / INDEX).exists():
+        return _named_files(known, held)
+    single = known.folder / SINGLE
+    return [single] if single in held else list(held)
+
+
+def _named_files(known: ModelFacts, held: Mapping[Path, Collection[str]]) -> list[Path]:
+    """The files that the index names, if it tells the truth."""
+    index = known.folder / INDEX
+    try:
+        where: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise RequestError(f"{index} is no index of weights: {error!r}. Save the model again.") from error
+    named = [known.folder / file for file in sorted(set(where.values()))]
+    missing = [path.name for path in named if path not in held]
+    if missing:
+        raise RequestError(f"{index} names {_listed(missing)}, which the folder lacks. Fetch the checkpoint again.")
+    wrong = [name for name, file in where.items() if name not in held[known.folder / file]]
+    if wrong:
+        raise RequestError(
+            f"{index} says that {where[wrong[0]]} holds {_listed(wrong)}, which it does not. Index and files are of "
+            "different models or states: fetch or save the checkpoint again."
+        )
+    return named
+
+
+def check_alike(indexes: Sequence[TensorIndex], needed: Callable[[TensorFacts], bool]) -> None:
+    """Refuse models whose tensors do not correspond.
+
+    Args:
+        indexes: the models; the others are compared with the first.
+        needed: which tensors of the first have to have counterparts.
+
+    Raises:
+        RequestError: names, shapes or kinds of numbers differ.
+    """
+    first = indexes[0]
+    ours = {name: tensor for name, tensor in first.tensors.items() if needed(tensor)}
+    for other in indexes[1:]:
+        lacking = [name for name in ours if name not in other.tensors]
+        extra = [name for name, tensor in other.tensors.items() if name not in first.tensors and needed(tensor)]
+        if lacking or extra:
+            parts = [f"{other.source} lacks {_listed(lacking)}"] * bool(lacking)
+            parts += [f"{first.source} lacks {_listed(extra)}"] * bool(extra)
+            raise RequestError(
+                f"{first.source} and {other.source} do not have the same tensors: {'; '.join(parts)}. Give checkpoints of "
+                "one architecture, saved by the same class."
+            )
+        _check_shapes(first, other, [name for name in ours if ours[name].shape != other.tensors[name].shape])
+        for name, tensor in ours.items():
+            theirs = other.tensors[name].dtype
+            if theirs != tensor.dtype and not (theirs.is_floating_point and tensor.dtype.is_floating_point):
+                raise RequestError(
+                    f"{name} is {tensor.dtype} in {first.source} and {theirs} in {other.source}, which cannot be counted "
+                    "with together. Save both in the same dtype."
+                )
+
+
+def _check_shapes(first: TensorIndex, other: TensorIndex, differing: Sequence[str]) -> None:
+    if not differing:
+        return
+    shapes = [(first.tensors[name].shape, other.tensors[name].shape) for name in differing]
+    listed = [f"{name} {list(a)} and {list(b)}" for name, (a, b) in zip(differing, shapes, strict=True)]
+    rows = _vocabulary(first.config), _vocabulary(other.config)
+    if all(a[1:] == b[1:] and (a[:1], b[:1]) == (rows[:1], rows[1:]) for a, b in shapes):
+        raise RequestError(
+            f"{first.source} and {other.source} have vocabularies of {rows[0]} and {rows[1]} tokens: {_listed(listed)}. "
+            f"Either bring both to one size (`model.resize_token_embeddings({max(filter(None, rows))})`, then save), or "
+            "leave these tensors as the first model has them: `only=lambda t: 0 <= t.depth < t.blocks`."
+        )
+    raise RequestError(
+        f"{first.source} and {other.source} have tensors of different shapes: {_listed(listed)}. Give checkpoints of one "
+        "architecture and size."
+    )
+
+
+def _vocabulary(config: Mapping[str, Any]) -> int | None:
+    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
+
+
+def indexed(sources: Sequence[Source | nn.Module]) -> list[TensorIndex]:
+    """The index of each model.
+
+    Raises:
+        RequestError: there is none, or as in `TensorIndex.of`.
+    """
+    if not sources:
+        raise RequestError("There is no model. Give at least one.")
+    return [TensorIndex.of(source) for source in sources]
