@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 	$(BIN)/overhaul run recipes/forget-and-shrink.yaml -o $(RUN)
 
 test: $(VENV)/installed-dev check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

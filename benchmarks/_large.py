@@ -81,7 +81,7 @@ def _write(path: Path, tensors: dict[str, tuple[int, ...]], draw: np.random.Gene
     with path.open("r+b") as file:
         file.seek(min(starts.values()))
         for shape in tensors.values():
-            file.write(_bits(shape, draw))
+            file.write(_bits(shape, draw).data)
 
 
 def _bits(shape: tuple[int, ...], draw: np.random.Generator) -> np.ndarray:

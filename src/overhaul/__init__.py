@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from overhaul import forget as forget
     from overhaul import models as _models
     from overhaul import shrink as shrink
+    from overhaul import trace as trace
+    from overhaul import weights as weights
     from overhaul.data.examples import Examples as Examples
     from overhaul.data.materials import examples as examples
     from overhaul.errors import OverhaulError as OverhaulError
@@ -32,6 +34,8 @@ _PUBLIC = {
     "run": "overhaul.recipe.run:run",
     "save": "overhaul.models:save",
     "shrink": "overhaul.shrink:",
+    "trace": "overhaul.trace:",
+    "weights": "overhaul.weights:",
 }
 """Public names and where they live: imported when first used, so that `overhaul --help` answers at once."""
 

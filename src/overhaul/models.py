@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -63,7 +64,7 @@ class ModelFacts:
     @property
     def parameters(self) -> int:
         """Number of stored scalars; tied tensors count once."""
-        return sum(_product(shape) for shape in self.shapes.values())
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
     def weight_files(self) -> list[Path]:
@@ -143,7 +144,7 @@ def facts(source: str | Path) -> ModelFacts:
     for path in files:
         for name, entry in _header(path).items():
             shapes[name] = tuple(entry["shape"])
-            numbers[entry["dtype"]] = numbers.get(entry["dtype"], 0) + _product(entry["shape"])
+            numbers[entry["dtype"]] = numbers.get(entry["dtype"], 0) + math.prod(entry["shape"])
     main = max(numbers, key=lambda k: numbers[k])
     total = sum(path.stat().st_size for path in files)
     return ModelFacts(str(source), folder, config, shapes, _HEADER_NAMES.get(main, main.lower()), total)
@@ -164,13 +165,6 @@ def _header(path: Path) -> dict[str, Any]:
     if 8 + length + end != size:
         raise RequestError(f"{path} is cut short: its header promises {8 + length + end} bytes, the file has {size}.")
     return header
-
-
-def _product(shape: Any) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
 
 
 def open_model(source: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[nn.Module, Any]:

@@ -44,7 +44,7 @@ Prefix = tuple[Stop, ...]
 BUDGET = 2**30
 """Bytes of states that are held at once: 1 GiB."""
 
-_CPU_BATCH, _BATCH = 2**20, 2**25
+_CPU_BATCH, _BATCH = 2**19, 2**25
 """Bytes of states in one batch. On a CPU, larger ones leave the cache and take longer than one state at a time."""
 
 _SHARED_OUT = 4
