@@ -93,6 +93,14 @@ def test_a_truncated_file_is_refused(folder: Path, tmp_path: Path) -> None:
         models.facts(tmp_path)
 
 
+def test_a_damaged_header_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    for noise in (b"{no json", b"\xff\xfe\xfd"):
+        (tmp_path / "model.safetensors").write_bytes(len(noise).to_bytes(8, "little") + noise)
+        with pytest.raises(RequestError, match="its header is not JSON"):
+            models.facts(tmp_path)
+
+
 def test_missing_tensors_are_not_filled_at_random(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     tensors = load_file(folder / "model.safetensors")

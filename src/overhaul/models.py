@@ -157,7 +157,12 @@ def _header(path: Path) -> dict[str, Any]:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= size - 8:
             raise RequestError(f"{path} is damaged or cut short: its header says {length} bytes, the file has {size}.")
-        header = json.loads(file.read(length))
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:  # no JSON, or no text
+            raise RequestError(
+                f"{path} is damaged: its header is not JSON ({error}). Fetch or save it again."
+            ) from None
     header.pop("__metadata__", None)
     if not header:
         raise RequestError(f"{path} holds no tensors.")
@@ -343,9 +348,8 @@ def write_checkpoint(model: Any, processor: Any, folder: Path, dtype: str | None
         from huggingface_hub import save_torch_state_dict
 
         model.save_config(folder)
-        save_torch_state_dict(
-            _cast(model, wanted), folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors"
-        )
+        pattern = "diffusion_pytorch_model{suffix}.safetensors"
+        save_torch_state_dict(_cast(model, wanted), folder, filename_pattern=pattern)
     else:
         config_dtype, model.config.dtype = model.config.dtype, wanted
         try:
@@ -383,9 +387,8 @@ def writing(place: Path) -> Iterator[None]:
             errno.ENOTDIR: "part of the path is a file, not a folder",
             errno.EEXIST: "a file lies where a folder should be",
         }
-        reason = reasons.get(error.errno or 0)
-        if reason is None and "No space left" in str(error):
-            reason = reasons[errno.ENOSPC]
+        full = "No space left" in str(error)
+        reason = reasons.get(errno.ENOSPC if full else error.errno or 0)
         if reason is None:
             raise
         raise RunError(

@@ -97,7 +97,7 @@ def test_shards_and_dtype_as_asked(two: list[Path], tmp_path: Path) -> None:
 
 def test_numbers_stay_aligned_to_their_size(two: list[Path], tmp_path: Path) -> None:
     for folder in two:  # in bfloat16 the odd one would push the integers to an uneven place
-        odd = {"a.odd": torch.ones(3), "model.layers.0.count": torch.arange(4)}
+        odd = {"a.odd": torch.ones(3), "model.layers.0.count": torch.arange(4).int()}
         rewrite(folder, lambda held, odd=odd: held.update(odd))
     whole = weights.blend(two, [0.5, 0.5], tmp_path / "whole", dtype="bfloat16")
     for folder in (whole, weights.blend(two, [0.5, 0.5], tmp_path / "parts", dtype="bfloat16", shard_bytes=9_000)):
