@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import copy
-import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from along_paths import Block, Net, Paths, alone, close, drops, other_blocks, positions, read, restorations, tensors
 from conftest import FAMILIES as SMALL
-from conftest import examples_for, tiny_gemma3, tiny_llama
+from conftest import examples_for, tiny_llama
 from families import FAMILIES
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError, RunError
@@ -20,88 +19,7 @@ from overhaul.objectives import cross_entropy_sum, evaluate, units
 from overhaul.prefix import path_losses, run_paths
 from overhaul.stack import LayerStack
 from overhaul.stack.arrangement import Entry
-from overhaul.stack.calls import Calls, invoke
-
-Paths = list[list[Entry]]
-
-
-def tensors(value: Any) -> list[Tensor]:
-    """All tensors of a model's output, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.to_tuple() if hasattr(value, "to_tuple") else value
-    return [tensor for part in parts for tensor in tensors(part)] if isinstance(parts, tuple | list) else []
-
-
-def read(output: Any, _: Any) -> list[Tensor]:
-    return tensors(output)
-
-
-@torch.no_grad()
-def alone(stack: LayerStack, path: Sequence[Entry], inputs: dict[str, Any]) -> list[Tensor]:
-    with stack.following(path):
-        return tensors(invoke(stack.model, inputs))
-
-
-def close(found: list[Tensor], expected: list[Tensor]) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def other_blocks(stack: LayerStack) -> list[nn.Module]:
-    """Blocks of another checkpoint of the same model."""
-    blocks = copy.deepcopy(stack.blocks)
-    with torch.no_grad():
-        for parameter in (p for block in blocks for p in block.parameters()):
-            parameter.add_(torch.randn(parameter.shape) * parameter.std(correction=0) / 2)
-    return blocks
-
-
-def restorations(stack: LayerStack) -> Paths:
-    """Every interval of blocks taken from the other checkpoint."""
-    own, other = list(range(len(stack))), other_blocks(stack)
-    return [
-        [(place, other[place]) if first <= place <= last else place for place in own]
-        for first, last in itertools.combinations_with_replacement(own, 2)
-    ]
-
-
-def drops(stack: LayerStack) -> Paths:
-    """Every path without one block that may go."""
-    return [[place for place in range(len(stack)) if place != gone] for gone in stack.droppable]
-
-
-def positions(stack: LayerStack) -> list[int]:
-    """Rows that enter each call of a block from now on."""
-    rows: list[int] = []
-    for block in stack.blocks:
-        block.register_forward_hook(lambda _, args, output: rows.append(args[0].shape[0]))
-    return rows
-
-
-class Block(nn.Module):
-    """Adds what a function makes of the state and the block's argument."""
-
-    def __init__(self, change: Any) -> None:
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-        self.change = change
-
-    def forward(self, x: Tensor, extra: Tensor) -> Tensor:
-        return x + self.change(self.inner(x), extra)
-
-
-class Net(nn.Module):
-    """Blocks that all get the same argument."""
-
-    def __init__(self, change: Any) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Block(change) for _ in range(4)])
-
-    def forward(self, x: Tensor, extra: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x, extra)
-        return x
-
+from overhaul.stack.calls import Calls
 
 # every family
 
@@ -198,66 +116,6 @@ def test_a_model_in_training_mode_is_run_at_rest_and_put_back_also_after_an_erro
     with pytest.raises(ZeroDivisionError):
         run_paths(stack, [[0, 3]], inputs, read=lambda *_: 1 // 0)
     assert not any("forward" in vars(module) for module in model.modules())
-
-
-# batches
-
-
-def test_a_block_that_mixes_samples_runs_on_one_state_at_a_time() -> None:
-    stack = LayerStack.of(Net(lambda x, extra: x - x.mean(dim=0) + extra))
-    inputs = {"x": torch.randn(3, 5, 4), "extra": torch.zeros(1)}
-    paths = restorations(stack)
-    rows = positions(stack)
-    found = run_paths(stack, paths, inputs, read=read)
-    assert max(rows) > 3  # it was tried
-    for path, output in zip(paths, found, strict=True):
-        close(output, alone(stack, path, inputs))
-
-
-@pytest.mark.parametrize(
-    ("layout", "batched"),
-    [
-        (lambda extra: extra.view(-1, 2).sum(dim=1)[:, None, None], True),  # two values for each sample, side by side
-        (lambda extra: extra.view(2, -1).sum(dim=0)[:, None, None], False),  # first values, then second values
-    ],
-)
-def test_how_arguments_belong_to_samples_is_tried_again_when_they_begin_to_differ(layout: Any, batched: bool) -> None:
-    stack = LayerStack.of(Net(lambda x, extra: x * layout(extra)))
-    paths = restorations(stack)
-    rows = positions(stack)
-    # samples that are alike hide a wrong layout
-    batches = [{"x": torch.randn(3, 5, 4), "extra": extra} for extra in (torch.ones(6), torch.randn(6), torch.randn(6))]
-
-    def feed() -> Iterator[dict[str, Tensor]]:
-        for batch in batches:
-            rows.clear()
-            yield batch
-
-    found = run_paths(stack, paths, feed(), read=read)
-    assert (max(rows) > 3) == batched
-    for path, outputs in zip(paths, found, strict=True):
-        for batch, output in zip(batches, outputs, strict=True):
-            close(output, alone(stack, path, batch))
-
-
-def test_a_table_that_is_as_long_as_the_batch_is_not_taken_for_an_argument_of_samples() -> None:
-    stack = LayerStack.of(Net(lambda x, extra: x * extra))
-    inputs = {"x": torch.randn(3, 3, 4), "extra": torch.randn(3, 4)}
-    paths = restorations(stack)
-    for path, output in zip(paths, run_paths(stack, paths, inputs, read=read), strict=True):
-        close(output, alone(stack, path, inputs))
-
-
-def test_samples_with_padding_of_their_own_keep_their_masks() -> None:
-    stack = LayerStack.of(tiny_gemma3())
-    mask = torch.tensor([[1] * 9, [1] * 6 + [0] * 3, [1] * 4 + [0] * 5])
-    inputs = {"input_ids": torch.randint(3, 64, (3, 9)), "attention_mask": mask}
-    paths = restorations(stack)
-    rows = positions(stack)
-    found = run_paths(stack, paths, inputs, read=read)
-    assert max(rows) > 3
-    for path, output in zip(paths, found, strict=True):
-        close(output, alone(stack, path, inputs))
 
 
 # memory

@@ -105,8 +105,8 @@ def locate(source: str | Path) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    allowed = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        allowed = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         return Path(snapshot_download(text, allow_patterns=allowed))
     except Exception as error:  # the hub client raises many kinds; the user needs one message
         raise RequestError(f"{text!r} is no folder here, and it could not be fetched from the hub: {error}") from error
@@ -340,8 +340,7 @@ def save(model: nn.Module, processor: Any, folder: str | Path, *, dtype: str | N
 
 def write_checkpoint(model: Any, processor: Any, folder: Path, dtype: str | None) -> None:
     """`save_pretrained` in `dtype` without changing the model that is held."""
-    wanted = DTYPES.get(dtype or "", None)
-    if wanted is None:
+    if (wanted := DTYPES.get(dtype or "")) is None:
         with _quiet_transformers():
             model.save_pretrained(folder)
     elif hasattr(model, "register_to_config"):  # diffusers saves only what the model holds

@@ -30,7 +30,7 @@ from overhaul.data.examples import IGNORED, Examples
 from overhaul.errors import RequestError
 from overhaul.judge.measure import at_rest
 from overhaul.objectives import cross_entropy_sum, units
-from overhaul.references import _output_head
+from overhaul.references import output_head
 from overhaul.stack import LayerStack
 from overhaul.stack.arrangement import Entry
 from overhaul.stack.calls import Calls, State, state_bytes
@@ -260,7 +260,7 @@ class _AnswerLoss:
     """The loss of a batch from a state that leaves the stack, with the output head only where labels carry loss."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.head = _output_head(model)
+        self.head = output_head(model)
         self.tried = False
 
     def __call__(self, calls: Calls, state: State) -> float:

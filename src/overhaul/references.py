@@ -95,7 +95,7 @@ def cache_outputs(model: nn.Module, examples: Examples, batch_size: int) -> Refe
     Returns:
         A Reference. It takes t * d values an example (t * vocabulary, or the number of classes, without a head).
     """
-    head = None if examples.is_image else _output_head(model)
+    head = None if examples.is_image else output_head(model)
     seen: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) if head is not None else None
     order = examples.by_length()
@@ -120,7 +120,8 @@ def cache_outputs(model: nn.Module, examples: Examples, batch_size: int) -> Refe
     return Reference(examples.with_column(COLUMN, column), frozen)
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that makes logits of hidden states, or None where the model names none."""
     find = getattr(model, "get_output_embeddings", None)
     try:
         return find() if find is not None else None
