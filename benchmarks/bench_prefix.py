@@ -6,7 +6,8 @@ blocks and from the output head, which is applied to scored positions only. Both
 which is checked first.
 
 Questions with answers are the case for the targets. Plain text, where every position is scored, and long batches, where
-batching brings nothing, show where the gain ends: at the ratio of the block counts, or below it by what is not a block.
+batching brings nothing, show where the gain ends: at the ratio of the block counts, or below it by what is not a block. So
+does a small head: with a vocabulary of 4096 instead, both targets are missed in some cases, by about a tenth.
 """
 
 from __future__ import annotations
