@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,11 @@ def test_config_and_weights_that_do_not_belong_together_are_refused(folder: Path
     models.check_shapes(models.facts(folder))
     with pytest.raises(RequestError, match=r"has the shape .* but config.json describes"):
         models.check_shapes(models.facts(tmp_path))
+
+
+def test_a_class_of_ours_is_found_by_the_module_that_its_config_names(folder: Path) -> None:
+    known = models.facts(folder)
+    ours = replace(known, config={**known.config, "overhaul": "overhaul.models", "architectures": ["ModelFacts"]})
+    assert models.class_of(ours) is models.ModelFacts
+    theirs = replace(known, config={**known.config, "overhaul": "os.path"})
+    assert models.class_of(theirs) is models.class_of(known)

@@ -30,9 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from overhaul import session
-from overhaul.errors import RequestError, RunError
+from overhaul.errors import RequestError, RunError, writing
 from overhaul.judge.measure import at_rest
-from overhaul.models import writing
 from overhaul.stack import LayerStack
 from overhaul.stack.calls import Call, Calls, State, map_tensors, state_bytes
 

@@ -1,9 +1,12 @@
-"""The two ways in which work can stop, and the spelling help that both use."""
+"""The two ways in which work can stop, the spelling help that both use, and the system's refusals in words."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 
 class OverhaulError(Exception):
@@ -29,3 +32,32 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
         return ""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
+
+
+@contextlib.contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write into one readable error."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: "the disk is full",
+            errno.EDQUOT: "the disk quota is used up",
+            errno.EROFS: "the file system is read-only",
+            errno.EACCES: "permission was denied",
+            errno.EPERM: "permission was denied",
+            errno.ENOTDIR: "part of the path is a file, not a folder",
+            errno.EEXIST: "a file lies where a folder should be",
+        }
+        full = "No space left" in str(error)
+        reason = reasons.get(errno.ENOSPC if full else error.errno or 0)
+        if reason is None:
+            raise
+        raise RunError(
+            f"Could not write {place}: {reason}. What was finished before is kept; make room or choose another folder "
+            "with -o and give the same command again."
+        ) from error
+    except Exception as error:  # safetensors reports a full disk as its own kind of error
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise RunError(f"Could not write {place}: the disk is full. What was finished before is kept.") from error
+        raise

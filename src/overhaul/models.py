@@ -6,7 +6,6 @@ Only safetensors are read. No code that comes with a model is run unless the cal
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import math
@@ -23,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from overhaul.errors import RequestError, RunError, did_you_mean
+from overhaul.errors import RequestError, RunError, did_you_mean, writing
 from overhaul.stack.paths import follow_saved_paths, set_aside, write_paths
 
 STARTERS = Path(__file__).parent / "data" / "starters"
@@ -217,9 +216,14 @@ def load_weights(known: ModelFacts, dtype: str, trust_remote_code: bool = False)
 def class_of(known: ModelFacts) -> Any:
     """The class that config.json names, or None where its library has none of that name.
 
+    A model that no library can hold (an ensemble, a bank of prompts) is a `PreTrainedModel` of ours: its config names the
+    module under `overhaul`.
+
     Raises:
         RequestError: the class belongs to diffusers, which is not installed.
     """
+    if str(known.config.get("overhaul")).startswith("overhaul."):
+        return getattr(import_module(known.config["overhaul"]), known.architecture, None)
     if known.library == "diffusers" and find_spec("diffusers") is None:
         raise RequestError(
             f"{known.source} is a diffusers model ({known.architecture}); install it with `pip install overhaul[diffusion]`."
@@ -369,32 +373,3 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
             cast[id(tensor)] = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
         state[name] = cast[id(tensor)]
     return state
-
-
-@contextlib.contextmanager
-def writing(place: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write into one readable error."""
-    try:
-        yield
-    except OSError as error:
-        reasons = {
-            errno.ENOSPC: "the disk is full",
-            errno.EDQUOT: "the disk quota is used up",
-            errno.EROFS: "the file system is read-only",
-            errno.EACCES: "permission was denied",
-            errno.EPERM: "permission was denied",
-            errno.ENOTDIR: "part of the path is a file, not a folder",
-            errno.EEXIST: "a file lies where a folder should be",
-        }
-        full = "No space left" in str(error)
-        reason = reasons.get(errno.ENOSPC if full else error.errno or 0)
-        if reason is None:
-            raise
-        raise RunError(
-            f"Could not write {place}: {reason}. What was finished before is kept; make room or choose another folder "
-            "with -o and give the same command again."
-        ) from error
-    except Exception as error:  # safetensors reports a full disk as its own kind of error
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise RunError(f"Could not write {place}: the disk is full. What was finished before is kept.") from error
-        raise

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from overhaul import __version__, models, processes, session
-from overhaul.errors import OverhaulError, RunError
+from overhaul.errors import OverhaulError, RunError, writing
 from overhaul.judge import judge as judging
 from overhaul.method import Outcome
 from overhaul.recipe import lineage, machine
@@ -101,7 +101,7 @@ class Runner:
         write_text(self.folder.root / "recipe.yaml", self.checked.document.text)
         write_json(self.folder.root / "lineage.json", history)
         write_json(self.folder.root / "report.json", report)
-        with models.writing(self.folder.root):
+        with writing(self.folder.root):
             write_html(report, self.folder.root / "report.html")
 
     def load(self, stage: Stage) -> nn.Module:
@@ -155,7 +155,7 @@ class Runner:
         """Run one step into its place."""
         partial = place.with_name(f".{place.name}.partial")
         if processes.is_main():
-            with models.writing(partial):
+            with writing(partial):
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
         model = self.load(stages[-1])
@@ -183,7 +183,7 @@ class Runner:
     ) -> dict[str, Any]:
         """Save what a step made into `partial` if it changed something; the step's record."""
         stored = self.checked.model.dtype
-        with models.writing(partial):
+        with writing(partial):
             models.save(outcome.model, self.checked.processor, partial / "model", dtype=stored)
         touched = self.check_effect(step, before, models.facts(partial / "model"), stored)
         return {

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overhaul.errors import RequestError
-from overhaul.models import ModelFacts, writing
+from overhaul.errors import RequestError, writing
+from overhaul.models import ModelFacts
 
 
 def key_of(*parts: Any) -> str:

@@ -20,8 +20,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from overhaul.errors import RequestError, RunError, did_you_mean
-from overhaul.models import DTYPES, writing
+from overhaul.errors import RequestError, RunError, did_you_mean, writing
+from overhaul.models import DTYPES
 from overhaul.weights.index import DTYPE_CODES, INDEX, SINGLE, TensorFacts, TensorIndex
 from overhaul.weights.pieces import Piece, Workspace, opened, run, write
 
