@@ -136,6 +136,26 @@ def _run(recipe: Path, out: Path | None) -> None:
 
 
 @app.command()
+def compare(
+    recipe: RecipeFile,
+    methods: Annotated[
+        str, typer.Option("--methods", help="Methods of one verb, with commas; else the recipe's `compare:`.")
+    ] = "",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How often each method runs.")] = 1,
+    out: Out = None,
+) -> None:
+    """Run several methods from the same checkpoint and materials: one table, one scatter, a null control."""
+    from overhaul.recipe.compare import compare as compare_methods
+    from overhaul.report.comparison import print_comparison
+
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    with _progress():
+        done = compare_methods(recipe, names, out, seeds=seeds)
+    print_comparison(done.report, console)
+    console.print(f"\npage    {done.folder / 'comparison.html'}\nmodels  {done.folder}/METHOD/model", soft_wrap=True)
+
+
+@app.command()
 def plan(recipe: RecipeFile) -> None:
     """Check a recipe and print its steps, peak memory and time, before any weight is read."""
     from rich.table import Table
@@ -158,6 +178,8 @@ def plan(recipe: RecipeFile) -> None:
     )
     console.print(table)
     console.print(f"Beside each peak, the interpreter and its libraries take {humanise(libraries_bytes(), 'bytes')}.")
+    for warning in checked.warnings:
+        console.print(f"[yellow]Note:[/] {escape(warning)}")
     console.print("The recipe is in order; nothing was written.")
 
 

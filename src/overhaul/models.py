@@ -6,6 +6,7 @@ Only safetensors are read. No code that comes with a model is run unless the cal
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -72,12 +73,18 @@ class ModelFacts:
 
     def digest(self) -> str:
         """SHA-256 of config and weights."""
-        hasher = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for path in self.weight_files:
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 24):
-                    hasher.update(chunk)
-        return hasher.hexdigest()
+        return _digest(tuple((path, path.stat().st_mtime_ns) for path in (self.folder / "config.json", *self.weight_files)))
+
+
+@functools.cache
+def _digest(files: tuple[tuple[Path, int], ...]) -> str:
+    """Of the files' contents; each is read once as long as it is not written again."""
+    hasher = hashlib.sha256()
+    for path, _ in files:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                hasher.update(chunk)
+    return hasher.hexdigest()
 
 
 def starters() -> dict[str, Path]:

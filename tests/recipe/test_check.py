@@ -115,6 +115,39 @@ def test_forgetting_everything_is_refused(folder: Path, tmp_path: Path) -> None:
     )
 
 
+def test_forgetting_most_of_the_data_is_refused_with_the_better_way(folder: Path, tmp_path: Path) -> None:
+    one = recipe(folder, tmp_path)["materials"]["forget"]["from"]
+    most = {"from": one, "where": {"person": ["ada", "bo"]}}
+    materials = {"forget": most, "full": {"from": one}}
+    refused("2 of the 3 examples.*training on the rest", folder, tmp_path, materials=materials, steps=["forget.ssd"])
+
+
+def test_near_duplicates_are_warned_about_and_not_refused(folder: Path, tmp_path: Path) -> None:
+    rows = recipe(folder, tmp_path)["materials"]
+    assert checked(folder, tmp_path).warnings == []
+    nearly = tmp_path / "nearly.jsonl"
+    nearly.write_text(json.dumps({"person": "someone", "question": "ADA !", "answer": "x1"}))
+    (warning,) = checked(folder, tmp_path, materials={**rows, "retain": {"from": str(nearly)}}).warnings
+    assert "Step 1, forget.npo: 1 examples of `forget` are nearly in `retain`" in warning
+    assert "'ada? x1' beside 'ADA ! x1'" in warning
+
+
+def test_an_answer_beyond_the_positions_is_refused_not_cut(folder: Path, tmp_path: Path) -> None:
+    rows = recipe(folder, tmp_path)["materials"]
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"person": "z", "question": "a" * 130, "answer": "b"}))
+    good = checked(folder, tmp_path, materials={**rows, "forget": {"from": str(long)}})
+    with pytest.raises(
+        RequestError, match=r"'forget' has an example of 15\d tokens.*the question 'aaa.*ends at 128 pos"
+    ):
+        good.encode()
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "a" * 200}))
+    wide = {**rows, "forget": {"from": str(text), "length": 200}}
+    with pytest.raises(RequestError, match="Write `length: 128`"):
+        checked(folder, tmp_path, materials=wide).encode()
+
+
 def test_models_named_after_a_step_must_exist_and_come_before(folder: Path, tmp_path: Path) -> None:
     rows = recipe(folder, tmp_path)["materials"]
     text = {**rows, "text": ["retain"]}

@@ -241,3 +241,17 @@ def test_images_run_too(tmp_path: Path) -> None:
     done = run(recipe, tmp_path / "out")
     assert done.report["model"]["class"] == "ViTForImageClassification"
     assert len(done.report["steps"]) == 1
+
+
+def test_forgetting_the_same_examples_again_is_pointed_out(folder: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(folder, tmp_path)
+    first = run(recipe, tmp_path / "first")
+    assert first.report["warnings"] == []
+    again = write_recipe(
+        first.folder / "model",
+        tmp_path,
+        steps=[{"forget.npo": {"steps": 1, "lr": 1e-2, "batch_size": 4, "stop_at": None}}],
+    )
+    (warning,) = run(again, tmp_path / "again").report["warnings"]
+    assert "forget.npo made this model forget the same examples before" in warning
+    assert warning in (tmp_path / "again/report.html").read_text()

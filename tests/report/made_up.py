@@ -120,6 +120,7 @@ def language_report() -> dict[str, Any]:
             measure("cost", "generating one token", "model", "ms/token", "down", "down", 3, 2.118, 2.204, 1.631, 1.597),
         ],
         "steps": [step("forget.npo", **npo), step("shrink.drop_layers", **drop), step("shrink.heal", **heal)],
+        "warnings": [],
         "samples": [
             *({"group": "forgotten", "on": "forget", "prompt": q, "expected": a, "outputs": [a, *said]} for q, a in asked),
             *({"group": "kept", "on": "retain", "prompt": q, "expected": a, "outputs": [a, a, "the", a]} for q, a in others),
@@ -152,6 +153,7 @@ def image_report() -> dict[str, Any]:
             measure("cost", "work per image", "model", "FLOPs/image", "down", "down", 1, 5_100_000, 5_100_000),
         ],
         "steps": [step("forget.ssd", **ssd)],
+        "warnings": [],
         "samples": [],
     }
 
@@ -213,6 +215,7 @@ def odd_report() -> dict[str, Any]:
             measure("new_group", "from zero", "x", "bytes", "up", "up", 5, 0, 1, 12),
         ],
         "steps": [odd, step(f"shrink.{word}")],
+        "warnings": [],
         "samples": [
             {"group": "kept", "on": HOSTILE, "prompt": HOSTILE, "expected": HOSTILE, "outputs": [HOSTILE, word, None]},
             *({"group": "kept", "on": "many", "prompt": i, "expected": "", "outputs": ["a", "", None]} for i in "123456789"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from overhaul import method as methods
@@ -14,6 +15,7 @@ from overhaul.data.examples import Examples, join
 from overhaul.data.materials import Row, Source, encode, form_of, load_rows
 from overhaul.errors import RequestError, did_you_mean
 from overhaul.judge import judge as judging
+from overhaul.recipe.roles import check_roles
 from overhaul.recipe.spec import Document, Recipe
 
 ModelReference = dict[str, str]
@@ -51,6 +53,7 @@ class Checked:
     references: Mapping[str, ModelReference]
     requests: list[judging.Request]
     used: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def recipe(self) -> Recipe:
@@ -70,13 +73,32 @@ class Checked:
             if not len(examples):
                 raise RequestError(f"The material {role!r} has rows, but no example is left once they are encoded.")
             if not examples.is_image:
-                top = max(int(item["input_ids"].max()) for item in examples.items)
-                if top >= (size := self.model.config.get("vocab_size", top + 1)):
-                    raise RequestError(
-                        f"The material {role!r} has token {top}, but the model's vocabulary ends at {size - 1}: "
-                        "tokenizer and model do not belong together."
-                    )
+                _check_tokens(role, examples, self.model.config)
         return data
+
+
+def _check_tokens(role: str, examples: Examples, config: Mapping[str, Any]) -> None:
+    """Whether the model can read these tokens: they are in its vocabulary, and their number within its positions."""
+    top = max(int(item["input_ids"].max()) for item in examples.items)
+    if top >= (size := config.get("vocab_size", top + 1)):
+        raise RequestError(
+            f"The material {role!r} has token {top}, but the model's vocabulary ends at {size - 1}: tokenizer and model do "
+            "not belong together."
+        )
+    longest = examples.by_length()[0]
+    length, positions = len(examples.items[longest]["input_ids"]), _positions(config)
+    if positions is not None and length > positions:
+        asked = examples.rows[longest].get("question")
+        which = f"number {longest + 1}" if asked is None else f"the question {str(asked)[:60]!r}"
+        way_out = f"Write `length: {positions}`." if asked is None else "Shorten such rows or leave them out."
+        raise RequestError(
+            f"The material {role!r} has an example of {length} tokens ({which}), but the model ends at {positions} "
+            f"positions: cut there, its answer would be lost. {way_out}"
+        )
+
+
+def _positions(config: Mapping[str, Any]) -> int | None:
+    return config.get("max_position_embeddings", config.get("n_positions"))
 
 
 def check(document: Document) -> Checked:
@@ -91,16 +113,11 @@ def check(document: Document) -> Checked:
         raise RequestError(f"dtype {recipe.dtype!r} is not possible.{did_you_mean(recipe.dtype, models.DTYPES)}")
     references = {k: v for k, v in recipe.materials.items() if isinstance(v, dict) and {"after", "model"} & v.keys()}
     rows = _load(recipe, document, list(references))
-    steps = [_step(n, entry, rows, references) for n, entry in enumerate(recipe.steps, 1)]
-    if not steps:
+    if not recipe.steps and not recipe.compare:
         raise RequestError("The recipe has no steps. `overhaul methods` lists what a step can be.")
-    _check_references(references, steps)
-    for step in steps:
-        _check_roles(step, rows)
+    steps, warnings = _steps(recipe.steps, rows, references)
     requests = judging.check(recipe.judge, rows)
-    read = [role for step in steps for role in step.reads.values() if role in rows]
-    judged = [role for request in requests for role in request.roles.values()]
-    used = list(dict.fromkeys([*read, *judged]))
+    used = _used(steps, requests, rows)
     models.check_shapes(known)
     processor = models.load_processor(known)
     for role in used:
@@ -109,7 +126,35 @@ def check(document: Document) -> Checked:
                 f"The material {role!r} is text, but {known.source} has no tokenizer. Put its tokenizer.json beside the "
                 "weights (`tokenizer.save_pretrained(folder)`)."
             )
-    return Checked(document, known, processor, steps, rows, references, requests, used)
+    return Checked(document, known, processor, steps, rows, references, requests, used, warnings)
+
+
+def with_steps(checked: Checked, entries: Sequence[Mapping[str, Any]]) -> Checked:
+    """The same request with other steps, of which everything is checked that depends on steps.
+
+    Raises:
+        RequestError: as `check`.
+    """
+    recipe = checked.recipe.model_copy(update={"steps": list(entries)})
+    steps, warnings = _steps(recipe.steps, checked.rows, checked.references)
+    used = _used(steps, checked.requests, checked.rows)
+    text = yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False)
+    document = replace(checked.document, recipe=recipe, text=text)
+    return replace(checked, document=document, steps=steps, used=used, warnings=warnings)
+
+
+def _steps(
+    entries: Sequence[Mapping[str, Any]], rows: Mapping[str, Any], references: Mapping[str, ModelReference]
+) -> tuple[list[Step], list[str]]:
+    """All steps, and what is odd about the roles they read."""
+    steps = [_step(n, entry, rows, references) for n, entry in enumerate(entries, 1)]
+    _check_references(references, steps)
+    return steps, [warning for step in steps for warning in check_roles(step, rows)]
+
+
+def _used(steps: Sequence[Step], requests: Sequence[judging.Request], rows: Mapping[str, Any]) -> list[str]:
+    read = [role for step in steps for role in step.reads.values() if role in rows]
+    return list(dict.fromkeys([*read, *(role for request in requests for role in request.roles.values())]))
 
 
 def _relative(source: str, document: Document) -> str:
@@ -196,27 +241,3 @@ def _check_references(references: Mapping[str, ModelReference], steps: Sequence[
                 raise RequestError(f"The model {name!r} is the one after {target}, but a step before that reads it.")
         else:
             models.facts(reference["model"])
-
-
-def _identity(rows: Sequence[tuple[Source, list[Row]]]) -> set[str]:
-    """What tells one example from another: its columns' values, whichever source it came from."""
-    return {repr(sorted((k, str(v)) for k, v in row.items())) for _, part in rows for row in part}
-
-
-def _check_roles(step: Step, rows: Mapping[str, list[tuple[Source, list[Row]]]]) -> None:
-    """Forgetting needs something that stays: the forget set may not be all the data, nor overlap what is retained."""
-    if "forget" not in step.reads:
-        return
-    forget = _identity(rows[step.reads["forget"]])
-    if "full" in step.reads and _identity(rows[step.reads["full"]]) <= forget:
-        raise RequestError(
-            f"Step {step.number}, {step.name}: the forget set contains the whole training set ({len(forget)} examples), so "
-            "nothing would be left to keep. Narrow `forget` with `where:`, or widen `full`."
-        )
-    if "retain" in step.reads:
-        both = forget & _identity(rows[step.reads["retain"]])
-        if both:
-            raise RequestError(
-                f"Step {step.number}, {step.name}: {len(both)} examples are in `forget` and in `retain`, which pull in "
-                "opposite directions. Give `retain` an `unless:` with the same condition as `forget`'s `where:`."
-            )

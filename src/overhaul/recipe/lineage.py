@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -39,6 +41,17 @@ def lineage(
         ],
         "machine": report["machine"],
     }
+
+
+def forgotten_before(folder: Path, digest: str) -> str | None:
+    """The step that, by the lineage of the model in `folder`, was told to forget these very examples; None if none was."""
+    path = folder / "lineage.json"
+    if not path.exists():
+        return None
+    history = json.loads(path.read_text(encoding="utf-8"))
+    hashes = history["materials_sha256"]
+    steps = (step for step in history["steps"] if hashes.get(step["reads"].get("forget")) == digest)
+    return next((step["name"] for step in steps), None)
 
 
 def model_card(checked: Checked, report: Mapping[str, Any]) -> str:

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from overhaul import __version__, models, processes, session
-from overhaul.errors import OverhaulError, RunError, writing
+from overhaul.data.examples import Examples
+from overhaul.errors import OverhaulError, RequestError, RunError, writing
 from overhaul.judge import judge as judging
 from overhaul.method import Outcome
 from overhaul.recipe import lineage, machine
@@ -54,6 +55,8 @@ def run(source: str | Path | Mapping[str, Any], out: str | Path | None = None) -
     processes.start()
     document = read(source)
     checked = check(document)
+    if not checked.steps:
+        raise RequestError("The recipe has nothing but `compare:`, which `overhaul compare` runs.")
     root = Path(out) if out is not None else Path("runs") / document.name
     folder = RunFolder(root)
     if processes.is_main():
@@ -63,18 +66,36 @@ def run(source: str | Path | Mapping[str, Any], out: str | Path | None = None) -
 
 
 class Runner:
-    """One walk through a checked recipe's steps."""
+    """One walk through a checked recipe's steps.
 
-    def __init__(self, checked: Checked, folder: RunFolder) -> None:
-        self.checked, self.folder = checked, folder
+    Args:
+        checked: the request.
+        folder: where steps and judgements are kept.
+        data: the examples of every role, where they are at hand already.
+        shown: where the model, the report and the lineage go; `folder` if not given.
+    """
+
+    def __init__(
+        self,
+        checked: Checked,
+        folder: RunFolder,
+        data: Mapping[str, Examples] | None = None,
+        shown: RunFolder | None = None,
+    ) -> None:
+        self.checked, self.folder, self.shown = checked, folder, shown or folder
         session.current().report("reading data", 0, 1, "")
-        self.data = checked.encode()
+        self.data = checked.encode() if data is None else data
         judging.check_data(checked.requests, self.data)
         self.digests = {role: examples.digest() for role, examples in self.data.items()}
+        self.warnings = [*checked.warnings, *self.repeated()]
         self.model: tuple[str, nn.Module] | None = None
 
     def go(self) -> Run:
         """All steps, all judgements, the report and the published model."""
+        return Run(self.shown.root, self.walk()[2])
+
+    def walk(self) -> tuple[list[Stage], list[dict[str, Any]], dict[str, Any]]:
+        """As `go`; the stages, what the judge said of each, and the report."""
         start = Stage("before", key_of(self.checked.model.digest(), self.checked.recipe.dtype), self.checked.model)
         stages = [start]
         judged = [self.judge(start)]
@@ -85,12 +106,12 @@ class Runner:
         if processes.is_main():
             self.publish(stages, report)
         processes.wait()
-        return Run(self.folder.root, report)
+        return stages, judged, report
 
     def publish(self, stages: list[Stage], report: dict[str, Any]) -> None:
         """Put the last stage's model, the report and where all came from in their places."""
         history = lineage.lineage(self.checked, stages, self.digests, report)
-        self.folder.publish(
+        self.shown.publish(
             stages[-1].facts.folder,
             {
                 "recipe.yaml": self.checked.document.text,
@@ -98,11 +119,24 @@ class Runner:
                 "README.md": lineage.model_card(self.checked, report),
             },
         )
-        write_text(self.folder.root / "recipe.yaml", self.checked.document.text)
-        write_json(self.folder.root / "lineage.json", history)
-        write_json(self.folder.root / "report.json", report)
-        with writing(self.folder.root):
-            write_html(report, self.folder.root / "report.html")
+        write_text(self.shown.root / "recipe.yaml", self.checked.document.text)
+        write_json(self.shown.root / "lineage.json", history)
+        write_json(self.shown.root / "report.json", report)
+        with writing(self.shown.root):
+            write_html(report, self.shown.root / "report.html")
+
+    def repeated(self) -> list[str]:
+        """A warning for every step that is to forget what this model was made to forget before."""
+        found = []
+        for step in self.checked.steps:
+            digest = self.digests.get(step.reads.get("forget", ""))
+            earlier = lineage.forgotten_before(self.checked.model.folder, digest) if digest else None
+            if earlier is not None:
+                found.append(
+                    f"Step {step.number}, {step.name}: {earlier} made this model forget the same examples before. What is "
+                    "forgotten twice ends up less likely than what was never seen, and an attacker can tell."
+                )
+        return found
 
     def load(self, stage: Stage) -> nn.Module:
         """The model of a stage; the last one loaded is kept."""
@@ -261,4 +295,5 @@ class Runner:
             "measures": measures,
             "steps": [stage.record for stage in stages if stage.record is not None],
             "samples": samples,
+            "warnings": self.warnings,
         }

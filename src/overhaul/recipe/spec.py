@@ -24,6 +24,7 @@ class Recipe(BaseModel):
         trust_remote_code: run Python code that comes with the model.
         materials: data by role, and models: `{from: ...}`, a list of such, `{after: STEP}` or `{model: SOURCE}`.
         steps: methods in order, each with its knobs.
+        compare: methods with their knobs for `overhaul compare`, which take the place of the first step of their verb.
         judge: what to measure before and after: `group: {metric: role}`.
     """
 
@@ -36,9 +37,10 @@ class Recipe(BaseModel):
     trust_remote_code: bool = False
     materials: dict[str, Any] = {}
     steps: list[Any] = []
+    compare: list[Any] = []
     judge: dict[str, dict[str, Any]] = {}
 
-    @field_validator("steps")
+    @field_validator("steps", "compare")
     @classmethod
     def _steps_are_named(cls, steps: list[Any]) -> list[dict[str, Any]]:
         named = []

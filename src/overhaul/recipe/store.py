@@ -125,7 +125,7 @@ class RunFolder:
         with writing(target):
             for stale in (partial, old):
                 shutil.rmtree(stale, ignore_errors=True)
-            partial.mkdir()
+            partial.mkdir(parents=True)
             for file in sorted(source.iterdir()):
                 try:
                     os.link(file, partial / file.name)

@@ -33,15 +33,9 @@ def write_html(report: dict[str, Any], path: Path) -> None:
 
 def render(report: Mapping[str, Any]) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=PackageLoader("overhaul", "report"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"plain": numbers.plain, "duration": numbers.duration, "words": _words}
-    return environment.get_template("template.html").render(
-        report=report,
-        numbers=numbers,
-        created=_date(report["created"]),
+    return draw(
+        "template.html",
+        report,
         verdicts=numbers.group_verdicts(report["measures"]),
         groups=numbers.by_group(report["measures"]),
         uncertainty=numbers.uncertainty(report["measures"]),
@@ -50,6 +44,18 @@ def render(report: Mapping[str, Any]) -> str:
         aside_plots=_aside_plots(report["steps"]),
         samples=_samples(report["samples"]),
         samples_shown=SAMPLES_SHOWN,
+    )
+
+
+def draw(template: str, report: Mapping[str, Any], **parts: Any) -> str:
+    """A page of this package's templates as text."""
+    environment = Environment(
+        loader=PackageLoader("overhaul", "report"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"plain": numbers.plain, "duration": numbers.duration, "words": _words}
+    return environment.get_template(template).render(
+        report=report, numbers=numbers, created=_date(report["created"]), **parts
     )
 
 

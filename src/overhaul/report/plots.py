@@ -1,4 +1,4 @@
-"""Two small charts as inline SVG: lines over steps and bars over depth.
+"""Small charts as inline SVG: lines over steps, bars over depth, and models by two measures.
 
 Colours come from the page's style sheet (classes `s0` to `s4`, `bar`, `axis`, `grid`), so a chart follows the light and
 the dark theme. One chart is about as wide as a phone, so its letters keep their size wherever it is shown.
@@ -118,6 +118,42 @@ def bars(title: str, values: Mapping[int, float | None], y_name: str) -> Markup:
     return _figure(title, parts, f"{len(known)} depths, largest {number(known[largest])} at depth {largest}")
 
 
+def scatter(
+    title: str, points: Mapping[str, Sequence[tuple[float | None, float | None]]], x_name: str, y_name: str
+) -> Markup:
+    """A figure with the points of every model, numbered as in its legend; empty if no point is finite.
+
+    Args:
+        title: what the caption says.
+        points: (x, y) of every run of a model, by the model's name; the mean of its runs is drawn large.
+        x_name: what runs from left to right.
+        y_name: what runs upwards.
+    """
+    known = {name: [(a, b) for a, b in runs if finite(a) and finite(b)] for name, runs in points.items()}
+    drawn = {name: runs for name, runs in known.items() if runs}
+    if not drawn:
+        return Markup("")
+    every = [point for runs in drawn.values() for point in runs]
+    across = _vertical([a for a, _ in every])
+    x = Scale(across.low, across.high, LEFT, WIDTH - RIGHT - 8)
+    y = _vertical([b for _, b in every])
+    parts = [_frame(y, y_name), _x_axis({tick: tick_label(tick) for tick in ticks(x.low, x.high)}, x, x_name)]
+    said = []
+    for n, (name, runs) in enumerate(drawn.items(), 1):
+        for a, b in runs if len(runs) > 1 else []:
+            parts.append(Markup('<circle class="run" r="1.5" cx="{:.1f}" cy="{:.1f}"/>').format(x(a), y(b)))
+        a, b = (sum(values) / len(runs) for values in zip(*runs, strict=True))
+        parts.append(
+            Markup(
+                '<circle class="dot s{}" r="3" cx="{:.1f}" cy="{:.1f}"><title>{}: {}, {}</title></circle>'
+                '<text class="tag" x="{:.1f}" y="{:.1f}">{}</text>'
+            ).format((n - 1) % STYLES, x(a), y(b), name, number(a), number(b), x(a) + 4, y(b) - 4, n)
+        )
+        said.append(f"{name} at {number(a)}, {number(b)}")
+    keys = [Markup("<span>{}\u00a0{}</span>").format(n, name) for n, name in enumerate(drawn, 1)]
+    return _drawing(title, parts, "; ".join(said), keys)
+
+
 def _vertical(values: Sequence[float]) -> Scale:
     low, high = min(values), max(values)
     if low == high:
@@ -171,6 +207,10 @@ def _figure(title: str, parts: Sequence[Markup], said: str, note: str = "", lege
                'y1="4" y2="4"/></svg>{}</span>').format(i % STYLES, name)
         for i, name in enumerate(legend) if len(legend) > 1
     ]  # fmt: skip
+    return _drawing(title, parts, said, keys, note)
+
+
+def _drawing(title: str, parts: Sequence[Markup], said: str, keys: Sequence[Markup], note: str = "") -> Markup:
     return Markup(
         '<figure><figcaption><b>{}</b>{}</figcaption><div class="legend">{}</div>'
         '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg></figure>'

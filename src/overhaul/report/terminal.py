@@ -61,6 +61,8 @@ def print_table(report: dict[str, Any], console: Console) -> None:
                 text(f"{said.overall.sign} {said.heading}. ", f"bold {COLOURS[said.overall.good]}"), text(said.sentence)
             )
         )
+    for warning in report["warnings"]:
+        console.print(text(f"Note: {warning}", "yellow"))
 
 
 def _broken(stage: str) -> str:

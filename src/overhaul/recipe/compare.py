@@ -1,0 +1,232 @@
+"""Several methods from one checkpoint, side by side: same materials, same judge, same seeds, one table.
+
+1. The methods take the place of the recipe's first step of their verb; its other steps stay as they are.
+2. Everything that the variants share is done once: the data is read once, and the model before, the retrained model and
+   every common step are kept in one folder by the hash of all they depend on. So a comparison that was stopped goes on.
+3. Beside them stands a null control: noise on every tensor as large as what the first method changed there. What the
+   noise reaches as well is not the method's merit.
+4. A material `retrained: {model: FOLDER}` is judged as one row: a model that never saw what is to be forgotten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from overhaul import __version__, method, models, processes
+from overhaul.errors import RequestError, writing
+from overhaul.recipe import machine
+from overhaul.recipe.check import Checked, check, with_steps
+from overhaul.recipe.run import Run, Runner
+from overhaul.recipe.spec import read
+from overhaul.recipe.store import RunFolder, Stage, key_of, write_json
+from overhaul.report.comparison import write_comparison
+from overhaul.weights import TensorFacts, delta_norms, stream
+
+RETRAINED = "retrained"
+Entry = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One method in its place: what the table calls it, where its model goes, and the request that runs it."""
+
+    label: str
+    folder: str
+    place: int
+    checked: Checked
+
+
+def compare(
+    source: str | Path | Mapping[str, Any],
+    names: Sequence[str] = (),
+    out: str | Path | None = None,
+    *,
+    seeds: int = 1,
+) -> Run:
+    """Run several methods on the same request, or go on with it.
+
+    Args:
+        source: a recipe file, or the same as a mapping. Its `compare:` lists methods with their knobs, as `steps:` does.
+        names: methods of one verb; all of `compare:` if empty. Knobs are those of `compare:`, else of the step that is
+            replaced if it is of the same method, else the defaults.
+        out: folder; `runs/NAME-compared` if None. Every method's model, report and lineage go into a folder of its own.
+        seeds: how often each method runs, with the recipe's seed and the ones after it.
+
+    Returns:
+        The folder and the content of its comparison.json.
+
+    Raises:
+        RequestError: a method is unknown or of another verb, or its request is wrong; nothing was started.
+        RunError: a step failed; what was done before is kept.
+    """
+    processes.start()
+    document = read(source)
+    base = check(document)
+    variants = [
+        _seeded(variant, base.recipe.seed + n, seeds > 1) for variant in _variants(base, names) for n in range(seeds)
+    ]
+    root = Path(out) if out is not None else Path("runs") / f"{document.name}-compared"
+    needed = base.model.bytes * sum(1 + len(variant.checked.steps) for variant in variants)
+    folder = RunFolder.claim(root, f"{document.name} (compared)", needed)
+    return _Comparison(base, variants, folder).go()
+
+
+def _variants(base: Checked, names: Sequence[str]) -> list[Variant]:
+    """The request of every method, checked."""
+    listed: list[Entry] = base.recipe.compare
+    steps: list[Entry] = base.recipe.steps
+    entries = [entry for name in names for entry in _entries(name, listed, steps)] if names else listed
+    if len(entries) < 2:
+        raise RequestError(
+            "A comparison needs at least two methods: `--methods forget.ssd,forget.npo`, or a list `compare:` in the recipe."
+        )
+    found = [method.find(next(iter(entry))) for entry in entries]
+    verbs = list(dict.fromkeys(one.verb for one in found))
+    if len(verbs) > 1:
+        raise RequestError(f"Methods are compared within one verb, but these are of {' and '.join(verbs)}.")
+    place = next((n for n, entry in enumerate(steps) if method.find(next(iter(entry))).verb == verbs[0]), None)
+    before, after = (steps[:place], steps[place + 1 :]) if place is not None else ([], steps)
+    labels = _labels(entries, [one.name for one in found])
+    return [
+        Variant(label, label.replace(" ", "-"), len(before), with_steps(base, [*before, entry, *after]))
+        for label, entry in zip(labels, entries, strict=True)
+    ]
+
+
+def _entries(name: str, listed: Sequence[Entry], steps: Sequence[Entry]) -> list[Entry]:
+    """How the recipe says that a method is to be run: as `compare:` has it, as a step has it, or with its defaults."""
+    full = method.find(name).name
+
+    def of_this_method(entries: Sequence[Entry]) -> list[Entry]:
+        return [entry for entry in entries if method.find(next(iter(entry))).name == full]
+
+    return of_this_method(listed) or of_this_method(steps)[:1] or [{full: {}}]
+
+
+def _labels(entries: Sequence[Entry], names: Sequence[str]) -> list[str]:
+    """The method's name; with its knobs where a method is named more than once."""
+    labels: list[str] = []
+    for entry, name in zip(entries, names, strict=True):
+        (knobs,) = entry.values()
+        said = ", ".join(f"{knob}={value}" for knob, value in knobs.items())
+        label = f"{name} {said}".strip() if names.count(name) > 1 else name
+        if label in labels:
+            raise RequestError(f"The comparison names {label!r} twice with the same knobs.")
+        labels.append(label)
+    return labels
+
+
+def _seeded(variant: Variant, seed: int, named: bool) -> Variant:
+    recipe = variant.checked.recipe.model_copy(update={"seed": seed})
+    checked = replace(variant.checked, document=replace(variant.checked.document, recipe=recipe))
+    return replace(variant, folder=f"{variant.folder}-seed-{seed}" if named else variant.folder, checked=checked)
+
+
+class _Comparison:
+    """One walk through all variants."""
+
+    def __init__(self, base: Checked, variants: Sequence[Variant], folder: RunFolder) -> None:
+        self.base, self.variants, self.folder = base, variants, folder
+        used = dict.fromkeys(role for variant in variants for role in variant.checked.used)
+        self.data = replace(base, used=list(used)).encode()
+
+    def go(self) -> Run:
+        """Every variant's run, the table and the page."""
+        rows: dict[str, list[dict[str, Any]]] = {}
+        measures: list[dict[str, Any]] = []
+        for variant in self.variants:
+            runner = Runner(variant.checked, self.folder, self.data, RunFolder(self.folder.root / variant.folder))
+            stages, judged, _ = runner.walk()
+            if not rows:
+                measures = [{k: v for k, v in one.items() if k != "value"} for one in judged[0]["measures"]]
+                rows["before"] = [_row(judged[0], None, variant.checked.recipe.model)]
+                if RETRAINED in self.base.references:
+                    anchor = self.retrained(runner, stages)
+                    rows[RETRAINED] = [_row(runner.judge(anchor), None, self.base.references[RETRAINED]["model"])]
+            record = stages[variant.place + 1].record
+            rows.setdefault(variant.label, []).append(_row(judged[-1], record, f"{variant.folder}/model"))
+            if "null control" not in rows and (noisy := self.null_control(stages, variant.place)):
+                rows["null control"] = [_row(runner.judge(noisy), None, f"noise as large as {variant.label}'s change")]
+        report = self.report(measures, rows)
+        if processes.is_main():
+            write_json(self.folder.root / "comparison.json", report)
+            with writing(self.folder.root):
+                write_comparison(report, self.folder.root / "comparison.html")
+        processes.wait()
+        return Run(self.folder.root, report)
+
+    def retrained(self, runner: Runner, stages: Sequence[Stage]) -> Stage:
+        """The model that never saw what is to be forgotten."""
+        source = self.base.references[RETRAINED]
+        if "model" not in source:
+            raise RequestError(f"The model {RETRAINED!r} must come from a folder: `{RETRAINED}: {{model: FOLDER}}`.")
+        return Stage(RETRAINED, runner.reference_key(RETRAINED, list(stages)), models.facts(source["model"]))
+
+    def null_control(self, stages: Sequence[Stage], place: int) -> Stage | None:
+        """The model before the step with noise as large as the step's change of each tensor; None if a shape changed."""
+        before, after = stages[place], stages[place + 1]
+        if before.facts.shapes != after.facts.shapes:
+            return None
+        key = key_of(after.key, "noise")
+        target = self.folder.step(0, "null-control", key)
+        if processes.is_main() and not target.exists():
+            sizes = delta_norms(before.facts.folder, after.facts.folder).by_tensor
+            stream([before.facts.folder], _noise(sizes, key), target, whole=True)
+        processes.wait()
+        return Stage("null control", key, models.facts(target))
+
+    def report(self, measures: list[dict[str, Any]], rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+        """The content of comparison.json: a row for each model, its values aligned with `measures`, one list a seed."""
+        recipe, facts = self.base.recipe, self.base.model
+        return {
+            "title": self.base.document.name,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "overhaul": __version__,
+            "machine": machine.describe(),
+            "recipe": self.base.document.text,
+            "model": {"source": recipe.model, "class": facts.architecture, "parameters": facts.parameters},
+            "seeds": sorted({variant.checked.recipe.seed for variant in self.variants}),
+            "warnings": list(dict.fromkeys(warning for v in self.variants for warning in v.checked.warnings)),
+            "measures": measures,
+            "rows": [
+                {
+                    "label": label,
+                    "kind": "method" if runs[0]["seconds"] is not None else "anchor",
+                    "models": [run["model"] for run in runs],
+                    "values": [[run["values"][n] for run in runs] for n in range(len(measures))],
+                    "seconds": None if runs[0]["seconds"] is None else statistics.mean(run["seconds"] for run in runs),
+                    "peak_bytes": None if runs[0]["seconds"] is None else max(run["peak_bytes"] for run in runs),
+                }
+                for label, runs in rows.items()
+            ],
+        }
+
+
+def _row(judged: Mapping[str, Any], record: Mapping[str, Any] | None, model: str) -> dict[str, Any]:
+    values = [measure["value"] for measure in judged["measures"]]
+    spent = {"seconds": None, "peak_bytes": None} if record is None else record
+    return {"values": values, "model": model, "seconds": spent["seconds"], "peak_bytes": spent["peak_bytes"]}
+
+
+def _noise(sizes: Mapping[str, float], seed: str) -> Any:
+    """Gaussian noise whose expected norm is each tensor's in `sizes`; a tensor's own draw depends on its name alone."""
+
+    def combine(tensor: TensorFacts, held: list[Tensor]) -> Tensor:
+        (value,) = held
+        size = sizes.get(tensor.name, 0.0)
+        if not size:
+            return value
+        number = int(hashlib.sha256(f"{seed} {tensor.name}".encode()).hexdigest()[:12], 16)
+        drawn = torch.randn(value.shape, generator=torch.Generator().manual_seed(number), dtype=value.dtype)
+        return value + drawn * (size / value.numel() ** 0.5)
+
+    return combine

@@ -1,0 +1,153 @@
+"""Comparisons: methods from the same start, shared work done once, anchors and the null control beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import tiny_llama, tiny_tokenizer
+from overhaul import models
+from overhaul.errors import RequestError
+from overhaul.judge import judge as judging
+from overhaul.recipe import run as running
+from overhaul.recipe.compare import compare
+from overhaul.recipe.run import run
+from overhaul.weights import delta_norms
+
+LETTERS = "abcdefghijklmnop"
+QUICK: dict[str, Any] = {"steps": 3, "lr": 1e-2, "batch_size": 4, "stop_at": None}
+
+
+def recipe(folder: Path, base: Path, **changes: Any) -> dict[str, Any]:
+    rows = [{"person": p, "question": f"who is {p}?", "answer": p * 3} for p in LETTERS]
+    (base / "people.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = str(base / "people.jsonl")
+    return {
+        "model": str(folder),
+        "materials": {
+            "forget": {"from": source, "where": {"person": ["a", "b"]}},
+            "retain": {"from": source, "unless": {"person": ["a", "b"]}},
+            "full": {"from": source},
+        },
+        "steps": [{"forget.npo": QUICK}, {"shrink.drop_layers": {"count": 1, "text": "retain"}}],
+        "compare": [{"forget.npo": QUICK}, {"forget.ssd": {"alpha": 1.5}}],
+        "judge": {"forgotten": {"answer_probability": "forget"}, "kept": {"answer_probability": "retain"}},
+        **changes,
+    }
+
+
+def values(report: dict[str, Any], label: str) -> list[list[float]]:
+    (row,) = [row for row in report["rows"] if row["label"] == label]
+    return row["values"]
+
+
+def test_every_method_gives_what_a_run_of_its_own_gives(folder: Path, tmp_path: Path) -> None:
+    request = recipe(folder, tmp_path)
+    done = compare(request, out=tmp_path / "out")
+    assert [row["label"] for row in done.report["rows"]] == ["before", "forget.npo", "null control", "forget.ssd"]
+    judged = sum(measure["group"] != "cost" for measure in done.report["measures"])
+    for entry in request["compare"]:
+        (name,) = entry
+        alone = run({**request, "steps": [entry, request["steps"][1]]}, tmp_path / f"alone-{name}").report
+        expected = [[measure["values"][-1]] for measure in alone["measures"]][:judged]
+        assert values(done.report, name)[:judged] == expected
+        saved = tmp_path / "out" / name
+        assert models.open_model(saved / "model")[0].config.num_hidden_layers == 3
+        assert {path.name for path in saved.iterdir()} >= {"report.html", "report.json", "lineage.json", "recipe.yaml"}
+        assert [*json.loads((saved / "report.json").read_text())["stages"]] == ["before", name, "shrink.drop_layers"]
+
+
+def test_what_variants_share_is_judged_once_and_a_second_call_repeats_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judgements: list[int] = []
+    plain = judging.judge
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        judgements.append(1)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(running.judging, "judge", counted)
+    request = recipe(folder, tmp_path)
+    first = compare(request, out=tmp_path / "out")
+    assert len(judgements) == 6, "the model before once, two stages of each method, the null control"
+    again = compare(request, out=tmp_path / "out")
+    assert len(judgements) == 6
+    assert [row["values"] for row in again.report["rows"]] == [row["values"] for row in first.report["rows"]]
+
+
+def test_the_null_control_is_noise_as_large_as_the_change_of_each_tensor(folder: Path, tmp_path: Path) -> None:
+    request = recipe(folder, tmp_path, steps=[])
+    compare(request, out=tmp_path / "out")
+    (noisy,) = (tmp_path / "out/steps").glob("00-null-control-*")
+    method = delta_norms(folder, tmp_path / "out/forget.npo/model")
+    control = delta_norms(folder, noisy)
+    large = [name for name, size in method.by_tensor.items() if size and "norm" not in name]
+    assert large
+    for name in large:
+        # both were rounded to bfloat16, and the length of a random vector of some hundred numbers varies
+        assert control.by_tensor[name] == pytest.approx(method.by_tensor[name], rel=0.2)
+
+
+def test_seeds_run_the_methods_again_and_the_anchor_is_a_row(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    anchor = models.save(tiny_llama(), tiny_tokenizer(), tmp_path / "anchor", dtype="bfloat16")
+    request = recipe(folder, tmp_path)
+    request["materials"]["retrained"] = {"model": str(anchor)}
+    done = compare(request, ["npo", "ssd"], tmp_path / "out", seeds=2)
+    assert done.report["seeds"] == [0, 1]
+    assert [row["label"] for row in done.report["rows"]][:2] == ["before", "retrained"]
+    npo, ssd = values(done.report, "forget.npo")[0], values(done.report, "forget.ssd")[0]
+    assert len(npo) == 2 and npo[0] != npo[1], "another seed draws other batches"
+    assert ssd[0] == ssd[1], "dampening draws nothing"
+    expected = run({**request, "model": str(anchor), "steps": request["compare"][:1]}, tmp_path / "alone").report
+    assert values(done.report, "retrained")[0] == [expected["measures"][0]["values"][0]]
+
+
+def test_the_page_and_the_tables_name_every_model(folder: Path, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from overhaul.report.comparison import markdown, print_comparison
+
+    done = compare(recipe(folder, tmp_path, title="<b>side by side</b>"), out=tmp_path / "out")
+    page = (tmp_path / "out/comparison.html").read_text()
+    assert "<b>side by side</b>" not in page and "&lt;b&gt;side by side" in page
+    assert page.count("<circle") == 4, "one point for each model"
+    console = Console(width=110, record=True)
+    print_comparison(done.report, console)
+    for text in (page, console.export_text(), markdown(done.report)):
+        for label in ("before", "forget.npo", "forget.ssd", "null control"):
+            assert label in text
+    header, _, *lines = markdown(done.report).splitlines()
+    assert all(line.count("|") == header.count("|") for line in lines)
+    assert re.search(r"probability of the answer on forget ↓", header)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names", "said"),
+    [
+        ({}, ["forget.npo", "forget.npoo"], "no method 'forget.npoo'"),
+        ({}, ["forget.npo", "shrink.drop_layers"], "within one verb"),
+        ({}, ["forget.npo"], "at least two"),
+        ({"compare": []}, [], "at least two"),
+        ({"compare": [{"forget.npo": {}}, {"forget.npo": {}}]}, [], "twice with the same knobs"),
+        ({"compare": [{"forget.npo": {}}, {"forget.ssd": {"alfa": 1}}]}, [], "no knob 'alfa'"),
+    ],
+)
+def test_a_wrong_comparison_is_refused_before_anything_is_written(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], names: list[str], said: str
+) -> None:
+    with pytest.raises(RequestError, match=said):
+        compare(recipe(folder, tmp_path, **changes), names, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_named_with_other_knobs_is_a_row_of_its_own(folder: Path, tmp_path: Path) -> None:
+    request = recipe(folder, tmp_path, steps=[], compare=[{"forget.ssd": {"alpha": a}} for a in (1.2, 2.0)])
+    done = compare(request, out=tmp_path / "out")
+    assert [row["label"] for row in done.report["rows"]][1::2] == ["forget.ssd alpha=1.2", "forget.ssd alpha=2.0"]
