@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from overhaul.errors import OverhaulError as OverhaulError
     from overhaul.method import Outcome as Outcome
     from overhaul.models import save as save
+    from overhaul.recipe.compare import compare as compare
     from overhaul.recipe.run import run as run
     from overhaul.stack import LayerStack as LayerStack
 
@@ -28,6 +29,7 @@ _PUBLIC = {
     "LayerStack": "overhaul.stack:LayerStack",
     "Outcome": "overhaul.method:Outcome",
     "OverhaulError": "overhaul.errors:OverhaulError",
+    "compare": "overhaul.recipe.compare:compare",
     "examples": "overhaul.data.materials:examples",
     "forget": "overhaul.forget:",
     "open": "overhaul.models:open_model",
