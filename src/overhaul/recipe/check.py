@@ -21,6 +21,9 @@ from overhaul.recipe.spec import Document, Recipe
 ModelReference = dict[str, str]
 """`{"after": step}` or `{"model": source}`."""
 
+RETRAINED = "retrained"
+"""The material that is a model trained without what is to be forgotten."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -59,6 +62,12 @@ class Checked:
     def recipe(self) -> Recipe:
         """The recipe that was checked."""
         return self.document.recipe
+
+    @property
+    def compares_with_retrained(self) -> bool:
+        """Whether what is measured is to be held against a retrained model, which the recipe names."""
+        named = "model" in self.references.get(RETRAINED, {})
+        return named and any(request.against_retrained for request in self.requests)
 
     def encode(self) -> dict[str, Examples]:
         """The examples of every role that a step or the judge reads.
@@ -101,8 +110,12 @@ def _positions(config: Mapping[str, Any]) -> int | None:
     return config.get("max_position_embeddings", config.get("n_positions"))
 
 
-def check(document: Document) -> Checked:
+def check(document: Document, *, shapes: bool = True) -> Checked:
     """Check a recipe from its names to its files, columns and roles.
+
+    Args:
+        document: the recipe.
+        shapes: also compare the shapes of the weights with those that the model's config describes.
 
     Raises:
         RequestError: with what is wrong, where, and what to write instead.
@@ -116,9 +129,10 @@ def check(document: Document) -> Checked:
     if not recipe.steps and not recipe.compare:
         raise RequestError("The recipe has no steps. `overhaul methods` lists what a step can be.")
     steps, warnings = _steps(recipe.steps, rows, references)
-    requests = judging.check(recipe.judge, rows)
+    requests = judging.check(recipe.judge, rows, retrained="model" in references.get(RETRAINED, {}))
     used = _used(steps, requests, rows)
-    models.check_shapes(known)
+    if shapes:
+        models.check_shapes(known)
     processor = models.load_processor(known)
     for role in used:
         if any(form_of(*source) != "image" for source in rows[role]) and not hasattr(processor, "encode"):

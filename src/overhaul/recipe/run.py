@@ -26,7 +26,7 @@ from overhaul.errors import OverhaulError, RequestError, RunError, writing
 from overhaul.judge import judge as judging
 from overhaul.method import Outcome
 from overhaul.recipe import lineage, machine
-from overhaul.recipe.check import Checked, Step, check
+from overhaul.recipe.check import RETRAINED, Checked, Step, check
 from overhaul.recipe.spec import read
 from overhaul.recipe.store import RunFolder, Stage, code_version, key_of, write_json, write_text
 from overhaul.report.html import write_html
@@ -54,15 +54,22 @@ def run(source: str | Path | Mapping[str, Any], out: str | Path | None = None) -
     """
     processes.start()
     document = read(source)
-    checked = check(document)
+    root = Path(out) if out is not None else Path("runs") / document.name
+    # building the model's shapes takes seconds of imports; a run that ended once with this recipe has passed that check
+    checked = check(document, shapes=not _ended(root, document.text))
     if not checked.steps:
         raise RequestError("The recipe has nothing but `compare:`, which `overhaul compare` runs.")
-    root = Path(out) if out is not None else Path("runs") / document.name
     folder = RunFolder(root)
     if processes.is_main():
         folder = RunFolder.claim(root, document.name, checked.model.bytes * (1 + len(checked.steps)))
     processes.wait()
     return Runner(checked, folder).go()
+
+
+def _ended(root: Path, recipe: str) -> bool:
+    """Whether the folder holds the report of a run of exactly this recipe."""
+    path = root / "report.json"
+    return path.exists() and json.loads(path.read_text(encoding="utf-8"))["recipe"] == recipe
 
 
 class Runner:
@@ -89,6 +96,7 @@ class Runner:
         self.digests = {role: examples.digest() for role, examples in self.data.items()}
         self.warnings = [*checked.warnings, *self.repeated()]
         self.model: tuple[str, nn.Module] | None = None
+        self._anchor: judging.Anchor | None = None
 
     def go(self) -> Run:
         """All steps, all judgements, the report and the published model."""
@@ -257,16 +265,30 @@ class Runner:
         """What the judge says of a stage: found where it was judged before, else measured."""
         requests = [asdict(request) for request in self.checked.requests]
         roles = {role: self.digests[role] for request in self.checked.requests for role in request.roles.values()}
-        path = self.folder.judged(key_of(stage.key, requests, roles, code_version(Path(judging.__file__).parent)))
+        anchor = [self.reference_key(RETRAINED, [])] if self.checked.compares_with_retrained else []
+        parts = (stage.key, requests, roles, code_version(Path(judging.__file__).parent), *anchor)
+        path = self.folder.judged(key_of(*parts))
         if processes.is_main() and not path.exists():
+            anchored = self.anchor()
             model = self.load(stage)
             torch.manual_seed(self.checked.recipe.seed)
-            judgement = judging.judge(model, self.checked.requests, self.data)
+            judgement = judging.judge(model, self.checked.requests, self.data, anchor=anchored)
             sample = next((data[0] for data in self.data.values() if len(data)), None)
             measures = [*judgement.measures, *judging.cost(model, stage.facts.folder, sample)]
             write_json(path, {"measures": [asdict(measure) for measure in measures], "samples": judgement.samples})
         processes.wait()
         return json.loads(path.read_text())
+
+    def anchor(self) -> judging.Anchor | None:
+        """What the retrained model says, if the judge compares with one: read once, before another model is loaded."""
+        if self.checked.compares_with_retrained and self._anchor is None:
+            self.model = None
+            model = self.reference_model(RETRAINED, [])
+            if torch.cuda.is_available():
+                model.to("cuda")
+            torch.manual_seed(self.checked.recipe.seed)
+            self._anchor = judging.anchor_of(model, self.checked.requests, self.data)
+        return self._anchor
 
     def report(self, stages: list[Stage], judged: list[dict[str, Any]]) -> dict[str, Any]:
         """Everything the report shows, aligned over the stages."""
