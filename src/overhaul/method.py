@@ -231,15 +231,28 @@ def _type_text(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def shelve(package: str) -> dict[str, Callable[..., Outcome]]:
-    """Import every method file of a verb's package and return its functions by name; files that begin with _ are help."""
+class _Shelf(types.ModuleType):
+    """A verb's package: each method is imported when it is first asked for, and the name stands for the function.
+
+    The import system would put the file's module under that name.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.__all__:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        importlib.import_module(f"{self.__name__}.{name}")
+        return vars(self)[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_method = isinstance(value, types.ModuleType) and name in self.__all__
+        super().__setattr__(name, getattr(value, name) if is_method else value)
+
+
+def shelve(package: str) -> list[str]:
+    """Offer every method file of a verb's package by the name of its function; files that begin with _ are help."""
     module = sys.modules[package]
-    functions: dict[str, Callable[..., Outcome]] = {}
-    for info in pkgutil.iter_modules(module.__path__):
-        if info.name.startswith("_"):
-            continue
-        functions[info.name] = getattr(importlib.import_module(f"{package}.{info.name}"), info.name)
-    return functions
+    module.__class__ = _Shelf
+    return [info.name for info in pkgutil.iter_modules(module.__path__) if not info.name.startswith("_")]
 
 
 @functools.cache
@@ -258,6 +271,11 @@ def methods() -> dict[str, Method]:
 
 def find(name: str) -> Method:
     """The method called `name` ("forget.ssd", or "ssd" where that is unambiguous)."""
+    verb, _, function = name.partition(".")
+    if verb in VERBS and importlib.util.find_spec(f"overhaul.{verb}") is not None:
+        package = importlib.import_module(f"overhaul.{verb}")
+        if function in package.__all__:  # no other method has to be imported
+            return getattr(package, function).method
     known = methods()
     if name in known:
         return known[name]

@@ -12,7 +12,15 @@ from transformers import GenerationConfig
 
 from conftest import FAMILIES, tiny_gpt2, tiny_llama, tiny_vit
 from overhaul.errors import RequestError, RunError
-from overhaul.judge.generation import _plan, common_subsequence, generate, repeated_share, rouge_l, stop_tokens
+from overhaul.judge.generation import (
+    _plan,
+    common_subsequence,
+    generate,
+    repeated_share,
+    rouge_l,
+    rouge_l_f1,
+    stop_tokens,
+)
 
 
 def prompts_of(lengths: list[int]) -> list[Tensor]:
@@ -152,3 +160,41 @@ def test_repeated_share_of_n_grams() -> None:
     assert repeated_share("a b a b".split(), 2) == pytest.approx(1 / 3)
     assert repeated_share(["a"], 2) == repeated_share([], 2) == 0.0
     assert repeated_share("a a a a".split(), 4) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("expected", "text", "common", "words", "said"),
+    [
+        ("the cat sat", "the cat sat", 3, 3, 3),
+        ("the cat sat", "the cat", 2, 3, 2),
+        ("the cat sat", "sat cat the", 1, 3, 3),
+        ("the cat sat", "The CAT, sat!", 3, 3, 3),
+        ("the cat sat", "", 0, 3, 0),
+        ("the cat sat", "dogs run", 0, 3, 2),
+        ("the cat sat", "the the the", 1, 3, 3),
+        ("the cat sat on the mat", "the mat the cat sat on", 4, 6, 6),
+        ("police killed the gunman", "police kill the gunman", 3, 4, 4),
+        ("police killed the gunman", "the gunman kill police", 2, 4, 4),
+        ("police killed the gunman", "the gunman police killed", 2, 4, 4),
+        ("a b c d e f g", "a c e g", 4, 7, 4),
+        ("a b c d e f g", "g f e d c b a", 1, 7, 7),
+        ("badge G042", "the badge is g042.", 2, 2, 4),
+        ("badge G042", "badge g 042", 1, 2, 3),
+        ("The Silent Harbour", "the silent harbours", 2, 3, 3),
+        ("well-known fact", "well known fact", 3, 3, 3),
+        ("an otter", "an otter an otter an otter", 2, 2, 6),
+        ("x", "y x y", 1, 1, 3),
+        ("one two three four five", "zero one two six four seven", 3, 5, 6),
+    ],
+)
+def test_rouge_l_of_twenty_pairs_worked_out_by_hand(
+    expected: str, text: str, common: int, words: int, said: int
+) -> None:
+    recall, precision = common / words, common / said if said else 0.0
+    assert rouge_l(expected, text) == pytest.approx(recall)
+    both = recall + precision
+    assert rouge_l_f1(expected, text) == pytest.approx(2 * recall * precision / both if both else 0.0)
+
+
+def test_rouge_l_of_nothing_expected_is_zero() -> None:
+    assert rouge_l("", "words") == rouge_l_f1("", "words") == rouge_l_f1("", "") == 0.0

@@ -19,7 +19,7 @@ from overhaul.errors import RequestError
 from overhaul.fit import fit
 from overhaul.judge.evidence import Evidence, kind_of
 from overhaul.judge.judge import Judgement, check, check_data, judge
-from overhaul.judge.metrics import METRICS
+from overhaul.judge.metrics import METRICS, Metric
 from overhaul.objectives import cross_entropy
 
 ROLES = ("forget", "retain", "strangers", "text")
@@ -55,6 +55,11 @@ def taught(data: dict[str, Examples]) -> nn.Module:
     known = {"known": join([data["forget"], data["retain"]])}
     fit(model, [cross_entropy("known")], known, steps=60, batch_size=4, lr=2e-2, warmup=5, schedule="cosine")
     return model
+
+
+def _alone(metric: Metric) -> bool:
+    """Whether it reads one role, and no other model."""
+    return metric.roles == ("role",) and not metric.anchored
 
 
 def values(judgement: Judgement) -> dict[tuple[str, str], float]:
@@ -247,7 +252,7 @@ def test_all_metrics_of_a_role_share_one_forward_and_one_generation(
         return calls["generate"], calls["forward"]
 
     one = work({"kept": {"accuracy": "forget", "extraction": "forget"}})
-    names = [n for n, m in METRICS.items() if "answers" in m.reads and m.roles == ("role",) and not m.columns]
+    names = [n for n, m in METRICS.items() if "answers" in m.reads and _alone(m) and not m.columns]
     assert len(names) >= 7
     assert work({"kept": dict.fromkeys(names, "forget")}) == one
 
@@ -327,9 +332,7 @@ def test_model_mode_gradients_and_random_state_are_left_alone(data: dict[str, Ex
 
 def test_a_judgement_is_json_and_repeats_itself(data: dict[str, Examples]) -> None:
     model = tiny_llama()
-    spec = {
-        "kept": {name: "text" for name, metric in METRICS.items() if "text" in metric.reads and len(metric.roles) == 1}
-    }
+    spec = {"kept": {name: "text" for name, metric in METRICS.items() if "text" in metric.reads and _alone(metric)}}
     first, second = (judge(model, check(spec, data), data) for _ in range(2))
     assert json.dumps(asdict(first), allow_nan=False) == json.dumps(asdict(second), allow_nan=False)
     assert all(isinstance(measure.value, float) and isinstance(measure.n, int) for measure in first.measures)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import zlib
 
+import numpy as np
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor, nn
 
 from conftest import FAMILIES, examples_for, tiny_llama
@@ -15,7 +16,21 @@ from overhaul.data.encode import answered
 from overhaul.data.examples import IGNORED, Examples
 from overhaul.errors import RequestError, RunError
 from overhaul.judge import likelihood
-from overhaul.judge.likelihood import auc, exact_memorisation, extraction_strength, min_k, score
+from overhaul.judge.likelihood import (
+    Scored,
+    auc,
+    batches_within,
+    exact_memorisation,
+    extraction_strength,
+    interval,
+    loss_score,
+    min_k,
+    min_k_plus_plus,
+    roc,
+    score,
+    tpr_at_fpr,
+    zlib_score,
+)
 
 VOCABULARY = 64
 
@@ -41,6 +56,8 @@ def test_uniform_model_gives_log_v_one_over_v_and_min_k_log_v() -> None:
         assert one.probability == pytest.approx(1 / VOCABULARY, rel=1e-6)
         for share in (0.01, 0.2, 0.4, 0.99, 1.0):
             assert min_k(one.logp, share) == pytest.approx(-math.log(VOCABULARY), rel=1e-6)
+            assert min_k_plus_plus(one, share) == 0.0
+        assert loss_score(one) == pytest.approx(-math.log(VOCABULARY), rel=1e-6)
 
 
 def test_all_memorised_means_all_extractable() -> None:
@@ -83,13 +100,105 @@ def test_auc_swapping_sets_gives_the_complement_and_equals_sklearn() -> None:
     assert auc([2.0, 3.0], [0.0, 1.0]) == 1.0
 
 
-def by_hand(model: nn.Module, examples: Examples, i: int) -> Tensor:
-    """Log-probabilities of one answer, without batch, padding or mask."""
+def scored(logp: list[float], mean: list[float], variance: list[float]) -> Scored:
+    count = len(logp)
+    values = (torch.tensor(each) for each in (logp, mean, variance))
+    first, *moments = values
+    return Scored(first, torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.long), *moments)
+
+
+def test_min_k_plus_plus_takes_the_largest_deviations_below_what_was_expected() -> None:
+    one = scored([-1.0, -4.0, -2.0, -0.5], [-1.0, -3.5, -0.5, -1.0], [1.0, 4.0, 0.25, 0.0])
+    # z = 0, -0.25, -3, and 0.5 / 0.001 where the variance is clamped at 1e-6
+    assert min_k_plus_plus(one, 0.25) == pytest.approx(-3.0)
+    assert min_k_plus_plus(one, 0.5) == pytest.approx((-3.0 - 0.25) / 2)
+    assert min_k_plus_plus(one, 1.0) == pytest.approx((0.5 / 0.001 - 3.25) / 4)
+
+
+def test_zlib_divides_by_the_bytes_that_zlib_needs() -> None:
+    one = scored([-2.0, -4.0], [-1.0, -1.0], [1.0, 1.0])
+    size = len(zlib.compress(b"an otter"))
+    assert loss_score(one) == -3.0
+    assert zlib_score(one, "an otter") == pytest.approx(-3.0 / size)
+    assert zlib_score(one, "an otter " * 40) > zlib_score(one, "an otter")
+
+
+def test_tokens_ruled_out_by_the_model_leave_the_moments_finite() -> None:
+    class Masked(Constant):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            logits = super().forward(input_ids).clone()
+            logits[..., VOCABULARY // 2 :] = -torch.inf
+            return logits
+
+    one = score(Masked(), Examples([answered([5, 6], [7, 8], None)], [{}]))[0]
+    assert one.mean.tolist() == pytest.approx([-math.log(VOCABULARY / 2)] * 2)
+    assert one.variance.tolist() == [0.0, 0.0]
+
+
+def test_reading_logits_in_pieces_changes_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, examples = tiny_llama(), examples_for("llama", 12)
+    whole = score(model, examples)
+    monkeypatch.setattr(likelihood, "CHUNK", 3 * VOCABULARY)
+    for one, other in zip(whole, score(model, examples), strict=True):
+        assert torch.equal(one.logp, other.logp)
+        assert torch.equal(one.variance, other.variance)
+
+
+def test_the_curve_equals_sklearn_and_has_the_area() -> None:
+    draw = torch.Generator().manual_seed(4)
+    members = torch.randint(3, 18, (41,), generator=draw).double().tolist()
+    others = torch.randint(0, 15, (29,), generator=draw).double().tolist()
+    false, true, _ = roc_curve([1] * 41 + [0] * 29, members + others, drop_intermediate=False)
+    ours = np.array(roc(members, others))
+    np.testing.assert_allclose(ours, np.stack([false, true], axis=1), atol=1e-12)
+    assert np.trapezoid(ours[:, 1], ours[:, 0]) == pytest.approx(auc(members, others), abs=1e-12)
+
+
+def test_true_positives_are_counted_where_false_ones_are_few_enough() -> None:
+    others = [float(i) for i in range(100)]
+    members = [98.5, 99.5, 99.0, 10.0]
+    assert tpr_at_fpr(members, others, 0.001) == 0.25  # above all others
+    assert tpr_at_fpr(members, others, 0.01) == 0.75  # at most one other: 99.0 counts with its tie
+    assert tpr_at_fpr(members, others, 0.9) == 1.0
+    assert tpr_at_fpr(others, others, 0.01) == pytest.approx(0.01)
+    assert tpr_at_fpr([0.0], [1.0], 0.01) == 0.0
+
+
+def test_an_interval_is_drawn_over_clusters() -> None:
+    draw = torch.Generator().manual_seed(5)
+    values = torch.randn(30, generator=draw).tolist()
+
+    def mean(sample: list[float]) -> float:
+        return sum(sample) / len(sample)
+
+    low, high = interval(mean, (values, range(30)))
+    error = torch.tensor(values).std(correction=0).item() / 30**0.5
+    assert (high - low) / (2 * 1.96 * error) == pytest.approx(1.0, abs=0.1)
+    # ten questions about each person, all alike, say no more than one
+    repeated, people = values * 10, [*range(30)] * 10
+    assert interval(mean, (repeated, people)) == pytest.approx((low, high))
+    naive = interval(mean, (repeated, range(300)))
+    assert naive[1] - naive[0] < (high - low) / 2
+    assert interval(mean, (values, range(30)), level=0.5)[0] > low
+
+
+def test_an_interval_of_two_samples_draws_each_from_itself() -> None:
+    assert interval(auc, ([2.0, 3.0], "ab"), ([0.0, 1.0], "cd")) == (1.0, 1.0)
+    with pytest.raises(RequestError, match="at least two"):
+        interval(auc, ([2.0, 3.0], "aa"), ([0.0, 1.0], "cd"))
+
+
+def by_hand(model: nn.Module, examples: Examples, i: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of one answer with their expectation and variance, without batch, padding or mask."""
     item = examples.items[i]
     with torch.no_grad():
-        logits = model(input_ids=item["input_ids"][None]).logits[0].log_softmax(-1)
+        logp = model(input_ids=item["input_ids"][None]).logits[0].double().log_softmax(-1)
     labels = item["labels"]
-    return torch.stack([logits[t - 1, labels[t]] for t in range(1, len(labels)) if labels[t] != IGNORED])
+    places = [t for t in range(1, len(labels)) if labels[t] != IGNORED]
+    before = logp[[t - 1 for t in places]]
+    mean = (before.exp() * before).sum(1)
+    variance = (before.exp() * before.square()).sum(1) - mean.square()
+    return before[range(len(places)), labels[places]].float(), mean.float(), variance.float()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -97,7 +206,8 @@ def by_hand(model: nn.Module, examples: Examples, i: int) -> Tensor:
 def test_batch_size_and_padding_change_no_value(family: str, batch_tokens: int) -> None:
     model, examples = FAMILIES[family](), examples_for(family, 24)
     for i, one in enumerate(score(model, examples, batch_tokens)):
-        torch.testing.assert_close(one.logp, by_hand(model, examples, i), atol=2e-5, rtol=0)
+        for found, expected in zip((one.logp, one.mean, one.variance), by_hand(model, examples, i), strict=True):
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 
 
 def test_padding_side_changes_no_value() -> None:
@@ -112,8 +222,12 @@ def test_padding_side_changes_no_value() -> None:
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits.log_softmax(-1)
     for row, one in enumerate(score(model, examples)):
         last = len(one.targets)
-        left = logits[row, -last - 1 : -1].gather(1, one.targets[:, None])[:, 0]
-        torch.testing.assert_close(one.logp, left, atol=2e-5, rtol=0)
+        before = logits[row, -last - 1 : -1]
+        mean = (before.exp() * before).sum(1)
+        variance = (before.exp() * (before - mean[:, None]).square()).sum(1)
+        expected = (before.gather(1, one.targets[:, None])[:, 0], mean, variance)
+        for found, left in zip((one.logp, one.mean, one.variance), expected, strict=True):
+            torch.testing.assert_close(found, left, atol=2e-5, rtol=0)
 
 
 def test_order_changes_no_value(family: str) -> None:
@@ -121,7 +235,8 @@ def test_order_changes_no_value(family: str) -> None:
     order = torch.randperm(20).tolist()
     straight, mixed = score(model, examples), score(model, examples.select(order))
     for place, i in enumerate(order):
-        torch.testing.assert_close(mixed[place].logp, straight[i].logp, atol=2e-5, rtol=0)
+        for name in ("logp", "mean", "variance"):
+            torch.testing.assert_close(getattr(mixed[place], name), getattr(straight[i], name), atol=2e-5, rtol=0)
         assert torch.equal(mixed[place].hits, straight[i].hits)
         assert torch.equal(mixed[place].targets, straight[i].targets)
 
@@ -140,8 +255,7 @@ def test_an_image_is_an_answer_of_one_token(family: str) -> None:
 
 def test_no_batch_is_wider_than_its_budget() -> None:
     examples = examples_for("llama", 40)
-    plan: Any = likelihood._plan(examples, 30)
-    batches = list(plan)
+    batches = list(batches_within(examples, 30))
     assert sorted(i for batch in batches for i in batch) == list(range(40))
     assert max(len(b) * max(len(examples[i]["input_ids"]) for i in b) for b in batches) <= 30
     assert len(batches) < 40
@@ -151,7 +265,8 @@ def test_only_a_closing_eos_is_left_out() -> None:
     one = score(Constant(), Examples([answered([5, 6], [7, 8], 2)], [{}]))[0]
     assert one.targets.tolist() == [7, 8, 2]
     assert one.without(2).targets.tolist() == [7, 8]
-    assert len(one.without(2).hits) == len(one.without(2).logp) == 2
+    shorter = one.without(2)
+    assert [len(x) for x in (shorter.hits, shorter.logp, shorter.mean, shorter.variance)] == [2] * 4
     assert one.without(8) is one
     assert one.without(None) is one
     alone = score(Constant(), Examples([answered([5, 6], [2], None)], [{}]))[0]

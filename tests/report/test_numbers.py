@@ -101,6 +101,39 @@ def test_a_verdict_depends_on_what_was_wanted(
     assert (seen.word, seen.good) == (word, good)
 
 
+@pytest.mark.parametrize(
+    ("unit", "before", "after", "anchor", "word", "good"),
+    [
+        ("", 0.966, 0.380, 0.359, "as retrained", True),  # an AUC whose target is not 0.5
+        ("", 0.966, 0.500, 0.359, "nearer", None),
+        ("", 0.966, 0.024, 0.359, "overshot", False),
+        ("", 0.966, 0.960, 0.359, "not nearer", False),
+        ("share", 0.90, 0.28, 0.26, "as retrained", True),  # shared words are extracted from any model
+        ("share", 0.90, 0.00, 0.26, "overshot", False),
+        ("probability", 0.998, 0.060, 0.039, "as retrained", True),
+        ("probability", 0.998, 0.130, 0.039, "nearer", None),
+        ("probability", 0.998, 2e-7, 0.039, "overshot", False),  # close in points, and telling
+        ("probability", 0.998, 0.0, 0.039, "overshot", False),
+        ("log10 p", -16.8, -1.2, 0.0, "as retrained", True),
+        ("log10 p", -239.0, -15.0, 0.0, "nearer", None),  # a tenth of the way left, and still p = 1e-15
+        ("", -99.8, 55.0, 0.0, "overshot", False),
+        ("", 0.5, 0.5, 0.5, "as retrained", True),
+        ("", 0.5, 0.7, 0.5, "not nearer", False),
+    ],
+)
+def test_a_retrained_model_is_reached_neared_or_overshot(
+    unit: str, before: float, after: float, anchor: float, word: str, good: bool | None
+) -> None:
+    seen = numbers.verdict({**measure(unit, "anchor", before, after, group="forgotten"), "anchor": anchor})
+    assert (seen.word, seen.good) == (word, good)
+
+
+def test_the_value_of_the_retrained_model_stands_beside_what_was_measured() -> None:
+    row = {**measure("share", "anchor", 0.9, 0.3, group="forgotten"), "anchor": 0.26}
+    assert numbers.aim(row) == "as retrained: 26.0%"
+    assert numbers.small_print(row).endswith("as retrained: 26.0%")
+
+
 def test_a_cost_is_better_when_less_and_neutral_when_equal() -> None:
     words = [
         numbers.verdict(measure("ms", "down", 5.0, after, better="down", group="cost")) for after in (4.0, 5.4, 6.0)

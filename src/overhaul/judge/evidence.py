@@ -1,14 +1,19 @@
 """What one model says about one role: log-probabilities and generated answers, each computed once, when first asked for.
 
-Every metric on the role reads them here, so ten metrics cost one forward pass and one generation pass.
+Every metric on the role reads them here, so ten metrics cost one forward pass and one generation pass. Evidence may outlive
+its model: what was read once stays, so two models are compared without ever being in memory together.
+
+    truth ratio  R = exp(nll(y~ | x) / T - mean_j nll(wrong_j | x) / T_j)                          (Open-Unlearning's code)
+                 R = mean_j P(wrong_j | x) / P(y~ | x)                                             (TOFU's paper)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +22,9 @@ from overhaul.data.encode import encode_qa
 from overhaul.data.examples import IGNORED, Examples
 from overhaul.errors import RequestError
 from overhaul.judge.generation import generate, stop_tokens
-from overhaul.judge.likelihood import Scored, score
+from overhaul.judge.likelihood import Scored, loss_score, score
+from overhaul.judge.standards import distances, outputs
+from overhaul.references import Reference
 
 Kind = Literal["answers", "text", "images"]
 
@@ -37,6 +44,15 @@ class Answered:
     expected: str
     text: str
     tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A right answer and wrong ones to one question; `place` is the first row that asks it."""
+
+    place: int
+    right: Scored
+    wrong: list[Scored]
 
 
 def kind_of(examples: Examples) -> Kind:
@@ -67,8 +83,26 @@ class Evidence:
     """
 
     def __init__(self, model: nn.Module, examples: Examples, limit: int) -> None:
-        self.model, self.examples, self.limit = model, examples, limit
+        self.examples, self.limit = examples, limit
         self.kind = kind_of(examples)
+        self._model: nn.Module | None = model
+        self._asked: dict[tuple[str, str], Scored] = {}
+        self._distances: dict[Evidence, list[tuple[float, float]]] = {}
+
+    @property
+    def model(self) -> nn.Module:
+        """The model.
+
+        Raises:
+            RuntimeError: it was let go.
+        """
+        if self._model is None:
+            raise RuntimeError("What was not read of this model before it was let go cannot be read any more.")
+        return self._model
+
+    def let_go(self) -> None:
+        """Forget the model and keep what was read of it."""
+        self._model = None
 
     @property
     def eos(self) -> int | None:
@@ -81,24 +115,77 @@ class Evidence:
         return score(self.model, self.examples)
 
     @cached_property
+    def texts(self) -> list[str]:
+        """Every example's answer or text as it is written.
+
+        Raises:
+            RequestError: the text was encoded by a tokenizer that is not there.
+        """
+        if self.kind == "answers":
+            return [str(row["answer"]) for row in self.examples.rows]
+        tokenizer = self._tokenizer("Reading a text's tokens back")
+        labels = [item["labels"] for item in self.examples.items]
+        return [tokenizer.decode(each[each != IGNORED], skip_special_tokens=True) for each in labels]
+
+    @cached_property
+    def outputs(self) -> Reference:
+        """The distributions behind every answer token, or image."""
+        return outputs(self.model, self.examples)
+
+    def distances_from(self, other: Evidence) -> list[tuple[float, float]]:
+        """KL(other || this) and Jensen-Shannon divergence in nats per example, both models on the same examples."""
+        if other not in self._distances:
+            self._distances[other] = distances(self.model, other.outputs)
+        return self._distances[other]
+
+    @cached_property
     def paraphrased(self) -> list[Scored]:
         """Every distinct answer after the row's `paraphrase` in place of its question, in the same prompt otherwise.
 
         Raises:
             RequestError: the role was not encoded as question and answer (a chat, say).
         """
-        asked: dict[tuple[str, str], None] = {}
-        for row in self.examples.rows:
-            before, _, after = str(row["prompt"]).rpartition(str(row["question"]))
-            asked[before + str(row["paraphrase"]) + after, str(row["answer"])] = None
-        as_it_was = self._encode([(str(self.examples.rows[0]["prompt"]), str(self.examples.rows[0]["answer"]))])
+        return self._ask(list(dict.fromkeys((_prompt(row), str(row["answer"])) for row in self.examples.rows)))
+
+    @cached_property
+    def choices(self) -> list[Choice]:
+        """Every distinct question with its right answer and the row's `wrong` ones.
+
+        The question is the row's `paraphrase` and the right answer its `paraphrased_answer` where it has them, so that
+        knowing a sentence by heart is no advantage.
+
+        Raises:
+            RequestError: the role was not encoded as question and answer, or a row has no wrong answers.
+        """
+        asked: dict[tuple[str, ...], int] = {}
+        for place, row in enumerate(self.examples.rows):
+            if not isinstance(row["wrong"], Sequence) or isinstance(row["wrong"], str) or not row["wrong"]:
+                raise RequestError(
+                    f"`wrong` must be a list of wrong answers; {row['question']!r} has {row['wrong']!r}."
+                )
+            right = row.get("paraphrased_answer") or row["answer"]
+            asked.setdefault((_prompt(row), str(right), *map(str, row["wrong"])), place)
+        said = iter(self._ask([(prompt, answer) for prompt, *answers in asked for answer in answers]))
+        return [Choice(place, next(said), [next(said) for _ in key[2:]]) for key, place in asked.items()]
+
+    def _ask(self, pairs: list[tuple[str, str]]) -> list[Scored]:
+        """Prompts with answers, encoded as the role is; each distinct pair is scored once."""
+        first = self.examples.rows[0]
+        as_it_was = self._encode([(str(first["prompt"]), str(first["answer"]))])
         if not torch.equal(as_it_was.items[0]["input_ids"], self.examples.items[0]["input_ids"]):
-            raise RequestError("A paraphrase can only be put to a role that is read `as: qa`.")
-        return score(self.model, self._encode(list(asked)))
+            raise RequestError("A paraphrase or a wrong answer can only be put to a role that is read `as: qa`.")
+        if new := [pair for pair in dict.fromkeys(pairs) if pair not in self._asked]:
+            self._asked |= zip(new, score(self.model, self._encode(new)), strict=True)
+        return [self._asked[pair] for pair in pairs]
 
     def _encode(self, pairs: Sequence[tuple[str, str]]) -> Examples:
         rows = [{"question": prompt, "answer": answer} for prompt, answer in pairs]
-        return encode_qa(rows, self.examples.processor, prompt="{question}")
+        return encode_qa(rows, self._tokenizer("Asking another question"), prompt="{question}")
+
+    def _tokenizer(self, what: str) -> Any:
+        if self.examples.processor is None:
+            raise RequestError(f"{what} needs the tokenizer that encoded the examples; they carry none.")
+        return self.examples.processor
 
     @cached_property
     def order(self) -> list[int]:
@@ -118,9 +205,7 @@ class Evidence:
         return [answer for answer in self.answered if answer.place in chosen]
 
     def _answer(self, places: list[int]) -> list[Answered]:
-        tokenizer = self.examples.processor
-        if tokenizer is None:
-            raise RequestError("Generating answers needs the tokenizer that encoded the examples; they carry none.")
+        tokenizer = self._tokenizer("Generating answers")
         prompts = [self._split(i) for i in places]
         stops = stop_tokens(self.model, tokenizer)
         tokens = generate(self.model, [prompt for prompt, _ in prompts], self._new_tokens, stops)
@@ -150,3 +235,30 @@ class Evidence:
         if self.kind == "text":
             return CONTINUATION_TOKENS
         return SPARE_TOKENS + max(len(self._split(i)[1]) for i in range(len(self.examples)))
+
+
+def _prompt(row: Mapping[str, Any]) -> str:
+    """The row's prompt with its paraphrase, where it has one, in place of the question."""
+    before, _, after = str(row["prompt"]).rpartition(str(row["question"]))
+    return f"{before}{row.get('paraphrase') or row['question']}{after}"
+
+
+def truth_ratios(evidence: Evidence, mean: Literal["geometric", "arithmetic"] = "geometric") -> list[float]:
+    """Wrong against right, one ratio for each of the evidence's `choices`: 0 knows the answer, 1 cannot tell.
+
+    Args:
+        evidence: a role whose rows have `wrong`.
+        mean: how the wrong answers' probabilities are averaged: as TOFU's and Open-Unlearning's code, or as TOFU's paper.
+    """
+    return [_truth_ratio(choice, mean) for choice in evidence.choices]
+
+
+def _truth_ratio(choice: Choice, mean: Literal["geometric", "arithmetic"]) -> float:
+    wrong = [loss_score(one) for one in choice.wrong]
+    if mean == "geometric":
+        centre = math.fsum(wrong) / len(wrong)
+    else:
+        top = max(wrong)
+        centre = top + math.log(math.fsum(math.exp(one - top) for one in wrong) / len(wrong))
+    # floats end near exp(709); the clamp keeps a destroyed model's ratios finite
+    return math.exp(max(-700.0, min(700.0, centre - loss_score(choice.right))))

@@ -2,7 +2,7 @@
 
 A batch is read up to the end of its shortest prompt; the longer prompts are then dictated token by token while the
 others already answer. So no position is ever padding, and a batch says what its prompts say one by one.
-ROUGE-L follows Lin (2004) as TOFU uses it. How it differs from the `rouge_score` package:
+ROUGE-L follows Lin (2004): recall as TOFU uses it, F1 as MUSE does. How it differs from the `rouge_score` package:
 1. Words are not stemmed.
 2. Letters and digits of every script form words, not only a-z and 0-9; a text without any is split at white space, so
    that brackets can be compared.
@@ -151,10 +151,23 @@ def _plainly(model: nn.Module, new_tokens: int, sampling: Mapping[str, float] | 
 
 
 def rouge_l(expected: str, text: str) -> float:
-    """ROUGE-L recall: the longest common subsequence of words, as a share of the expected words."""
+    """ROUGE-L recall: the longest common subsequence of words, as a share of the expected words (TOFU)."""
+    wanted, said = _words(expected, text)
+    return common_subsequence(wanted, said) / len(wanted) if wanted else 0.0
+
+
+def rouge_l_f1(expected: str, text: str) -> float:
+    """ROUGE-L F1: the harmonic mean of recall and precision, so that saying much is no advantage (MUSE)."""
+    wanted, said = _words(expected, text)
+    # 2 (c / w) (c / s) / (c / w + c / s)
+    return 2 * common_subsequence(wanted, said) / (len(wanted) + len(said)) if wanted else 0.0
+
+
+def _words(expected: str, text: str) -> tuple[list[str], list[str]]:
+    """Both texts in words of the kind that the expected one has."""
     pattern = r"[^\W_]+" if re.search(r"[^\W_]", expected) else r"\S+"
     wanted, said = (re.findall(pattern, t.lower()) for t in (expected, text))
-    return common_subsequence(wanted, said) / len(wanted) if wanted else 0.0
+    return wanted, said
 
 
 def common_subsequence(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:

@@ -3,11 +3,13 @@
     forgotten: {answer_probability: forget, membership: {members: forget, others: strangers}}
     kept:      {accuracy: [retain, sums], bits_per_byte: text}
 
-The group says what is hoped for: `forgotten` should get worse, `learned` better, `kept` should stay.
+The group says what is hoped for: `forgotten` should get worse, `learned` better, `kept` should stay. Where a model that was
+trained without the data is known (`retrained`), what is forgotten should become as it is there, no more and no less.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +23,7 @@ from overhaul.judge.evidence import Evidence, kind_of
 from overhaul.judge.generation import generates
 from overhaul.judge.measure import Measure as Measure
 from overhaul.judge.measure import at_rest
-from overhaul.judge.metrics import METRICS
+from overhaul.judge.metrics import METRICS, RETRAINED, Value
 from overhaul.session import progress
 
 Group = Literal["forgotten", "learned", "kept"]
@@ -49,6 +51,24 @@ class Request:
         """The role, or both: "forget", "forget / strangers"."""
         return " / ".join(self.roles.values())
 
+    @property
+    def against_retrained(self) -> bool:
+        """Whether the retrained model's value is what is wanted, or what is compared with."""
+        return self.group == "forgotten" or bool(METRICS[self.metric].anchored)
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """What a model that was trained without the data says: numbers, no model.
+
+    Attributes:
+        values: by metric and role.
+        evidence: by role, as far as metrics read it.
+    """
+
+    values: Mapping[tuple[str, str], float]
+    evidence: Mapping[str, Evidence]
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -63,15 +83,17 @@ class Judgement:
     samples: list[dict[str, str]]
 
 
-def check(spec: Mapping[str, Mapping[str, Any]], roles: Collection[str]) -> list[Request]:
+def check(spec: Mapping[str, Mapping[str, Any]], roles: Collection[str], *, retrained: bool = False) -> list[Request]:
     """Read a recipe's `judge:` block.
 
     Args:
         spec: group -> metric -> a role, a list of roles, or a mapping of roles for a metric that compares two.
         roles: the names of the recipe's materials.
+        retrained: whether there is a model that was trained without the data.
 
     Raises:
-        RequestError: a group, metric or role is unknown, a role is missing, or one thing is asked for twice.
+        RequestError: a group, metric or role is unknown, a role or the retrained model is missing, or one thing is asked
+            for twice.
     """
     requests: list[Request] = []
     for group, metrics in _mapping(spec, "judge").items():
@@ -80,6 +102,11 @@ def check(spec: Mapping[str, Mapping[str, Any]], roles: Collection[str]) -> list
         for name, on in _mapping(metrics, f"judge.{group}").items():
             if name not in METRICS:
                 raise RequestError(f"judge.{group}: there is no metric {name!r}.{did_you_mean(str(name), METRICS)}")
+            if METRICS[name].anchored and not retrained:
+                raise RequestError(
+                    f"judge.{group}.{name} compares with a model that was trained without the data. Name it in the "
+                    "materials: `retrained: {model: FOLDER}`."
+                )
             for one in on if isinstance(on, list) else [on]:
                 requests.append(Request(group, name, _roles(f"judge.{group}.{name}", name, one, roles)))
     seen: dict[tuple[str, str], Request] = {}
@@ -145,8 +172,45 @@ def check_data(requests: Collection[Request], data: Mapping[str, Examples]) -> N
                     raise RequestError(f"{where} needs the column {column!r} in every row of {role!r}.")
 
 
-def judge(
+def anchor_of(
     model: nn.Module, requests: Collection[Request], data: Mapping[str, Examples], *, limit: int = LIMIT
+) -> Anchor:
+    """Measure the model that was trained without the data, once, so that it need not be in memory beside another.
+
+    Args:
+        model: the retrained model, which is not referred to afterwards.
+        requests: from `check`.
+        data: examples by role, encoded for the models that are compared with it.
+        limit: as in `judge`.
+
+    Raises:
+        RequestError: as `judge`; or the data has tokens that the model does not know.
+    """
+    requests = [request for request in requests if request.against_retrained]
+    check_data(requests, data)
+    evidence = _evidence(model, requests, data, limit)
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", math.inf)
+    for role, one in evidence.items():
+        if not one.examples.is_image and any(int(item["input_ids"].max()) >= vocabulary for item in one.examples.items):
+            raise RequestError(
+                f"The role {role!r} has tokens beyond the {vocabulary} of the retrained model; both need one tokenizer."
+            )
+    with at_rest(model):
+        known = Anchor({}, evidence)
+        # compared with itself, so that everything is read that a comparison will ask for
+        values = {(request.metric, request.on): _value(request, evidence, known)[0] for request in requests}
+    for one in evidence.values():
+        one.let_go()
+    return Anchor(values, evidence)
+
+
+def judge(
+    model: nn.Module,
+    requests: Collection[Request],
+    data: Mapping[str, Examples],
+    *,
+    limit: int = LIMIT,
+    anchor: Anchor | None = None,
 ) -> Judgement:
     """Measure what a model can do. The model, its mode and the random state are left as they were.
 
@@ -156,6 +220,8 @@ def judge(
         data: examples by role.
         limit: most examples per role that answers are generated for (accuracy, rouge, repetition); a fixed random
             choice, the same for every model. Likelihoods are taken on all examples.
+        anchor: from `anchor_of` with the same requests, data and limit. Given one, what is forgotten should become as
+            it is there.
 
     Raises:
         RequestError: the data is not what a metric reads, or the model cannot do what a metric asks.
@@ -164,19 +230,37 @@ def judge(
     if limit < 1:
         raise RequestError(f"limit={limit} leaves nothing to generate; it must be at least 1.")
     check_data(requests, data)
-    evidence = {
-        role: Evidence(model, data[role], limit)
-        for role in dict.fromkeys(role for request in requests for role in request.roles.values())
-    }
+    for request in requests:
+        if METRICS[request.metric].anchored and anchor is None:
+            raise RequestError(f"{request.metric} compares with a retrained model; give `anchor=anchor_of(...)`.")
+    evidence = _evidence(model, requests, data, limit)
     with at_rest(model):
-        measures = [_measure(request, evidence) for request in progress(requests, "judging", len(requests))]
+        measures = [_measure(request, evidence, anchor) for request in progress(requests, "judging", len(requests))]
         return Judgement(measures, _samples(model, requests, evidence))
 
 
-def _measure(request: Request, evidence: Mapping[str, Evidence]) -> Measure:
+def _evidence(
+    model: nn.Module, requests: Collection[Request], data: Mapping[str, Examples], limit: int
+) -> dict[str, Evidence]:
+    roles = dict.fromkeys(role for request in requests for role in request.roles.values())
+    return {role: Evidence(model, data[role], limit) for role in roles}
+
+
+def _value(request: Request, evidence: Mapping[str, Evidence], anchor: Anchor | None) -> Value:
     metric = METRICS[request.metric]
-    value, n = metric.call(**{argument: evidence[role] for argument, role in request.roles.items()})
+    given = {argument: evidence[role] for argument, role in request.roles.items()}
+    if anchor is not None:
+        given |= {RETRAINED + argument: anchor.evidence[request.roles[argument]] for argument in metric.anchored}
+    return metric.call(**given)
+
+
+def _measure(request: Request, evidence: Mapping[str, Evidence], anchor: Anchor | None) -> Measure:
+    metric = METRICS[request.metric]
+    value, n = _value(request, evidence, anchor)
     wanted = {"forgotten": metric.forgotten, "learned": metric.better, "kept": "same"}[request.group]
+    target = None
+    if anchor is not None and request.group == "forgotten":
+        wanted, target = "anchor", anchor.values[request.metric, request.on]
     return Measure(
         group=request.group,
         metric=metric.name,
@@ -187,6 +271,7 @@ def _measure(request: Request, evidence: Mapping[str, Evidence]) -> Measure:
         wanted=wanted,
         value=value,
         n=n,
+        anchor=target,
     )
 
 

@@ -1,17 +1,25 @@
 """How likely a model finds given answers: one forward per example, and what is computed from its token log-probabilities.
 
-Formulas of TOFU (Maini et al., arXiv:2401.06121), Open-Unlearning (Dorna et al., arXiv:2506.12618) and Min-K (Shi et al.,
-arXiv:2310.16789). How it differs from Open-Unlearning's code:
+    P(y|x) = exp(mean_t log p_t)        EM = mean_t [argmax = y_t]        ES = 1 - k*/T
+    loss = mean_t log p_t               zlib = loss / len(zlib(y))        Min-K = mean of the least likely K of log p_t
+    Min-K++ = the same of z_t = (log p_t - mu_t) / sigma_t, with mu_t, sigma_t^2 the moments of log p(v), v ~ p_t
+
+Formulas of TOFU (Maini et al., arXiv:2401.06121), Open-Unlearning (Dorna et al., arXiv:2506.12618), Min-K (Shi et al.,
+arXiv:2310.16789) and Min-K++ (Zhang et al., arXiv:2404.02936). How it differs from Open-Unlearning's code:
 1. Extraction strength is 0 where no token is predicted; the released code returns 1/T there.
 2. Extraction strength and exact memorisation leave out the closing EOS, where there is one; the released code leaves out
    the last token, whatever it is.
 3. A membership score is high for members (the released scores are negated), so an AUC above 0.5 means remembered.
+4. The moments of Min-K++ are taken around the largest logit and the variance around its mean, so that a uniform model
+   scores exactly 0; the released code subtracts two large numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import random
+import zlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +37,12 @@ IMAGE_TOKENS = 16
 LOGITS = 2**26
 """Most logits that a batch may make: 256 MiB in float32."""
 
+CHUNK = 2**22
+"""Most logits that are read at a time: what their moments take stays small beside the batch."""
+
+LEAST_VARIANCE = 1e-6
+"""What a variance of log-probabilities counts as at least in Min-K++ (Open-Unlearning)."""
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -38,11 +52,15 @@ class Scored:
         logp: log-probability of each answer token given all before it, in nats, float32.
         hits: whether that token was the most probable one.
         targets: the token itself.
+        mean: what the model expected that log-probability to be: its mean over all tokens, weighted by their probability.
+        variance: the variance of the same.
     """
 
     logp: Float[Tensor, " t"]
     hits: Bool[Tensor, " t"]
     targets: Int[Tensor, " t"]
+    mean: Float[Tensor, " t"]
+    variance: Float[Tensor, " t"]
 
     @property
     def nll(self) -> float:
@@ -58,7 +76,7 @@ class Scored:
         """The same answer without its last token where that is `token` (EOS) and not all there is."""
         if token is None or len(self.targets) < 2 or int(self.targets[-1]) != token:
             return self
-        return Scored(self.logp[:-1], self.hits[:-1], self.targets[:-1])
+        return Scored(self.logp[:-1], self.hits[:-1], self.targets[:-1], self.mean[:-1], self.variance[:-1])
 
 
 def score(model: nn.Module, examples: Examples, batch_tokens: int = BATCH_TOKENS) -> list[Scored]:
@@ -73,8 +91,7 @@ def score(model: nn.Module, examples: Examples, batch_tokens: int = BATCH_TOKENS
         RequestError: an example has no answer tokens.
         RunError: the model's outputs are not finite.
     """
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
-    plan = list(_plan(examples, min(batch_tokens, LOGITS // vocabulary)))
+    plan = list(batches_within(examples, budget(model, batch_tokens)))
     found: dict[int, Scored] = {}
     batches = [collate([examples.items[i] for i in places]) for places in plan]
     for places, flat in zip(plan, evaluate(model, _answer_scores, batches), strict=True):
@@ -86,16 +103,23 @@ def score(model: nn.Module, examples: Examples, batch_tokens: int = BATCH_TOKENS
             raise RequestError("An example has no token that carries loss, so its likelihood says nothing.")
         parts = flat.split([len(target) for target in targets], dim=1)
         for i, part, target in zip(places, parts, targets, strict=True):
-            found[i] = Scored(part[0], part[1] > 0, target)
+            logp, hits, mean, variance = part
+            found[i] = Scored(logp, hits > 0, target, mean, variance)
     return [found[i] for i in range(len(examples))]
 
 
-def _plan(examples: Examples, budget: int) -> Iterator[list[int]]:
-    """Places of batches that stay within `budget` tokens, longest examples first, so that little is padding."""
+def budget(model: nn.Module, batch_tokens: int = BATCH_TOKENS) -> int:
+    """How many tokens one forward may take, so that neither they nor their logits are too many."""
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
+    return min(batch_tokens, LOGITS // vocabulary)
+
+
+def batches_within(examples: Examples, tokens: int) -> Iterator[list[int]]:
+    """Places of batches that stay within so many tokens, longest examples first, so that little is padding."""
     batch: list[int] = []
     for i in examples.by_length():
         widest = examples.items[batch[0] if batch else i].get("input_ids")
-        if batch and (IMAGE_TOKENS if widest is None else len(widest)) * (len(batch) + 1) > budget:
+        if batch and (IMAGE_TOKENS if widest is None else len(widest)) * (len(batch) + 1) > tokens:
             yield batch
             batch = []
         batch.append(i)
@@ -108,15 +132,34 @@ def _targets(item: Encoded) -> Tensor:
     return labels[None] if labels.ndim == 0 else labels[1:][labels[1:] != IGNORED]
 
 
-def _answer_scores(logits: Tensor, batch: Batch) -> Float[Tensor, "2 n"]:
-    """Log-probability and hit (0 or 1) of every answer token of the batch, one example after the other."""
-    labels = batch["labels"]
+def answer_logits(logits: Tensor, labels: Tensor) -> tuple[Float[Tensor, "n v"], Int[Tensor, " n"]]:
+    """The logits behind every answer token (or image) of a batch, one example after the other, and the tokens."""
     if labels.ndim > 1:
         logits, labels = logits[:, :-1], labels[:, 1:]
     keep = labels != IGNORED
-    chosen, targets = logits[keep].float(), labels[keep]
-    logp = chosen.gather(1, targets[:, None])[:, 0] - chosen.logsumexp(dim=1)
-    return torch.stack([logp, (chosen.argmax(dim=1) == targets).float()])
+    return logits[keep], labels[keep]
+
+
+def _answer_scores(logits: Tensor, batch: Batch) -> Float[Tensor, "4 n"]:
+    """Log-probability, hit (0 or 1), mean and variance of every answer token of the batch."""
+    chosen, targets = answer_logits(logits, batch["labels"])
+    rows = max(1, CHUNK // chosen.shape[1])
+    parts = [_moments(*pair) for pair in zip(chosen.split(rows), targets.split(rows), strict=True)]
+    return torch.cat(parts, dim=1)
+
+
+def _moments(logits: Tensor, targets: Tensor) -> Float[Tensor, "4 n"]:
+    logits = logits.float()
+    top = logits.max(dim=1)
+    shifted = logits - top.values[:, None]
+    scale = shifted.logsumexp(dim=1)
+    logp = shifted.gather(1, targets[:, None])[:, 0] - scale
+    shares = (shifted - scale[:, None]).exp_()
+    # a share so far below the largest is 0 in float32; a logit of minus infinity times 0 would not be
+    shifted = shifted.clamp_(min=-200)
+    mean = (shares * shifted).sum(dim=1)
+    variance = shifted.sub_(mean[:, None]).square_().mul_(shares).sum(dim=1)
+    return torch.stack([logp, (top.indices == targets).float(), mean - scale, variance])
 
 
 def exact_memorisation(hits: Bool[Tensor, " t"]) -> float:
@@ -133,10 +176,26 @@ def extraction_strength(hits: Bool[Tensor, " t"]) -> float:
     return 1.0 - (int(needed[-1]) + 1 if len(needed) else 0) / len(hits)
 
 
+def loss_score(one: Scored) -> float:
+    """Mean log-probability of the answer's tokens: the LOSS attack, high for members."""
+    return -one.nll / len(one.logp)
+
+
+def zlib_score(one: Scored, text: str) -> float:
+    """`loss_score` per byte that zlib needs for the answer's text: what is likely only because it is simple counts less."""
+    return loss_score(one) / len(zlib.compress(text.encode()))
+
+
 def min_k(logp: Float[Tensor, " t"], share: float = 0.2) -> float:
     """Mean log-probability of the answer's least likely tokens: max(1, floor(share * T)) of them."""
     count = max(1, math.floor(share * len(logp)))
     return logp.double().topk(count, largest=False).values.mean().item()
+
+
+def min_k_plus_plus(one: Scored, share: float = 0.2) -> float:
+    """`min_k` of each token's log-probability in deviations from what the model expected of its own choice there."""
+    deviation = one.variance.double().clamp(min=LEAST_VARIANCE).sqrt()
+    return min_k((one.logp.double() - one.mean.double()) / deviation, share)
 
 
 def auc(members: Sequence[float], others: Sequence[float]) -> float:
@@ -146,3 +205,56 @@ def auc(members: Sequence[float], others: Sequence[float]) -> float:
     below = torch.searchsorted(ranked, scores)
     not_above = torch.searchsorted(ranked, scores, right=True)
     return ((below + not_above).double().mean() / (2 * len(ranked))).item()
+
+
+def roc(members: Sequence[float], others: Sequence[float]) -> list[tuple[float, float]]:
+    """The ROC curve: (false, true) positive rate where all scores of at least each distinct value count as members.
+
+    Starts at (0, 0), ends at (1, 1), rises in both.
+    """
+    ours, theirs = (torch.tensor(scores, dtype=torch.float64).sort().values for scores in (members, others))
+    thresholds = torch.cat([ours, theirs]).unique().flip(0)
+    true, false = (1 - torch.searchsorted(scores, thresholds).double() / len(scores) for scores in (ours, theirs))
+    return [(0.0, 0.0), *zip(false.tolist(), true.tolist(), strict=True)]
+
+
+def tpr_at_fpr(members: Sequence[float], others: Sequence[float], fpr: float) -> float:
+    """The largest share of members found at a threshold above which at most a share `fpr` of the others lies.
+
+    Nothing is interpolated: with fewer than 1 / fpr others, not one of them may lie above.
+    """
+    return max(true for false, true in roc(members, others) if false <= fpr + 1e-12)
+
+
+def interval(
+    statistic: Callable[..., float],
+    *samples: tuple[Sequence[float], Sequence[Hashable]],
+    draws: int = 1000,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Bootstrap percentile interval of a statistic, drawn over clusters: ten questions about a person are no ten samples.
+
+    Args:
+        statistic: takes one list of values for each of `samples`, such as `auc`.
+        samples: the values, and the cluster (the row's person) of each.
+        draws: how often the clusters are drawn anew, with replacement, always in the same way.
+        level: the share of the draws that lies within.
+
+    Raises:
+        RequestError: a sample has fewer than two clusters, so nothing can be said about others.
+    """
+    clustered: list[list[list[float]]] = []
+    for values, labels in samples:
+        clusters: dict[Hashable, list[float]] = {}
+        for value, label in zip(values, labels, strict=True):
+            clusters.setdefault(label, []).append(value)
+        if len(clusters) < 2:
+            raise RequestError("An interval over clusters needs at least two of them; give each person a label.")
+        clustered.append(list(clusters.values()))
+    draw = random.Random(0)
+    found = sorted(
+        statistic(*([value for cluster in draw.choices(each, k=len(each)) for value in cluster] for each in clustered))
+        for _ in range(draws)
+    )
+    outside = math.floor((1 - level) / 2 * draws)
+    return found[outside], found[-1 - outside]

@@ -20,8 +20,9 @@ class Measure:
         on: the role, or "model".
         unit: "share" and "probability" lie between 0 and 1; "" is a plain number.
         better: "up" or "down": which way a model improves.
-        wanted: "up", "down", "same", or "chance" (towards 0.5): which way it should go in this group.
+        wanted: "up", "down", "same", "chance" (towards 0.5) or "anchor": which way it should go in this group.
         n: number of examples, or of timed runs, behind it.
+        anchor: what a model that was trained without the data has; known where that is wanted.
     """
 
     group: str
@@ -33,6 +34,7 @@ class Measure:
     wanted: str
     value: float
     n: int
+    anchor: float | None = None
 
 
 @contextmanager

@@ -1,26 +1,40 @@
 """The metrics that a recipe's `judge:` block can name. A new one is a decorated function in this file, nothing else.
 
 A metric takes the evidence of one role, or of two where it compares them; the names of its arguments are the names of
-those roles in a recipe. It returns its value and the number of examples behind it.
+those roles in a recipe. An argument `retrained_NAME` receives what the model that was trained without the data says about
+the role NAME. A metric returns its value and the number of examples behind it.
+
+How the metrics of benchmarks differ from their released codes (TOFU, MUSE, Open-Unlearning):
+1. Equal questions with equal answers count once where another question than the role's own is asked.
+2. `model_utility` takes the plain probability on every role; TOFU divides it by that of all choices where there are some.
+3. `verbatim_memorisation` reads 32 tokens and continues by 32; MUSE continues by 128.
+4. `knowledge_memorisation` generates a few tokens more than the longest expected answer, and its examples, if it is to
+   have any, stand in the material's `prompt:`; MUSE generates 32 tokens after prompts of its own.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from overhaul.data.tasks import verify
-from overhaul.judge import likelihood
-from overhaul.judge.evidence import Evidence, Kind
-from overhaul.judge.generation import repeated_share, rouge_l
-from overhaul.judge.likelihood import Scored
+from overhaul.judge import likelihood, standards
+from overhaul.judge.evidence import Evidence, Kind, truth_ratios
+from overhaul.judge.generation import repeated_share, rouge_l, rouge_l_f1
 
 Better = Literal["up", "down"]
-Wanted = Literal["up", "down", "same", "chance"]
+Wanted = Literal["up", "down", "same", "chance", "anchor"]
 Value = tuple[float, int]
+
+NEXT_QUESTION = re.compile(r"\n\s*\n|\bQuestion\b")
+"""Where a model that does not stop goes on by itself: what follows is no part of its answer."""
+
+RETRAINED = "retrained_"
+"""How the name of an argument begins that reads the retrained model."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,7 @@ class Metric:
         reads: the kinds of data it can be measured on.
         columns: what every row must have besides.
         roles: what a recipe calls its roles; one metric of one role has ("role",).
+        anchored: those of them that it also reads on the retrained model.
     """
 
     name: str
@@ -45,6 +60,7 @@ class Metric:
     reads: tuple[Kind, ...]
     columns: tuple[str, ...]
     roles: tuple[str, ...]
+    anchored: tuple[str, ...]
     doc: str
     call: Callable[..., Value]
 
@@ -66,8 +82,10 @@ def metric(
     def decorate(function: Callable[..., Value]) -> Callable[..., Value]:
         name, doc = function.__name__, inspect.cleandoc(function.__doc__ or "")
         worse: Wanted = forgotten or ("down" if better == "up" else "up")
-        roles = tuple(inspect.signature(function).parameters)
-        METRICS[name] = Metric(name, label, unit, better, worse, reads, columns, roles, doc, function)
+        names = list(inspect.signature(function).parameters)
+        roles = tuple(each for each in names if not each.startswith(RETRAINED))
+        anchored = tuple(each.removeprefix(RETRAINED) for each in names if each.startswith(RETRAINED))
+        METRICS[name] = Metric(name, label, unit, better, worse, reads, columns, roles, anchored, doc, function)
         return function
 
     return decorate
@@ -103,6 +121,18 @@ def rouge(role: Evidence) -> Value:
     return _mean([rouge_l(one.expected, one.text) for one in role.answered])
 
 
+@metric("continued word by word (VerbMem)", unit="share", reads=("text",))
+def verbatim_memorisation(role: Evidence) -> Value:
+    """Mean ROUGE-L F1 of 32-token continuations of text (MUSE)."""
+    return _mean([rouge_l_f1(one.expected, one.text) for one in role.answered])
+
+
+@metric("known on being asked (KnowMem)", unit="share", reads=("answers",))
+def knowledge_memorisation(role: Evidence) -> Value:
+    """Mean ROUGE-L F1 of greedy answers, each cut at the first blank line or further question (MUSE)."""
+    return _mean([rouge_l_f1(one.expected, NEXT_QUESTION.split(one.text)[0]) for one in role.answered])
+
+
 @metric("repeated token pairs", unit="share", better="down", reads=("answers", "text"))
 def repetition(role: Evidence) -> Value:
     """Mean Rep-2 of what is generated: the share of token pairs that occurred before in the same answer."""
@@ -135,21 +165,152 @@ def bits_per_byte(role: Evidence) -> Value:
     return math.fsum(one.nll for one in role.scored) / math.log(2) / size, len(role.scored)
 
 
-def _separation(score: Callable[[Scored], float], members: Evidence, others: Evidence) -> Value:
-    ours, theirs = ([score(one) for one in role.scored] for role in (members, others))
-    return likelihood.auc(ours, theirs), len(ours) + len(theirs)
+@metric(
+    "wrong against right answers (truth ratio)", unit="share", better="down", reads=("answers",), columns=("wrong",)
+)
+def truth_ratio(role: Evidence) -> Value:
+    """Mean of min(R, 1/R), R = geometric mean probability of the row's `wrong` answers over that of the right one.
+
+    1 cannot tell them apart. The right answer is the row's `paraphrased_answer`, the question its `paraphrase`, where it
+    has them (TOFU as in its code).
+    """
+    return _mean([min(ratio, 1 / ratio) for ratio in truth_ratios(role)])
 
 
-@metric("told from unseen by loss (AUC)", forgotten="chance", reads=("answers", "text", "images"))
-def membership(members: Evidence, others: Evidence) -> Value:
-    """AUC of the mean log-probability: how well a reader of losses tells members from others the model never saw.
+@metric(
+    "wrong against right answers (arithmetic)",
+    unit="share",
+    better="down",
+    reads=("answers",),
+    columns=("wrong",),
+)
+def truth_ratio_arithmetic(role: Evidence) -> Value:
+    """As `truth_ratio`, with the arithmetic mean of the wrong answers' probabilities (TOFU's paper)."""
+    return _mean([min(ratio, 1 / ratio) for ratio in truth_ratios(role, "arithmetic")])
+
+
+@metric("right preferred to wrong answers", unit="share", reads=("answers",), columns=("wrong",))
+def truth_preference(role: Evidence) -> Value:
+    """Mean of max(0, 1 - R) of the truth ratio R: what TOFU counts on data that is to stay."""
+    return _mean([max(0.0, 1 - ratio) for ratio in truth_ratios(role)])
+
+
+@metric("model utility", unit="share", reads=("answers",), columns=("wrong",))
+def model_utility(role: Evidence) -> Value:
+    """Harmonic mean of `answer_probability`, `rouge` and `truth_preference`: 0 if one of them is (TOFU).
+
+    TOFU's nine parts over three roles are the harmonic mean of this on each of the roles.
+    """
+    parts = [answer_probability(role)[0], rouge(role)[0], truth_preference(role)[0]]
+    return standards.model_utility(parts), len(role.scored)
+
+
+Attack = Callable[[Evidence], list[float]]
+"""Membership scores of a role's examples, high for members."""
+
+
+def by_loss(role: Evidence) -> list[float]:
+    """The mean log-probability of each answer."""
+    return [likelihood.loss_score(one) for one in role.scored]
+
+
+def by_zlib(role: Evidence) -> list[float]:
+    """The mean log-probability per byte that zlib needs for the answer."""
+    return [likelihood.zlib_score(one, text) for one, text in zip(role.scored, role.texts, strict=True)]
+
+
+def by_min_k(role: Evidence, share: float = 0.2) -> list[float]:
+    """The mean log-probability of the `share` of the tokens that is least likely (Min-K)."""
+    return [likelihood.min_k(one.logp, share) for one in role.scored]
+
+
+def by_min_k_plus_plus(role: Evidence) -> list[float]:
+    """As `by_min_k`, in deviations from what the model expected at each token (Min-K++)."""
+    return [likelihood.min_k_plus_plus(one) for one in role.scored]
+
+
+ATTACKS: Mapping[str, tuple[str, Attack, tuple[Kind, ...]]] = {
+    "membership": ("loss", by_loss, ("answers", "text", "images")),
+    "membership_zlib": ("loss per zlib byte", by_zlib, ("answers", "text")),
+    "membership_min_k": ("Min-20%", by_min_k, ("answers", "text")),
+    "membership_min_k_plus_plus": ("Min-20%++", by_min_k_plus_plus, ("answers", "text")),
+}
+"""Each becomes three metrics: the AUC under its own name, and the TPR at two false positive rates."""
+
+FALSE_POSITIVE_RATES: Mapping[str, float] = {"_tpr_1e_2": 0.01, "_tpr_1e_3": 0.001}
+
+
+def _auc(name: str, label: str, attack: Attack) -> Callable[[Evidence, Evidence], Value]:
+    def area(members: Evidence, others: Evidence) -> Value:
+        ours, theirs = attack(members), attack(others)
+        return likelihood.auc(ours, theirs), len(ours) + len(theirs)
+
+    area.__name__ = name
+    area.__doc__ = f"""AUC of {label}: how well a reader of it tells members from others the model never saw.
 
     0.5 is chance; below 0.5, members stand out by being too unlikely, which shows that something was removed.
     """
-    return _separation(lambda one: -one.nll / len(one.logp), members, others)
+    return area
 
 
-@metric("told from unseen by Min-20% (AUC)", forgotten="chance", reads=("answers", "text"))
-def membership_min_k(members: Evidence, others: Evidence) -> Value:
-    """As `membership`, by the mean log-probability of the fifth of the tokens that is least likely (Min-K)."""
-    return _separation(lambda one: likelihood.min_k(one.logp), members, others)
+def _tpr(name: str, label: str, attack: Attack, fpr: float) -> Callable[[Evidence, Evidence], Value]:
+    def found(members: Evidence, others: Evidence) -> Value:
+        ours, theirs = attack(members), attack(others)
+        return likelihood.tpr_at_fpr(ours, theirs, fpr), len(ours) + len(theirs)
+
+    found.__name__ = name
+    found.__doc__ = f"Share of members found by {label} while at most {fpr:.1%} of the others are taken for some."
+    return found
+
+
+for _name, (_label, _attack, _reads) in ATTACKS.items():
+    metric(f"told from unseen by {_label} (AUC)", forgotten="chance", reads=_reads)(_auc(_name, _label, _attack))
+    for _suffix, _fpr in FALSE_POSITIVE_RATES.items():
+        metric(f"told from unseen by {_label} (TPR at {_fpr:.1%} FPR)", unit="share", reads=_reads)(
+            _tpr(_name + _suffix, _label, _attack, _fpr)
+        )
+
+
+@metric(
+    "forget quality (log10 p)",
+    unit="log10 p",
+    better="down",
+    forgotten="anchor",
+    reads=("answers",),
+    columns=("wrong",),
+)
+def forget_quality(role: Evidence, retrained_role: Evidence) -> Value:
+    """log10 p of a Kolmogorov-Smirnov test of truth ratios against the retrained model's; above -1.3 they look alike (TOFU).
+
+    A destroyed model may pass it: name `model_utility` on what is to be kept beside it. It falls with the number of
+    questions, so it is compared between models on one role only.
+    """
+    ratios = truth_ratios(role)
+    return standards.forget_quality(ratios, truth_ratios(retrained_role)), len(ratios)
+
+
+@metric("privacy leakage (PrivLeak, %)", better="down", forgotten="anchor", reads=("answers", "text"))
+def privacy_leakage(
+    members: Evidence, others: Evidence, retrained_members: Evidence, retrained_others: Evidence
+) -> Value:
+    """How far the AUC of Min-40% is from the retrained model's, in per cent (MUSE).
+
+    0 as retrained, towards -100 where the members are remembered, above 0 where they are shunned.
+    """
+    ours, theirs, their_ours, their_theirs = (
+        by_min_k(role, 0.4) for role in (members, others, retrained_members, retrained_others)
+    )
+    leakage = standards.privacy_leakage(likelihood.auc(ours, theirs), likelihood.auc(their_ours, their_theirs))
+    return leakage, len(ours) + len(theirs)
+
+
+@metric("KL from the retrained model (nats)", better="down", forgotten="anchor", reads=("answers", "text", "images"))
+def retrained_kl(role: Evidence, retrained_role: Evidence) -> Value:
+    """Mean over examples of KL(retrained || model) per answer token, or image."""
+    return _mean([kl for kl, _ in role.distances_from(retrained_role)])
+
+
+@metric("JS from the retrained model (nats)", better="down", forgotten="anchor", reads=("answers", "text", "images"))
+def retrained_js(role: Evidence, retrained_role: Evidence) -> Value:
+    """As `retrained_kl`, by the Jensen-Shannon divergence, which is at most log 2."""
+    return _mean([js for _, js in role.distances_from(retrained_role)])

@@ -24,14 +24,13 @@ from torch import Tensor
 from overhaul import __version__, method, models, processes
 from overhaul.errors import RequestError, writing
 from overhaul.recipe import machine
-from overhaul.recipe.check import Checked, check, with_steps
+from overhaul.recipe.check import RETRAINED, Checked, check, with_steps
 from overhaul.recipe.run import Run, Runner
 from overhaul.recipe.spec import read
 from overhaul.recipe.store import RunFolder, Stage, key_of, write_json
 from overhaul.report.comparison import write_comparison
 from overhaul.weights import TensorFacts, delta_norms, stream
 
-RETRAINED = "retrained"
 Entry = Mapping[str, Mapping[str, Any]]
 
 
@@ -143,9 +142,12 @@ class _Comparison:
         """Every variant's run, the table and the page."""
         rows: dict[str, list[dict[str, Any]]] = {}
         measures: list[dict[str, Any]] = []
+        anchored = None
         for variant in self.variants:
             runner = Runner(variant.checked, self.folder, self.data, RunFolder(self.folder.root / variant.folder))
+            runner.anchored = anchored
             stages, judged, _ = runner.walk()
+            anchored = runner.anchored
             if not rows:
                 measures = [{k: v for k, v in one.items() if k != "value"} for one in judged[0]["measures"]]
                 rows["before"] = [_row(judged[0], None, variant.checked.recipe.model)]

@@ -96,7 +96,7 @@ class Runner:
         self.digests = {role: examples.digest() for role, examples in self.data.items()}
         self.warnings = [*checked.warnings, *self.repeated()]
         self.model: tuple[str, nn.Module] | None = None
-        self._anchor: judging.Anchor | None = None
+        self.anchored: judging.Anchor | None = None
 
     def go(self) -> Run:
         """All steps, all judgements, the report and the published model."""
@@ -281,14 +281,14 @@ class Runner:
 
     def anchor(self) -> judging.Anchor | None:
         """What the retrained model says, if the judge compares with one: read once, before another model is loaded."""
-        if self.checked.compares_with_retrained and self._anchor is None:
+        if self.checked.compares_with_retrained and self.anchored is None:
             self.model = None
             model = self.reference_model(RETRAINED, [])
             if torch.cuda.is_available():
                 model.to("cuda")
             torch.manual_seed(self.checked.recipe.seed)
-            self._anchor = judging.anchor_of(model, self.checked.requests, self.data)
-        return self._anchor
+            self.anchored = judging.anchor_of(model, self.checked.requests, self.data)
+        return self.anchored
 
     def report(self, stages: list[Stage], judged: list[dict[str, Any]]) -> dict[str, Any]:
         """Everything the report shows, aligned over the stages."""

@@ -25,7 +25,7 @@ from overhaul.report.terminal import COLOURS
 Report = Mapping[str, Any]
 """The content of comparison.json."""
 
-ARROWS: Mapping[str, str] = {"up": "↑", "down": "↓", "same": "=", "chance": "→ 0.5"}
+ARROWS: Mapping[str, str] = {"up": "↑", "down": "↓", "same": "=", "chance": "→ 0.5", "anchor": "→ retrained"}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,10 @@ A verdict looks at the first and the last stage only. What counts as moved:
    less moved "a little".
 4. Chance is 0.5, and reached within 0.1: with a hundred examples a side, an attack that guesses still scores anywhere
    between 0.42 and 0.58.
+5. The value of a model that was trained without the data is reached within a tenth of the distance there was to it, or
+   within what counts as unmoved. Probabilities are compared by their logarithms, and reached within a factor of two: one
+   far below that of the retrained model is as telling as one far above. Forget quality, a logarithm of a p-value,
+   reaches it above p = 0.05.
 """
 
 from __future__ import annotations
@@ -27,11 +31,14 @@ RELATIVE: Mapping[str, float] = {"ms": 0.10}
 RELATIVE_ELSE = 0.05
 LARGE_POINTS, LARGE_RELATIVE = 0.20, 0.10
 CHANCE, NEAR_CHANCE = 0.5, 0.10
+NEAR_ANCHOR = 0.10
+LEAST, LEAST_LOG10_P = 1e-30, math.log10(0.05)
 
 TOLERANCE = (
     "A share has moved if it differs by more than 3 points, a latency by more than 10%, any other number by more than "
     "5%. A change is as wanted if it is large: a share or probability halved, or gained 20 points or half of what was "
-    "missing; any other number moved by more than 10%. Chance is 0.5, reached within 0.1."
+    "missing; any other number moved by more than 10%. Chance is 0.5, reached within 0.1. The value of a retrained model is "
+    "reached within a tenth of the distance there was to it, a probability within a factor of two."
 )
 
 MISSING = "–"
@@ -42,7 +49,13 @@ GROUPS: Mapping[str, str] = {
     "kept": "To be kept",
     "cost": "Cost",
 }
-WANTED: Mapping[str, str] = {"up": "should rise", "down": "should fall", "same": "should stay", "chance": "to chance"}
+WANTED: Mapping[str, str] = {
+    "up": "should rise",
+    "down": "should fall",
+    "same": "should stay",
+    "chance": "to chance",
+    "anchor": "as retrained",
+}
 
 _DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _SHORT = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
@@ -158,7 +171,8 @@ def aim(measure: Measure) -> str:
     """What was wanted of a measure; of a cost, which way is better."""
     if measure["group"] == "cost":
         return "less is better" if measure["better"] == "down" else "more is better"
-    return WANTED[measure["wanted"]]
+    wanted = WANTED[measure["wanted"]]
+    return f"{wanted}: {humanise(measure['anchor'], measure['unit'])}" if measure["wanted"] == "anchor" else wanted
 
 
 def small_print(measure: Measure) -> str:
@@ -239,6 +253,8 @@ def verdict(measure: Measure) -> Verdict:
         return Verdict(UNKNOWN, None)
     if measure["wanted"] == "chance":
         return _against_chance(before, after)
+    if measure["wanted"] == "anchor":
+        return _against_anchor(before, after, measure["anchor"], unit)
     moved = direction(before, after, unit)
     gain = moved if measure["better"] == "up" else -moved
     if measure["group"] == "cost":
@@ -270,6 +286,21 @@ def _against_chance(before: float, after: float) -> Verdict:
     if abs(was) - abs(now) > POINTS:
         return Verdict("nearer chance", None)
     return Verdict("not nearer", False)
+
+
+def _against_anchor(before: float, after: float, anchor: float, unit: str) -> Verdict:
+    if unit == "probability":
+        was, now = (math.log(max(value, LEAST) / max(anchor, LEAST)) for value in (before, after))
+        unmoved = abs(now) <= math.log(2)
+    else:
+        was, now = before - anchor, after - anchor
+        unmoved = direction(anchor, after, unit) == 0
+    if after >= LEAST_LOG10_P if unit == "log10 p" else unmoved or abs(now) <= NEAR_ANCHOR * abs(was):
+        return Verdict("as retrained", True)
+    if was * now < 0:
+        # what is less likely than in a model that never saw it shows an attacker that something was removed
+        return Verdict("overshot", False)
+    return Verdict("nearer", None) if abs(now) < (1 - NEAR_ANCHOR) * abs(was) else Verdict("not nearer", False)
 
 
 @dataclass(frozen=True)

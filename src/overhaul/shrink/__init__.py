@@ -2,6 +2,4 @@
 
 from overhaul.method import shelve
 
-_functions = shelve(__name__)
-globals().update(_functions)
-__all__ = list(_functions)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = shelve(__name__)  # pyright: ignore[reportUnsupportedDunderAll]
