@@ -28,10 +28,9 @@ from overhaul.claims._claim import Check, Claim, Numbers
 from overhaul.claims._ridge_paths import Divergence, Stage, ascend, growth, train
 from overhaul.data.encode import answered
 from overhaul.data.examples import Examples
-from overhaul.fit import fit
 from overhaul.forget._losses import ga_term, npo_term, simnpo_term
-from overhaul.objectives import Term, cross_entropy
-from overhaul.references import reference_nll
+from overhaul.forget.path_dependence import learn, orders, unlearn
+from overhaul.objectives import Term
 
 LETTERS = 50
 SEPARATOR = 59
@@ -111,20 +110,15 @@ def _path(stages: dict[str, Examples], place: int, seed: int, size: Size) -> nn.
         max_position_embeddings=16, pad_token_id=None, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    order = [*RETAINED[: place - 1], "refusal", *RETAINED[place - 1 :]]
-    for stage in order:
-        fit(model, [cross_entropy(stage)], stages, steps=size.stage_steps, batch_size=32, lr=1e-3, name=stage)
+    order = orders(RETAINED, "refusal")[place - 1]
+    learn(model, stages, order, seed=seed, steps=size.stage_steps, batch_size=32, lr=1e-3)
     return model
 
 
 def _forget_score(path: nn.Module, forget: Examples, term: Term, seed: int, size: Size) -> float:
-    """How many nats a token of the refusal costs more after unlearning it."""
-    model = copy.deepcopy(path)
-    before = reference_nll(model, forget, 256)
-    data = {"forget": forget.with_column("reference_nll", before)}
-    torch.manual_seed(seed)
-    fit(model, [term], data, steps=size.unlearning_steps, batch_size=32, lr=3e-4, clip=None, name=term.name)
-    return float((reference_nll(model, forget, 256) - before).mean()) / len(REFUSAL)
+    """How many nats a token of the refusal costs more after unlearning it; the path stays as it is."""
+    steps = size.unlearning_steps
+    return unlearn(copy.deepcopy(path), forget, term, seed=seed, steps=steps, batch_size=32, lr=3e-4).score
 
 
 def linear_theory(seed: int) -> Numbers:
