@@ -54,7 +54,13 @@ class Penalty:
 
 
 def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Logits of a Hugging Face model, or of any module that takes these inputs and returns logits or an object with them."""
+    """Logits of a Hugging Face model, or of any module that takes these inputs and returns logits or an object with them.
+
+    A batch of pairs (`other_input_ids` [b, t'] and `other_attention_mask` beside the rest) gives [2b, max(t, t'), v]: first
+    the b sequences, then the b others.
+    """
+    if "other_input_ids" in batch:
+        batch = _one_below_the_other(batch)
     if "pixel_values" in batch:
         out: Any = model(pixel_values=batch["pixel_values"])
     else:
@@ -64,6 +70,18 @@ def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
 
+def _one_below_the_other(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # the others are padded to one width over all data, of which a batch may need less
+    lengths = {"": batch["input_ids"].shape[1], "other_": int(batch["other_attention_mask"].sum(dim=1).max())}
+    width = max(lengths.values())
+    return {
+        name: torch.cat(
+            [F.pad(batch[side + name][:, :length], (0, width - length)) for side, length in lengths.items()]
+        )
+        for name in ("input_ids", "attention_mask")
+    }
+
+
 def token_nll(logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"]) -> Float[Tensor, "b t-1"]:
     """Negative log-likelihood of each next token in nats, float32; zero where the label is -100."""
     flat = logits[:, :-1].float().flatten(0, 1)
@@ -71,9 +89,23 @@ def token_nll(logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"]) -> Flo
     return nll.view(labels.shape[0], -1)
 
 
-def sequence_nll(logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"]) -> Float[Tensor, " b"]:
-    """Negative log-likelihood of each whole answer in nats: the sum over its tokens, no prompt and no padding."""
+def sequence_nll(logits: Tensor, labels: Tensor) -> Float[Tensor, " b"]:
+    """Negative log-likelihood of each whole answer in nats: the sum over its tokens, no prompt and no padding.
+
+    Args:
+        logits: [b, t, v], or [b, classes]: the label of an image is an answer of one token.
+        labels: [b, t], or [b].
+    """
+    if labels.ndim == 1:
+        return F.cross_entropy(logits.float(), labels, reduction="none")
     return token_nll(logits, labels).sum(dim=1)
+
+
+def pair_nll(logits: Float[Tensor, "2b t v"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """`sequence_nll` of both sequences of each pair, from the logits of `forward` on a batch with `other_labels`."""
+    parts = zip(logits.chunk(2), (batch["labels"], batch["other_labels"]), strict=True)
+    first, other = (sequence_nll(rows[:, : y.shape[1]], y[:, : rows.shape[1]]) for rows, y in parts)
+    return first, other
 
 
 def answer_tokens(batch: Batch) -> int:

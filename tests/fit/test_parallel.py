@@ -24,8 +24,9 @@ from conftest import examples_for, tiny_gpt2, tiny_llama, tiny_resnet
 from overhaul import session
 from overhaul.data.examples import Batch, Examples
 from overhaul.errors import RequestError, RunError
-from overhaul.fit import Draw, Ledger, fit
+from overhaul.fit import Draw, Ledger, adamw, fit
 from overhaul.fit.checkpoints import TrainingState
+from overhaul.forget._gradients import bilevel
 from overhaul.objectives import Penalty, Term, cross_entropy, cross_entropy_sum, sequence_nll, sequences, units
 from overhaul.references import cache_outputs
 from overhaul.stack import LayerStack
@@ -92,6 +93,22 @@ def some_without_answers(scratch: Path) -> Result:
 def fewer_examples_than_processes(scratch: Path) -> Result:
     model, data = small(), {"a": examples_for("llama", 5)}
     return result(model, fit(model, [cross_entropy("a")], data, steps=3, batch_size=1, lr=0.1, optimizer=sgd))
+
+
+def orthogonal_gradients(scratch: Path, optimizer: Any = None, metric: Any = "euclidean") -> Result:
+    """Forget first: inner products over all weights, from gradients accumulated and added up; clipped afterwards."""
+    model = small()
+    data = {"forget": examples_for("llama", 20, seed=1), "retain": examples_for("llama", 23, seed=2)}
+    terms = [cross_entropy("forget", -1.0, "forget"), cross_entropy("retain", name="retain")]
+    ledger = fit(
+        model, terms, data, steps=3, batch_size={"forget": 4, "retain": 5}, accumulation=2, lr=0.02,
+        optimizer=optimizer or sgd, combine=bilevel(1.0, 2.0, metric),
+    )  # fmt: skip
+    return result(model, ledger)
+
+
+def orthogonal_to_the_step_of_adamw(scratch: Path) -> Result:
+    return orthogonal_gradients(scratch, adamw(), "adam")
 
 
 class Routed(nn.Module):
@@ -235,6 +252,8 @@ COPIES: list[Scenario] = [
     some_without_answers,
     fewer_examples_than_processes,
     parts_that_a_process_leaves_out,
+    orthogonal_gradients,
+    orthogonal_to_the_step_of_adamw,
     statistics_move_by_the_mean,
     dropout_and_roles_of_many_sizes,
     a_loss_that_one_process_finds_not_finite,
@@ -242,6 +261,8 @@ COPIES: list[Scenario] = [
 ]
 SHARDS: list[Scenario] = [
     every_kind_of_term,
+    orthogonal_gradients,
+    orthogonal_to_the_step_of_adamw,
     some_without_answers,
     dropout_and_roles_of_many_sizes,
     a_loss_that_one_process_finds_not_finite,
@@ -319,7 +340,7 @@ def assert_same(ours: Result, theirs: Result, tolerance: float) -> None:
 ALIKE = [every_kind_of_term, some_without_answers, fewer_examples_than_processes, parts_that_a_process_leaves_out]
 
 
-@pytest.mark.parametrize("scenario", [*ALIKE, one_training_after_another])
+@pytest.mark.parametrize("scenario", [*ALIKE, orthogonal_gradients, one_training_after_another])
 def test_two_copies_are_one_process_with_the_double_batch(scenario: Scenario, copies: Path, tmp_path: Path) -> None:
     assert_same(both(copies, scenario), scenario(tmp_path), 1e-6)
 
@@ -372,6 +393,20 @@ def test_shards_are_one_process_too(scenario: Scenario, shards: Path, tmp_path: 
     alone = scenario(tmp_path)
     assert_same(both(shards, scenario), alone, 1e-5)
     assert max(alone[1]["curves"]["gradient norm"]) > 1.0, "the gradient was clipped, so its norm had to be right"
+
+
+@pytest.mark.parametrize("way", ["copies", "shards"])
+@pytest.mark.parametrize("scenario", [orthogonal_gradients, orthogonal_to_the_step_of_adamw])
+def test_inner_products_are_over_all_of_the_gradient(
+    scenario: Scenario, way: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Of shards, too: a process that took its own part for the whole would come to another direction."""
+    # AdamW makes a step of full size of any rounding error in a gradient near zero
+    assert_same(
+        both(request.getfixturevalue(way), scenario),
+        scenario(tmp_path),
+        1e-5 if "adamw" not in scenario.__name__ else 2e-3,
+    )
 
 
 def test_shards_keep_rates_by_depth_and_leave_a_plain_model(shards: Path, tmp_path: Path) -> None:

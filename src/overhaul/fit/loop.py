@@ -29,6 +29,7 @@ from overhaul import processes, session
 from overhaul.data.examples import Batch, Encoded, Examples, collate
 from overhaul.errors import RequestError
 from overhaul.fit.checkpoints import Checkpoint, TrainingState, load_optimizer_state, optimizer_state
+from overhaul.fit.combining import Apart, Combine
 from overhaul.fit.optimizers import OptimizerFactory, adamw
 from overhaul.fit.parallel import Diverged, Workers, workers
 from overhaul.fit.schedules import Factor, Schedule, learning_rate
@@ -89,6 +90,7 @@ def fit(
     optimizer: OptimizerFactory | None = None,
     trainable: Callable[[str], bool] | None = None,
     should_stop: Callable[[Ledger], bool] | None = None,
+    combine: Combine | None = None,
     state: TrainingState | None = None,
     name: str = "fit",
 ) -> Ledger:
@@ -113,6 +115,8 @@ def fit(
         trainable: which parameters to train, by name; all that require gradients if not given.
         should_stop: asked after each step; True ends the training early. It must not depend on `seconds`, which differ
             from process to process.
+        combine: makes one direction of the roles' gradients, instead of their sum; see `combining`. It needs a copy of the
+            gradients for every role but one.
         state: where an earlier training stood; this one goes on with its draws and its optimizer, and leaves there where
             it ended itself. A fresh start if not given.
         name: what progress and the checkpoint are called; two trainings of one step need two names.
@@ -122,12 +126,13 @@ def fit(
 
     Raises:
         RequestError: a role is missing or empty, nothing is trainable, or a batch is too small for the processes.
-        ValueError: two terms have one name, or a schedule that is no name comes with a warm-up or floor.
+        ValueError: two terms have one name, a schedule that is no name comes with a warm-up or floor, or a penalty, which
+            has no role, with a combiner.
         RunError: a loss or gradient is not finite; the weights are those of the last good step.
     """
     roles = list(dict.fromkeys(term.role for term in terms if isinstance(term, Term)))
     sizes = {role: batch_size if isinstance(batch_size, int) else batch_size[role] for role in roles}
-    _check(terms, data, roles)
+    _check(terms, data, roles, combine)
     rate_at = _rates(steps, lr, warmup, schedule, floor, state.step if state else 0)
     learnable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     chosen = {n for n, _ in learnable if trainable is None or trainable(n)}
@@ -154,10 +159,10 @@ def fit(
             for group, base in zip(team.optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = base * rate
             windows = _draw_step(data, draws, ledger, sizes, accumulation, team)
-            losses, norm = _step(team, terms, windows, clip or math.inf, ledger.step)
+            losses, more = _step(team, terms, windows, clip or math.inf, ledger.step, combine)
             total = sum(term.weight * losses[term.name] for term in terms)
             # the total also where a term has its name
-            ledger.record({"loss": total, **losses, "lr": rate, "gradient norm": norm} | {"loss": total})
+            ledger.record({"loss": total, **losses, "lr": rate, **more} | {"loss": total})
             ledger.step += 1
             ledger.seconds += time.perf_counter() - started
             session.current().report(name, ledger.step, steps, f"loss {total:.3f}  {_speed(ledger)}")
@@ -170,12 +175,16 @@ def fit(
     return ledger
 
 
-def _check(terms: Sequence[Term | Penalty], data: Mapping[str, Examples], roles: Sequence[str]) -> None:
+def _check(
+    terms: Sequence[Term | Penalty], data: Mapping[str, Examples], roles: Sequence[str], combine: Combine | None
+) -> None:
     for role in roles:
         if not len(data.get(role, ())):
             raise RequestError(f"Training reads the role {role!r}, which is missing or has no examples.")
     if len({term.name for term in terms}) < len(terms):
         raise ValueError(f"each term needs a name of its own: {[term.name for term in terms]}")
+    if combine is not None and any(isinstance(term, Penalty) for term in terms):
+        raise ValueError("a combiner is given the gradient of each role, and a penalty on the weights has none")
 
 
 def _rates(
@@ -254,17 +263,38 @@ def by_length(items: Sequence[Encoded]) -> list[list[Encoded]]:
 
 
 def _step(
-    team: Workers, terms: Sequence[Term | Penalty], windows: Mapping[str, list[Batch]], limit: float, step: int
-) -> tuple[dict[str, float], float]:
-    """One optimizer step; each term's mean over it, and the norm of the gradient before clipping."""
+    team: Workers,
+    terms: Sequence[Term | Penalty],
+    windows: Mapping[str, list[Batch]],
+    limit: float,
+    step: int,
+    combine: Combine | None,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """One optimizer step; each term's mean over it, the combiner's curves and the gradient's norm before clipping."""
     with team.guarded_statistics():
-        losses = _backward(team, [term for term in terms if isinstance(term, Term)], windows)
-        losses |= _backward_penalties(team, [term for term in terms if isinstance(term, Penalty)])
+        on_data = [term for term in terms if isinstance(term, Term)]
+        if combine is None:
+            losses, more = _backward(team, on_data, windows), {}
+            losses |= _backward_penalties(team, [term for term in terms if isinstance(term, Penalty)])
+        else:
+            losses, more = _backward_apart(team, on_data, windows, combine, limit)
         norm = team.clip(limit)
         _check_finite(terms, losses, norm, step)
     team.optimizer.step()
     team.optimizer.zero_grad()
-    return losses, norm
+    return losses, {**more, "gradient norm": norm}
+
+
+def _backward_apart(
+    team: Workers, terms: Sequence[Term], windows: Mapping[str, list[Batch]], combine: Combine, limit: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """As `_backward` for one role after the other; the combination becomes the gradient."""
+    losses: dict[str, float] = {}
+    apart = Apart(team)
+    for role, batches in windows.items():
+        losses |= _backward(team, [term for term in terms if term.role == role], {role: batches})
+        apart.put_aside(role)
+    return losses, dict(apart.combine(combine, limit))
 
 
 def _backward(team: Workers, terms: Sequence[Term], windows: Mapping[str, list[Batch]]) -> dict[str, float]:
@@ -273,15 +303,19 @@ def _backward(team: Workers, terms: Sequence[Term], windows: Mapping[str, list[B
     scale = [1.0 / max(count, 1.0) for count in processes.total(counts).tolist()]
     sums = {term.name: torch.zeros((), device=team.accelerator.device) for term in terms}
     for role, batches in windows.items():
+        # a role of which nothing counts is only watched
+        learnt = any(term.weight for term in terms if term.role == role)
         for batch in batches:
-            logits = forward(team.model, batch)
+            with torch.set_grad_enabled(learnt):
+                logits = forward(team.model, batch)
             total: Any = 0.0
             for term, factor in zip(terms, scale, strict=True):
                 if term.role == role:
                     value = term.loss(logits, batch) * factor
                     sums[term.name] = sums[term.name] + value.detach()
                     total = total + value * (term.weight * team.gradient_scale)
-            team.accelerator.backward(total)
+            if learnt:
+                team.accelerator.backward(total)
     team.add_up_gradients()
     return dict(zip(sums, processes.total(torch.stack([*sums.values()])).tolist(), strict=True)) if sums else {}
 

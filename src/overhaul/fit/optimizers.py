@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,9 +22,22 @@ def adamw(betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0) 
     """AdamW; matrices decay, vectors (norms, biases) do not."""
 
     def build(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        matrices = [p for p in trained.values() if p.ndim >= 2]
-        vectors = [p for p in trained.values() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=1.0, betas=betas, fused=True)
+        return torch.optim.AdamW(_groups(trained, weight_decay), lr=1.0, betas=betas, fused=True)
 
     return build
+
+
+def sgd(weight_decay: float = 0.0) -> OptimizerFactory:
+    """Plain descent without momentum, whose step is the rate times the gradient; matrices decay, vectors do not."""
+
+    def build(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(_groups(trained, weight_decay), lr=1.0)
+
+    return build
+
+
+def _groups(trained: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    matrices = [p for p in trained.values() if p.ndim >= 2]
+    vectors = [p for p in trained.values() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,233 @@
+"""What the methods that train a forget loss share: checks, the reference, what is retained, when to stop, what is said.
+
+1. The reference is the model as it is given, run once; its log-likelihoods and outputs are cached. No second model is held.
+2. `klr` is KL(reference || model) at the answer tokens of `retain`, from probabilities (MUSE's code takes raw logits,
+   Open-Unlearning's counts prompts and padding).
+3. Training ends where an answer token of `forget` is no likelier than a uniform guess (`stop_at`): what lies beyond is
+   not forgetting but a mark that a membership attack can see. It also ends where the answers of `retain` have become dearer
+   by `retain_drop`. Both are means over the last epoch: one batch alone would be chance.
+4. What `retain` costs before and after is measured on at most 256 of its examples, spread evenly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from overhaul.data.examples import Batch, Examples
+from overhaul.errors import RequestError, RunError
+from overhaul.fit import Combine, Ledger, OptimizerFactory, Schedule, adamw, fit
+from overhaul.method import Outcome
+from overhaul.objectives import Term, cross_entropy, cross_entropy_sum, evaluate, units
+from overhaul.references import cache_outputs, reference_nll
+
+ANSWER_NLL = "forget nll per token"
+RETAIN_NLL = "retain nll per token"
+SAMPLE = 256
+
+RetainTerm = Literal["gdr", "klr", "none"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long, how fast and until when; the knobs that all these methods have.
+
+    Attributes:
+        epochs: passes over `forget`.
+        steps: optimizer steps instead.
+        batch_size: examples of each role in a step.
+        lr: peak rate.
+        warmup: steps, or their share below 1.
+        schedule: what follows.
+        weight_decay: of matrices.
+        stop_at: nats a token of `forget` at which to end; "chance" is that of a uniform guess.
+        retain_drop: nats a token that `retain` may cost more before the training ends.
+    """
+
+    epochs: float
+    steps: int | None
+    batch_size: int
+    lr: float
+    warmup: float
+    schedule: Schedule
+    weight_decay: float
+    stop_at: float | Literal["chance"] | None
+    retain_drop: float | None
+
+
+def unlearn(
+    name: str,
+    model: nn.Module,
+    forget: Examples,
+    retain: Examples | None,
+    term: Term,
+    training: Training,
+    *,
+    retain_term: RetainTerm = "none",
+    retain_weight: float = 1.0,
+    columns: Mapping[str, Tensor] | None = None,
+    combine: Combine | None = None,
+    optimizer: OptimizerFactory | None = None,
+) -> Outcome:
+    """Train the model on a forget term, beside a retain term where one is asked for.
+
+    Args:
+        name: of the method, for errors and progress.
+        model: changed in place.
+        forget: what is to go; the term finds the column `reference_nll` in it, nats of each answer before training.
+        retain: what is to stay.
+        term: on the role "forget".
+        training: length, rate and limits.
+        retain_term: "gdr", cross-entropy; "klr", KL from the model as it was; "none".
+        retain_weight: its weight beside the forget term.
+        columns: what else the forget term reads, a value for each example.
+        combine: see `fit`.
+        optimizer: AdamW if not given.
+
+    Raises:
+        RequestError: a role is missing or has nothing that carries loss.
+        RunError: the answers are beyond `stop_at` already, or training diverged (the last good weights are kept).
+    """
+    tokens = _check(name, forget, retain, retain_term, training)
+    limit = _chance(model, forget) if training.stop_at == "chance" else training.stop_at
+    known = reference_nll(model, forget, training.batch_size)
+    before = float(known.sum()) / tokens
+    if limit is not None and before >= limit:
+        raise RunError(
+            f"forget.{name}: the answers in `forget` already cost {before:.2f} nats a token, above stop_at = {limit:.2f}: "
+            "the model does not know them. Check that the questions are put as in training, or write stop_at: null."
+        )
+    data = {"forget": forget.with_column("reference_nll", known)}
+    for column, values in (columns or {}).items():
+        data["forget"] = data["forget"].with_column(column, values)
+    terms = [term, Term("forget", _watched, units, 0.0, ANSWER_NLL)]
+    kept_before = None
+    if retain:
+        kept_before = _nats(model, retain, training.batch_size)
+        terms += _retaining(model, retain, data, retain_term, retain_weight, training)
+    per_epoch = math.ceil(len(forget) / training.batch_size)
+    total = training.steps or math.ceil(training.epochs * per_epoch)
+    stop = _Stop(limit, kept_before, training.retain_drop, "retain" if retain_term == "gdr" else RETAIN_NLL, per_epoch)
+    ledger = fit(
+        model,
+        terms,
+        data,
+        steps=total,
+        batch_size=training.batch_size,
+        lr=training.lr,
+        warmup=round(training.warmup * total) if training.warmup < 1 else int(training.warmup),
+        schedule=training.schedule,
+        optimizer=optimizer or adamw(weight_decay=training.weight_decay),
+        should_stop=lambda ledger: stop.reason(ledger) is not None,
+        combine=combine,
+        name=name,
+    )
+    facts: dict[str, float | int | str | list[int]] = {
+        "steps": ledger.step,
+        "stopped_early": "yes" if ledger.step < total else "no",
+        "forget_nll_before": before,
+        "forget_nll_after": float(reference_nll(model, forget, training.batch_size).sum()) / tokens,
+    }
+    if ledger.step < total:
+        facts["stopped_because"] = stop.reason(ledger) or ""
+    if retain and kept_before is not None:
+        facts["retain_nll_before"] = kept_before
+        facts["retain_nll_after"] = _nats(model, retain, training.batch_size)
+    return Outcome(model, facts=facts, curves=ledger.curves)
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """Whether the means over the last epoch's steps have passed a limit."""
+
+    limit: float | None
+    kept_before: float | None
+    retain_drop: float | None
+    retained: str
+    per_epoch: int
+
+    def reason(self, ledger: Ledger) -> str | None:
+        if self.limit is not None and self._recent(ledger, ANSWER_NLL) >= self.limit:
+            return f"the answers of `forget` cost {self.limit:.3g} nats a token or more"
+        if self.retain_drop is not None and self.kept_before is not None:
+            dearer = self._recent(ledger, self.retained) - self.kept_before
+            if dearer >= self.retain_drop:
+                return f"the answers of `retain` cost {dearer:.3g} nats a token more than before"
+        return None
+
+    def _recent(self, ledger: Ledger, curve: str) -> float:
+        values = ledger.curves[curve][-self.per_epoch :]
+        return sum(values) / len(values)
+
+
+def _check(name: str, forget: Examples, retain: Examples | None, retain_term: str, training: Training) -> int:
+    """Refuse roles that cannot be used; the answer tokens (or images) of `forget`."""
+    tokens = sum(units(batch) for batch in forget.batches(64))
+    if not tokens:
+        raise RequestError(f"forget.{name}: the role `forget` has no answer to forget: no label carries loss.")
+    kept = sum(units(batch) for batch in retain.batches(64)) if retain else 0
+    if retain and not kept:
+        raise RequestError(f"forget.{name}: the role `retain` has no answer to keep: no label carries loss.")
+    if retain_term != "none" and not retain:
+        other = (
+            "or use forget.gradient_ascent to train on `forget` alone (which costs other abilities)."
+            if name in ("grad_diff", "blur")
+            else 'or write retain_term: "none" to train on `forget` alone (which costs other abilities).'
+        )
+        raise RequestError(
+            f"forget.{name}: retain_term={retain_term!r} needs examples of what is to stay, but the role `retain` is "
+            f"missing or empty. Give it, {other}"
+        )
+    if training.retain_drop is not None and not retain:
+        raise RequestError(
+            f"forget.{name}: retain_drop={training.retain_drop} watches the role `retain`, which is missing or empty. Give "
+            "it, or leave retain_drop out."
+        )
+    return tokens
+
+
+def _retaining(
+    model: nn.Module,
+    retain: Examples,
+    data: dict[str, Examples],
+    retain_term: RetainTerm,
+    weight: float,
+    training: Training,
+) -> list[Term]:
+    """The terms on `retain`, whose data is put beside the rest; the watch where the retain term is not the watch itself."""
+    watch = [Term("retain", _watched, units, 0.0, RETAIN_NLL)] if training.retain_drop is not None else []
+    if retain_term == "gdr":
+        data["retain"] = retain
+        return [cross_entropy("retain", weight, "retain")]
+    if retain_term == "klr":
+        reference = cache_outputs(model, retain, training.batch_size)
+        data["retain"] = reference.examples
+        return [reference.kl_term("retain", weight, "retain"), *watch]
+    if watch:
+        data["retain"] = retain
+    return watch
+
+
+def _watched(logits: Tensor, batch: Batch) -> Tensor:
+    labels = batch["labels"]
+    # of pairs, the sequence that is to be forgotten
+    return cross_entropy_sum(logits.detach()[: labels.shape[0], : labels.shape[1] if labels.ndim > 1 else None], batch)
+
+
+def _nats(model: nn.Module, examples: Examples, batch_size: int) -> float:
+    """Nats a token (or image) of at most `SAMPLE` examples, spread evenly over them."""
+    every = math.ceil(len(examples) / SAMPLE)
+    sample = examples.select(range(0, len(examples), every))
+    tokens = sum(units(batch) for batch in sample.batches(64))
+    return float(reference_nll(model, sample, batch_size).sum()) / max(tokens, 1)
+
+
+def _chance(model: nn.Module, examples: Examples) -> float:
+    """Nats a token of a uniform guess: log of the vocabulary, or of the number of classes."""
+    (choices,) = evaluate(model, lambda logits, _: torch.tensor(logits.shape[-1]), [next(examples.batches(1))])
+    return math.log(int(choices))

@@ -1,0 +1,121 @@
+"""BLUR: forget first. Of the retain gradient only what does not undo forgetting is followed.
+
+"BLUR: A Bi-Level Optimization Approach for LLM Unlearning", arXiv:2506.08164.
+
+    d = gamma g_f + alpha ( g_r - (<g_r, g_f> / <g_f, g_f>) g_f )
+
+g_f and g_r are the gradients of the forget and the retain loss over all weights as one vector. The penalty it is compared
+with, g_f + alpha g_r, is `forget.npo`, `forget.simnpo` or `forget.grad_diff` with `retain_weight`.
+
+How it differs from the released code:
+
+1. Both of its forms are here: gamma of BLUR-NPO, alpha of BLUR-RMU.
+2. "npo" is NPO, from log-likelihoods of the labels; the code for MUSE takes raw logits over the vocabulary.
+3. The gradients are combined after accumulation and after they were added up over processes, and clipped after that. The
+   code clips before there is a gradient (MUSE), or each gradient before it is combined (TOFU).
+4. Where the forget gradient is nothing beside the retain gradient (a saturated NPO), nothing is projected out.
+
+What AdamW breaks: that the forget loss falls by rate * gamma <g_f, g_f>, whatever the retain gradient, holds for a step
+along d, `optimizer="sgd"`. AdamW divides d by its own running size, weight by weight, and what was orthogonal is so no
+longer; the forget loss may rise. `metric="adam"` projects in the inner product of that very step. AdamW's running mean (a
+tenth of each step is new) and weight decay stay outside.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt
+from torch import nn
+
+from overhaul.data.examples import Examples
+from overhaul.errors import RequestError
+from overhaul.fit import Schedule, adamw, sgd
+from overhaul.forget._gradients import Metric, bilevel
+from overhaul.forget._losses import ga_term, npo_term, simnpo_term
+from overhaul.forget._unlearn import Training, unlearn
+from overhaul.method import Outcome, method
+from overhaul.objectives import Term
+
+Lower = Literal["npo", "ga", "simnpo"]
+BETA = {"npo": 0.1, "simnpo": 4.5}
+
+
+@method(verb="forget", paper="2506.08164", changes="weights", memory="training")
+def blur(
+    model: nn.Module,
+    forget: Examples,
+    retain: Examples,
+    *,
+    loss: Lower = "npo",
+    beta: Annotated[float, Gt(0)] | None = None,
+    retain_term: Literal["gdr", "klr"] = "gdr",
+    gamma: Annotated[float, Gt(0)] = 1.0,
+    alpha: Annotated[float, Gt(0)] = 1.0,
+    optimizer: Literal["adamw", "sgd"] = "adamw",
+    metric: Metric = "euclidean",
+    epochs: Annotated[float, Gt(0)] = 10.0,
+    steps: Annotated[int, Gt(0)] | None = None,
+    batch_size: Annotated[int, Ge(1)] = 32,
+    lr: Annotated[float, Gt(0)] = 1e-5,
+    warmup: Annotated[float, Ge(0)] = 0.1,
+    schedule: Schedule = "linear",
+    weight_decay: Annotated[float, Ge(0)] = 0.0,
+    stop_at: Annotated[float, Gt(0)] | Literal["chance"] | None = "chance",
+    retain_drop: Annotated[float, Gt(0)] | None = None,
+) -> Outcome:
+    """Train a model away from `forget`, and towards `retain` only as far as that does not undo it.
+
+    The defaults of rate and length are those of the authors' scripts for models from 1B on; a model of some millions of
+    parameters wants a rate of 1e-4 to 1e-3 (with plain descent, ten times that).
+
+    Args:
+        model: a causal language model or an image classifier.
+        forget: questions with the answers that are to be forgotten (or texts, or images of a class).
+        retain: examples of what is to stay.
+        loss: what forgets: "npo", "ga" (gradient ascent) or "simnpo".
+        beta: inverse temperature of "npo" (0.1 if None) or "simnpo" (4.5 if None).
+        retain_term: "gdr", cross-entropy on `retain`; "klr", KL from the model as it was.
+        gamma: weight of the forget gradient.
+        alpha: weight of what is left of the retain gradient.
+        optimizer: "adamw", or "sgd", plain descent, for which the promise of the method holds.
+        metric: in what inner product the retain gradient is made orthogonal: of the weights, or of AdamW's step ("adam").
+        epochs: passes over `forget`; as many examples of `retain` are drawn in each.
+        steps: optimizer steps instead of epochs.
+        batch_size: examples of each role in one step.
+        lr: peak learning rateAdamW.
+        warmup: steps of linear warm-up, as a share of all steps (below 1) or as a number of steps.
+        schedule: what follows the warm-up.
+        weight_decay: of matrices.
+        stop_at: end early once the answers of `forget` cost this many nats a token (mean over the last epoch);
+            "chance" is log(vocabulary), None never.
+        retain_drop: end early once the answers of `retain` cost this many nats a token more than before (mean over the
+            last epoch); None never.
+
+    Returns:
+        The model, with curves of both losses and of <g_f, g_f>, <g_f, g_r> and <g_r, g_r>.
+
+    Raises:
+        RequestError: `metric` and `optimizer` or `beta` and `loss` do not go together, `retain` is empty, or a role has no
+            answers.
+        RunError: the answers are beyond `stop_at` already, or training diverged (the last good weights are kept).
+    """
+    if metric == "adam" and optimizer != "adamw":
+        raise RequestError(
+            'forget.blur: metric="adam" is that of AdamW\'s step. Write optimizer: adamw, or metric: euclidean.'
+        )
+    training = Training(epochs, steps, batch_size, lr, warmup, schedule, weight_decay, stop_at, retain_drop)
+    make = adamw if optimizer == "adamw" else sgd
+    return unlearn(
+        "blur", model, forget, retain, _forget_term(loss, beta), training,
+        retain_term=retain_term, combine=bilevel(gamma, alpha, metric), optimizer=make(weight_decay=weight_decay),
+    )  # fmt: skip
+
+
+def _forget_term(loss: Lower, beta: float | None) -> Term:
+    if loss == "ga":
+        if beta is not None:
+            raise RequestError('forget.blur: loss="ga" has no temperature. Leave beta out, or write loss: npo.')
+        return ga_term("forget")
+    term = npo_term if loss == "npo" else simnpo_term
+    return term("forget", BETA[loss] if beta is None else beta)

@@ -1,0 +1,227 @@
+"""One row of the unlearning table: everything that is measured on one model, and what is computed against the anchors."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from overhaul.data.examples import Examples
+from overhaul.judge.evidence import Evidence, truth_ratios
+from overhaul.judge.generation import generates, rouge_l
+from overhaul.judge.likelihood import (
+    Scored,
+    auc,
+    exact_memorisation,
+    extraction_strength,
+    interval,
+    loss_score,
+    min_k,
+    min_k_plus_plus,
+    tpr_at_fpr,
+    zlib_score,
+)
+from overhaul.judge.measure import at_rest
+from overhaul.judge.robustness import Attacks, Relearnt, attack
+from overhaul.judge.standards import forget_quality, model_utility, privacy_leakage
+
+SHARE = 0.4
+"""Of an answer's tokens that Min-K and Min-K++ read."""
+
+RATES: Mapping[float, str] = {0.001: "tpr@fpr=1e-3", 0.01: "tpr@fpr=1e-2"}
+"""False-positive rates at which the share of members found is reported, and under which name."""
+
+BLOCKS = ("forgetting", "utility", "privacy", "robustness")
+
+ATTACKS: Mapping[str, Callable[[Scored, str], float]] = {
+    "loss": lambda one, _: loss_score(one),
+    "zlib": zlib_score,
+    "min_k": lambda one, _: min_k(one.logp, SHARE),
+    "min_k_plus_plus": lambda one, _: min_k_plus_plus(one, SHARE),
+}
+LEAKAGE = "min_k"
+"""The attack behind privacy leakage (MUSE)."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of a row and cannot be measured on its model.
+
+    Attributes:
+        guarantee: what its maker proves; "none" for a method that is judged by attacks alone.
+        seeds: that went into it.
+        seconds: that it took.
+        passes: over the data that it took.
+    """
+
+    guarantee: str = "none"
+    seeds: tuple[int, ...] = ()
+    seconds: float | None = None
+    passes: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's numbers.
+
+    Attributes:
+        name: of the model.
+        digest: SHA-256 of its weights.
+        values: "block.measure" -> number; what cannot be measured on this data is not there.
+        samples: the same names -> one value per example: per distinct question for truth ratios (raw R) and paraphrases,
+            for members ("privacy.loss.forget") and others ("privacy.loss.holdout") alone.
+        intervals: of the AUCs, 95%, drawn over people.
+        relearnt: "relearnt", and "unrelated" where that was tried -> the curve.
+        about: what was said of it.
+    """
+
+    name: str
+    digest: str
+    values: dict[str, float]
+    samples: dict[str, list[float]]
+    intervals: dict[str, tuple[float, float]]
+    relearnt: dict[str, Relearnt]
+    about: About = field(default_factory=About)
+
+    def blocks(self) -> dict[str, Any]:
+        """The numbers nested by block and attack, with intervals and curves; what is not finite is None."""
+        blocks: dict[str, Any] = {block: {} for block in BLOCKS}
+        for name, value in self.values.items():
+            _put(blocks, name, finite(value))
+        for name, ends in self.intervals.items():
+            _put(blocks, name, [finite(end) for end in ends])
+        for name, curve in self.relearnt.items():
+            _put(blocks, f"robustness.{name}_curve", asdict(curve))
+        return blocks
+
+
+def _put(blocks: dict[str, Any], name: str, value: Any) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        blocks = blocks.setdefault(part, {})
+    blocks[last] = value
+
+
+def finite(value: float) -> float | None:
+    """What JSON can hold."""
+    return value if math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What every model of a table is judged on.
+
+    Attributes:
+        data: the roles forget, retain and holdout.
+        attacks: how hard robustness is tried.
+        by: the row column whose values are independent of one another; examples if None.
+        limit: most examples of a role that answers are generated for.
+    """
+
+    data: Mapping[str, Examples]
+    attacks: Attacks
+    by: str | None
+    limit: int
+
+    def row(self, name: str, model: nn.Module) -> Row:
+        """Measure one model, which is left as it was."""
+        row = Row(name, digest(model), {}, {}, {}, {})
+        with at_rest(model):
+            evidence = {role: Evidence(model, part, self.limit) for role, part in self.data.items()}
+            _forgetting(row, evidence["forget"])
+            _utility(row, evidence["retain"])
+            self._privacy(row, evidence["forget"], evidence["holdout"])
+        attacked = attack(model, self.data["forget"], self.attacks)
+        for name, values in attacked.values.items():
+            _note(row, f"robustness.{name}", values)
+        row.relearnt.update(attacked.curves)
+        row.values.update({f"robustness.{name}": curve.values[-1] for name, curve in attacked.curves.items()})
+        return row
+
+    def _privacy(self, row: Row, members: Evidence, others: Evidence) -> None:
+        people = [self._people(evidence.examples) for evidence in (members, others)]
+        texts = [_texts(evidence) for evidence in (members, others)]
+        for name, how in ATTACKS.items():
+            if name == "zlib" and None in texts:
+                continue
+            scores = [
+                [how(one, text) for one, text in zip(each.scored, said or [""] * len(each.scored), strict=True)]
+                for each, said in zip((members, others), texts, strict=True)
+            ]
+            row.samples[f"privacy.{name}.forget"], row.samples[f"privacy.{name}.holdout"] = scores
+            row.values[f"privacy.{name}.auc"] = auc(scores[0], scores[1])
+            for rate, label in RATES.items():
+                row.values[f"privacy.{name}.{label}"] = tpr_at_fpr(scores[0], scores[1], rate)
+            if min(len(set(labels)) for labels in people) > 1:
+                row.intervals[f"privacy.{name}.ci"] = interval(auc, (scores[0], people[0]), (scores[1], people[1]))
+
+    def _people(self, examples: Examples) -> list[Hashable]:
+        return list(range(len(examples))) if self.by is None else [row[self.by] for row in examples.rows]
+
+
+def _forgetting(row: Row, evidence: Evidence) -> None:
+    answers = [one.without(evidence.eos) for one in evidence.scored]
+    _note(row, "forgetting.ES", [extraction_strength(one.hits) for one in answers])
+    _note(row, "forgetting.EM", [exact_memorisation(one.hits) for one in answers])
+    _told(row, "forgetting", evidence, lambda ratio: min(ratio, 1 / ratio))
+
+
+def _utility(row: Row, evidence: Evidence) -> None:
+    _told(row, "utility", evidence, lambda ratio: max(0.0, 1 - ratio))
+    row.values["utility.hmean"] = model_utility([v for name, v in row.values.items() if name.startswith("utility.")])
+
+
+def _told(row: Row, block: str, evidence: Evidence, closeness: Callable[[float], float]) -> None:
+    """What both blocks have: probability, generated words, truth ratios."""
+    _note(row, f"{block}.prob", [one.probability for one in evidence.scored])
+    asked = evidence.examples
+    if evidence.kind == "images" or asked.processor is None:
+        return
+    if generates(evidence.model):
+        _note(row, f"{block}.rouge", [rouge_l(one.expected, one.text) for one in evidence.answered])
+    if evidence.kind == "answers" and all("wrong" in each for each in asked.rows):
+        ratios = truth_ratios(evidence)
+        row.samples[f"{block}.truth_ratio"] = ratios
+        row.values[f"{block}.truth_ratio"] = statistics.fmean(map(closeness, ratios))
+
+
+def _note(row: Row, name: str, values: list[float]) -> None:
+    row.samples[name] = values
+    row.values[name] = statistics.fmean(values)
+
+
+def _texts(evidence: Evidence) -> list[str] | None:
+    """The answers as they are written, where they can be."""
+    if evidence.kind == "images" or (evidence.kind == "text" and evidence.examples.processor is None):
+        return None
+    return evidence.texts
+
+
+def against(row: Row, original: Row, retrained: Row | None) -> Row:
+    """The row with what only its anchors can give: forget quality, privacy leakage, the share recovered by relearning."""
+    values = dict(row.values)
+    ratios = "forgetting.truth_ratio"
+    if retrained is not None:
+        if ratios in row.samples:
+            values["forgetting.fq_p"] = forget_quality(row.samples[ratios], retrained.samples[ratios])
+        area = f"privacy.{LEAKAGE}.auc"
+        values["privacy.leakage"] = privacy_leakage(row.values[area], retrained.values[area])
+    curve = row.relearnt["relearnt"]
+    if row is not original:
+        values["robustness.recovered"] = curve.recovered(original.relearnt["relearnt"].values[0])[-1]
+    return replace(row, values=values)
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 over names and values of every weight and buffer that is saved."""
+    hasher = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        hasher.update(name.encode())
+        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()

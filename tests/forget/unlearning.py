@@ -1,0 +1,42 @@
+"""What the tests of forget losses share: a model that has learnt what it is to forget, of several families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from conftest import FAMILIES, examples_for, mean_loss, tiny_qwen3
+from overhaul.data.examples import Examples
+from overhaul.fit import fit
+from overhaul.objectives import cross_entropy
+
+EASY: dict[str, Any] = {"batch_size": 8, "lr": 3e-3, "warmup": 0, "schedule": "constant"}
+KINDS = {
+    "llama": lambda: FAMILIES["llama"](num_hidden_layers=2, initializer_range=0.2),
+    "gpt2": lambda: FAMILIES["gpt2"](n_layer=2, initializer_range=0.2),
+    "qwen3": lambda: tiny_qwen3(initializer_range=0.2),
+    "vit": lambda: FAMILIES["vit"](num_hidden_layers=2, initializer_range=0.2),
+}
+
+
+def taught(kind: str) -> tuple[nn.Module, Examples, Examples]:
+    """A tiny model that knows by heart what it is to forget and what it is to keep; of images, one class is to go."""
+    torch.manual_seed(0)
+    family = kind if kind in FAMILIES else "llama"
+    whole = examples_for(family, 16, seed=1)
+    forget, retain = whole[:8], whole[8:]
+    if forget.is_image:
+        classes = [int(item["labels"]) for item in whole.items]
+        gone = max(set(classes), key=classes.count)
+        forget = whole.select([n for n, label in enumerate(classes) if label == gone])
+        retain = whole.select([n for n, label in enumerate(classes) if label != gone])
+    model = KINDS[kind]()
+    fit(model, [cross_entropy("all")], {"all": whole}, steps=60, batch_size=16, lr=1e-2)
+    return model, forget, retain
+
+
+def losses(model: nn.Module, forget: Examples, retain: Examples) -> tuple[float, float]:
+    """Nats a token or image of both."""
+    return mean_loss(model, forget), mean_loss(model, retain)
