@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/forget-and-shrink
 
-.PHONY: demo test check bench large docs reproduce clean
+.PHONY: demo test check bench large docs reproduce comparisons clean
 
 demo: $(VENV)/installed
 	$(BIN)/overhaul run recipes/forget-and-shrink.yaml -o $(RUN)
@@ -26,6 +26,9 @@ large: $(VENV)/installed
 reproduce: $(VENV)/installed
 	$(BIN)/overhaul reproduce all
 
+comparisons: $(VENV)/installed
+	$(BIN)/python docs/compare.py
+
 docs: $(VENV)/installed
 	$(BIN)/python docs/generate.py
 
@@ -37,8 +40,9 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed requirements-dev.lock
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.lock requirements-federated.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-federated.lock
 	touch $@
 
 clean:

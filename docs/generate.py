@@ -1,17 +1,29 @@
-"""Write the generated pages: docs/claims.md from the stored results, docs/methods/ from the methods themselves, and
-docs/families.md from what the tests verify.
+"""Write the generated pages: docs/claims.md and docs/forgetting.md from stored results, docs/methods/ from the methods
+themselves, and docs/families.md from what the tests verify.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from pathlib import Path
 
 from overhaul.claims._claim import claims_page
 from overhaul.method import Method, methods
+from overhaul.report.comparison import markdown
 
 HERE = Path(__file__).parent
+
+FORGETTING = """
+Every forget method from the same start, on three seeds: `make comparisons` runs it again. Each seed trains its own original,
+and a retrained model that never saw what is to be forgotten. Values are means ± their standard deviation.
+
+Read a row against *retrained*, not against zero: an answer far less likely than in a model that never met it is as telling
+as one that is still known. The *null control* is noise on every weight, as large as what the first method changed. Methods
+marked *from the start* cannot be used on a model that has learnt already: they train their own. Knobs are in
+`docs/compare.py`; they are the same for all methods that train, and were not tuned for any.
+""".strip()
 sys.path.append(str(HERE.parent / "tests"))
 
 from families import FAMILIES, Family  # noqa: E402
@@ -59,6 +71,23 @@ def families_page() -> str:
     return "\n".join([*lines, ""])
 
 
+def forgetting_page() -> str:
+    """All forget methods side by side, from the comparisons that `make comparisons` stored."""
+    lines = ["# Forgetting, side by side", "", FORGETTING, ""]
+    for path in sorted((HERE / "comparisons").glob("*.json"), reverse=True):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        its = report["machine"]
+        lines += [
+            f"## {report['title']}",
+            "",
+            f"{report['model']['class']}, {report['model']['parameters']:,} parameters.",
+            "",
+        ]
+        lines += [markdown(report), f"{report['created'][:10]}, {its['cpu']}, torch {its['torch']}.", ""]
+        lines += [(HERE / "comparisons" / f"{path.stem}.md").read_text(encoding="utf-8")]
+    return "\n".join(lines)
+
+
 def _class_of(family: Family) -> str:
     return family.builder if isinstance(family.builder, str) else family.builder[0]
 
@@ -74,7 +103,8 @@ def _example(method: Method) -> str:
 def pages() -> dict[Path, str]:
     """Every generated page by its place."""
     written = {HERE / "methods" / f"{name}.md": method_page(method) for name, method in methods().items()}
-    return {**written, HERE / "claims.md": claims_page(), HERE / "families.md": families_page()}
+    pages = {"claims": claims_page(), "families": families_page(), "forgetting": forgetting_page()}
+    return written | {HERE / f"{name}.md": page for name, page in pages.items()}
 
 
 if __name__ == "__main__":

@@ -73,7 +73,9 @@ class ModelFacts:
 
     def digest(self) -> str:
         """SHA-256 of config and weights."""
-        return _digest(tuple((path, path.stat().st_mtime_ns) for path in (self.folder / "config.json", *self.weight_files)))
+        return _digest(
+            tuple((path, path.stat().st_mtime_ns) for path in (self.folder / "config.json", *self.weight_files))
+        )
 
 
 @functools.cache

@@ -136,6 +136,6 @@ def test_a_reply_that_comes_too_late_is_a_lost_party(grid: Processes) -> None:
 
 
 def test_without_flower_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "flwr.app", None)
+    monkeypatch.setitem(sys.modules, "flwr.supercore.task_identity", None)
     with pytest.raises(RequestError, match=r"pip install overhaul\[federated\]"):
         Processes([{"party": 0, "part": str(tmp_path)}])

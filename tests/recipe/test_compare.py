@@ -57,7 +57,7 @@ def test_every_method_gives_what_a_run_of_its_own_gives(folder: Path, tmp_path: 
         expected = [[measure["values"][-1]] for measure in alone["measures"]][:judged]
         assert values(done.report, name)[:judged] == expected
         saved = tmp_path / "out" / name
-        assert models.open_model(saved / "model")[0].config.num_hidden_layers == 3
+        assert models.facts(saved / "model").config["num_hidden_layers"] == 3
         assert {path.name for path in saved.iterdir()} >= {"report.html", "report.json", "lineage.json", "recipe.yaml"}
         assert [*json.loads((saved / "report.json").read_text())["stages"]] == ["before", name, "shrink.drop_layers"]
 

@@ -153,8 +153,8 @@ def new_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=whole, model_max_length=64, **names)
 
 
-def learn(examples: Examples, tokenizer: Any, seed: int, size: Size) -> nn.Module:
-    """A new Llama trained on the answers of `examples`; another seed gives another retrained model, the noise floor."""
+def new_model(tokenizer: Any, seed: int, size: Size) -> nn.Module:
+    """A Llama that has learnt nothing: what the original and the retrained model begin from."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -163,7 +163,12 @@ def learn(examples: Examples, tokenizer: Any, seed: int, size: Size) -> nn.Modul
         num_hidden_layers=size.blocks, num_attention_heads=4, max_position_embeddings=64, tie_word_embeddings=True,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)
+
+
+def learn(examples: Examples, tokenizer: Any, seed: int, size: Size) -> nn.Module:
+    """A new Llama trained on the answers of `examples`; another seed gives another retrained model, the noise floor."""
+    model = new_model(tokenizer, seed, size)
     fit(
         model,
         [cross_entropy("people")],

@@ -276,7 +276,11 @@ class Processes:
         code = f"from {__name__} import serve; serve()"
         start = [sys.executable, "-c", code]
         pipe = subprocess.PIPE
-        self.running = [subprocess.Popen([*start, json.dumps(dict(c))], stdin=pipe, stdout=pipe) for c in configs]
+        # unbuffered: `select` knows nothing of bytes that Python has read ahead
+        self.running = [
+            subprocess.Popen([*start, json.dumps(dict(config))], stdin=pipe, stdout=pipe, bufsize=0)
+            for config in configs
+        ]
 
     def __enter__(self) -> Processes:
         return self
@@ -345,10 +349,20 @@ def _message(frame: bytes) -> Any:
 
 
 def _write(pipe: BinaryIO | Any, frame: bytes) -> None:
-    pipe.write(len(frame).to_bytes(8, "big") + frame)
+    left = memoryview(len(frame).to_bytes(8, "big") + frame)
+    while left:
+        left = left[pipe.write(left) :]
     pipe.flush()
 
 
 def _read(pipe: BinaryIO | Any) -> bytes:
     """The next frame; nothing where the other end was closed."""
-    return pipe.read(int.from_bytes(pipe.read(8), "big"))
+    return _exactly(pipe, int.from_bytes(_exactly(pipe, 8), "big"))
+
+
+def _exactly(pipe: BinaryIO | Any, count: int) -> bytes:
+    """So many bytes, however many pieces they come in; fewer where the other end was closed."""
+    found = b""
+    while len(found) < count and (piece := pipe.read(count - len(found))):
+        found += piece
+    return found

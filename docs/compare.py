@@ -1,0 +1,174 @@
+"""Compare all forget methods on three seeds and store what docs/forgetting.md shows: `make comparisons`, about an hour.
+
+1. Each seed trains its own original, and its own retrained model from the same first weights, so a spread is that of the
+   whole experiment and not of one checkpoint.
+2. Methods that must be used from the start (shards, prompts) begin from the first weights, all others from the original.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import overhaul as oh
+from overhaul.claims import _people
+from overhaul.claims.ssd import PEAK_RATE
+from overhaul.data.materials import examples
+from overhaul.data.starter_builds import learn_images, new_vit
+from overhaul.recipe.store import write_json
+
+SEEDS = (0, 1, 2)
+FORGOTTEN_DIGIT = 3
+STORED = Path(__file__).parent / "comparisons"
+Report = dict[str, Any]
+
+
+def people(seed: int, folder: Path) -> Report:
+    """Forget six of sixty fictitious people whom a Llama of two blocks learnt by heart."""
+    world = _people.build(seed)
+    torch.manual_seed(seed)
+    models = {
+        "original": world.original,
+        "retrained": world.retrained,
+        "fresh": _people.new_model(world.tokenizer, seed),
+    }
+    _save(models, world.tokenizer, folder)
+    for role, data in world.roles().items():
+        lines = [json.dumps({k: v for k, v in row.items() if k != "prompt"}) for row in data.rows]
+        (folder / f"{role}.jsonl").write_text("\n".join(lines))
+    recipe: dict[str, Any] = {
+        "title": "Six of sixty people",
+        "seed": seed,
+        "materials": {
+            role: {"from": str(folder / f"{role}.jsonl"), "as": "qa", "prompt": "{question}"} for role in world.roles()
+        }
+        | {"retrained": {"model": str(folder / "retrained")}},
+        "judge": {
+            "forgotten": {
+                "answer_probability": "forget",
+                "extraction": "forget",
+                "forget_quality": "forget",
+                "membership": {"members": "forget", "others": "holdout"},
+            },
+            "kept": {"answer_probability": "retain", "accuracy": "retain", "model_utility": "retain"},
+        },
+    }
+    training = {"steps": 60, "batch_size": 16, "lr": 3e-4, "warmup": 0.1}
+    start_again = {"epochs": 64, "batch_size": 64, "lr": 3e-3, "weights": "all"}
+    return _both(
+        recipe,
+        folder,
+        [
+            {"forget.ssd": {}},
+            {"forget.gradient_ascent": training},
+            {"forget.grad_diff": training},
+            {"forget.npo": training},
+            {"forget.simnpo": training},
+            {"forget.dpo": training},
+            {"forget.blur": training},
+            {"forget.first_epoch": {"gradients": "live"}},
+        ],
+        [{"forget.sisa": {**start_again, "shards": 3, "slices": 2}}],
+    )
+
+
+def digits(seed: int, folder: Path) -> Report:
+    """Forget one of ten digits that a small ViT learnt."""
+    images = {
+        "full": {},
+        "forget": {"where": {"label": FORGOTTEN_DIGIT}},
+        "retain": {"unless": {"label": FORGOTTEN_DIGIT}},
+    }
+    models: dict[str, nn.Module] = {}
+    for name, role in (("fresh", None), ("original", "full"), ("retrained", "retain")):
+        torch.manual_seed(seed)
+        models[name] = new_vit()
+        if role is not None:
+            learn_images(models[name], examples("starter:digits", **images[role]), 1500, PEAK_RATE, name)
+    _save(models, None, folder)
+    unseen = {"from": "starter:digits", "split": "validation"}
+    recipe: dict[str, Any] = {
+        "title": "One of ten digits",
+        "seed": seed,
+        "materials": {role: {"from": "starter:digits", **which} for role, which in images.items()}
+        | {f"unseen-{role}": {**unseen, **images[role]} for role in ("forget", "retain")}
+        | {"retrained": {"model": str(folder / "retrained")}},
+        "judge": {
+            "forgotten": {
+                "accuracy": ["unseen-forget", "forget"],
+                "membership": {"members": "forget", "others": "unseen-forget"},
+                "retrained_kl": "unseen-forget",
+            },
+            "kept": {"accuracy": "unseen-retain", "answer_probability": "unseen-retain"},
+        },
+    }
+    training = {"steps": 60, "batch_size": 64, "lr": 3e-4, "warmup": 0.1}
+    return _both(
+        recipe,
+        folder,
+        [
+            {"forget.ssd": {}},
+            {"forget.gradient_ascent": training},
+            {"forget.grad_diff": training},
+            {"forget.npo": training},
+            {"forget.simnpo": training},
+            {"forget.blur": training},
+            {"forget.vertical": {"recovery": "retain"}},
+        ],
+        [{"forget.sisa": {"shards": 3, "slices": 2}}, {"forget.prompt_tokens": {}}],
+    )
+
+
+def _save(models: dict[str, nn.Module], processor: Any, folder: Path) -> None:
+    for name, model in models.items():
+        oh.save(model, processor, folder / name)
+
+
+def _both(recipe: dict[str, Any], folder: Path, late: Sequence[Any], early: Sequence[Any]) -> Report:
+    """One report: methods for a model that has learnt, and those that had to be there from the start."""
+    report = oh.compare(
+        {**recipe, "model": str(folder / "original"), "compare": list(late)}, out=folder / "late"
+    ).report
+    for entry in early:
+        (name,) = entry
+        alone = oh.run({**recipe, "model": str(folder / "fresh"), "steps": [entry]}, folder / name).report
+        values = [[measure["values"][-1]] for measure in alone["measures"]]
+        (step,) = alone["steps"]
+        spent = {"seconds": step["seconds"], "peak_bytes": step["peak_bytes"]}
+        report["rows"].append(
+            {"label": f"{name}, from the start", "kind": "method", "models": [], "values": values, **spent}
+        )
+    return report
+
+
+def merged(reports: Sequence[Report]) -> Report:
+    """One report of several seeds: values side by side, seconds as a mean, the largest peak."""
+    first = reports[0]
+    rows = []
+    for n, row in enumerate(first["rows"]):
+        same = [report["rows"][n] for report in reports]
+        seconds = None if row["seconds"] is None else sum(one["seconds"] for one in same) / len(same)
+        peak = None if row["seconds"] is None else max(one["peak_bytes"] for one in same)
+        values = [[value for one in same for value in one["values"][m]] for m in range(len(first["measures"]))]
+        rows.append({**row, "models": [], "values": values, "seconds": seconds, "peak_bytes": peak})
+    # paths of a folder that is gone tell nobody anything
+    model = {**first["model"], "source": first["title"]}
+    return {**first, "model": model, "recipe": "", "rows": rows, "seeds": [r["seeds"][0] for r in reports]}
+
+
+if __name__ == "__main__":
+    for compared in (people, digits):
+        if sys.argv[1:] and compared.__name__ not in sys.argv[1:]:
+            continue
+        reports: list[Report] = []
+        for seed in SEEDS:
+            with tempfile.TemporaryDirectory() as place:
+                reports.append(compared(seed, Path(place)))
+        write_json(STORED / f"{compared.__name__}.json", merged(reports))
