@@ -37,7 +37,7 @@ def people(seed: int, folder: Path) -> Report:
     models = {
         "original": world.original,
         "retrained": world.retrained,
-        "fresh": _people.new_model(world.tokenizer, seed),
+        "fresh": _people.new_model(world.tokenizer, seed, world.size),
     }
     _save(models, world.tokenizer, folder)
     for role, data in world.roles().items():
@@ -73,7 +73,7 @@ def people(seed: int, folder: Path) -> Report:
             {"forget.simnpo": training},
             {"forget.dpo": training},
             {"forget.blur": training},
-            {"forget.first_epoch": {"gradients": "live"}},
+            {"forget.first_epoch": {"gradients": "live", "unseen": "holdout"}},
         ],
         [{"forget.sisa": {**start_again, "shards": 3, "slices": 2}}],
     )
@@ -122,7 +122,10 @@ def digits(seed: int, folder: Path) -> Report:
             {"forget.blur": training},
             {"forget.vertical": {"recovery": "retain"}},
         ],
-        [{"forget.sisa": {"shards": 3, "slices": 2}}, {"forget.prompt_tokens": {}}],
+        [
+            {"forget.sisa": {"shards": 3, "slices": 2, "epochs": 60, "batch_size": 64, "lr": 1e-3, "weights": "all"}},
+            {"forget.prompt_tokens": {"epochs": 30, "batch_size": 64, "weights": "all"}},
+        ],
     )
 
 

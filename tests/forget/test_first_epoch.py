@@ -319,7 +319,7 @@ def test_requests_that_cannot_be_met_are_refused(
         first_epoch(model, forget, retain, ledger=ledger)
     with pytest.raises(RequestError, match="give the folder of that `ledger`"):
         first_epoch(model, forget, retain, target=1.0)
-    with pytest.raises(RequestError, match="Leave both out"):
+    with pytest.raises(RequestError, match="Leave `ledger` out"):
         first_epoch(model, forget, retain, gradients="live", ledger=ledger, target=1.0)
     with pytest.raises(RequestError, match="1 of 2 examples of `forget` are not in `full`"):
         first_epoch(model, forget, retain, full=full[1:], target=1.0)

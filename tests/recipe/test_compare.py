@@ -12,7 +12,7 @@ import torch
 
 from conftest import tiny_llama, tiny_tokenizer
 from overhaul import models
-from overhaul.errors import RequestError
+from overhaul.errors import RequestError, RunError
 from overhaul.judge import judge as judging
 from overhaul.recipe import run as running
 from overhaul.recipe.compare import compare
@@ -145,6 +145,18 @@ def test_a_wrong_comparison_is_refused_before_anything_is_written(
     with pytest.raises(RequestError, match=said):
         compare(recipe(folder, tmp_path, **changes), names, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_method_that_fails_is_named_and_the_others_are_compared(folder: Path, tmp_path: Path) -> None:
+    never = {"forget.npo": {**QUICK, "stop_at": 0.001}}
+    done = compare(recipe(folder, tmp_path, compare=[never, {"forget.ssd": {"alpha": 1.5}}]), out=tmp_path / "out")
+    assert [row["label"] for row in done.report["rows"]] == ["before", "null control", "forget.ssd"]
+    (warning,) = done.report["warnings"]
+    assert warning.startswith("forget.npo is missing: Step 1, forget.npo") and "above stop_at = 0.00" in warning
+    assert "forget.npo is missing" in (tmp_path / "out/comparison.html").read_text()
+    worse = [never, {"forget.npo": {**QUICK, "stop_at": 0.002}}]
+    with pytest.raises(RunError, match="above stop_at"):
+        compare(recipe(folder, tmp_path, compare=worse), out=tmp_path / "worse")
 
 
 def test_a_method_named_with_other_knobs_is_a_row_of_its_own(folder: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class Size:
     learning_steps: int = 400
     adamw_steps: int = 80
     sgd_steps: int = 150
-    toy_steps: tuple[int, int, int] = (600, 2000, 4000)
+    toy_steps: tuple[int, int, int] = (600, 6000, 60000)
 
 
 def run(seed: int) -> Numbers:

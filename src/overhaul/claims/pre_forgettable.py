@@ -181,11 +181,12 @@ CLAIM = Claim(
     ),
     run=run,
     remarks=(
-        "The gate shuts, but not to the letter. On forgotten images the output is almost uniform, and few of them are taken "
-        "for another class; yet the class that wins by a hair is the right one about twice as often as chance, even without "
-        "any prompt. The loss asks for a KL of 0 and is indifferent to the order of what little is left, so a query that "
-        "returns only the best class still tells something. The model without a bank is trained at the same constant rate "
-        "for a fair comparison, which costs it some points; the bank costs none beside it. What was learnt stays in the "
-        "weights: a prompt fitted to ten images, or a linear probe, has the class back almost whole."
+        "The gate shuts, but not to the letter. On forgotten images the output is almost uniform, and few of them are "
+        "taken for another class; yet the class that wins by a hair is the right one up to three times as often as "
+        "chance, even without any prompt. The loss asks for a KL of 0 and is indifferent to the order of what little is "
+        "left, so a query that returns only the best class still tells something. The model without a bank is trained at "
+        "the same constant rate for a fair comparison, which costs it some points; the bank costs none beside it. What "
+        "was learnt stays in the weights: a prompt fitted to ten images, or a linear probe, has the class back almost "
+        "whole."
     ),
 )

@@ -28,6 +28,7 @@ from overhaul.claims._claim import Check, Claim, Numbers
 from overhaul.data import corpora
 from overhaul.data.encode import encode_images
 from overhaul.data.examples import Examples
+from overhaul.errors import RunError
 from overhaul.forget._parties import Rates, VerticalConfig, VerticalModel
 from overhaul.forget.vertical import train, vertical
 from overhaul.objectives import evaluate
@@ -118,10 +119,16 @@ def _trained(images: Examples, seed: int, size: Size) -> VerticalModel:
 def _forget(
     original: VerticalModel, forget: Examples, recovery: Examples, seed: int, **knobs: Any
 ) -> tuple[nn.Module, int]:
-    """The changed network, and the epochs it took."""
+    """The changed network, and the epochs it took.
+
+    Where the loss ends as no number, that is the network after the last good round, and all epochs.
+    """
     torch.manual_seed(seed)
-    outcome = vertical(copy.deepcopy(original), forget, recovery, **knobs)
-    return outcome.model, int(str(outcome.facts["epochs"]))
+    model = copy.deepcopy(original)
+    try:
+        return model, int(str(vertical(model, forget, recovery, **knobs).facts["epochs"]))
+    except RunError:
+        return model, CARD["epochs"]
 
 
 def _shuffled_ascent(original: VerticalModel, full: Examples, seed: int, epochs: int) -> nn.Module:
@@ -130,8 +137,7 @@ def _shuffled_ascent(original: VerticalModel, full: Examples, seed: int, epochs:
     draw = torch.Generator().manual_seed(seed)
     labels = [chosen[i]["labels"] for i in torch.randperm(SAMPLES, generator=draw).tolist()]
     knobs = {**CARD, "epochs": epochs, "stop_at": None, "mixup": False, "recover": False}
-    torch.manual_seed(seed)
-    return vertical(copy.deepcopy(original), chosen.with_column("labels", labels), **knobs).model
+    return _forget(original, chosen.with_column("labels", labels), chosen, seed, **knobs)[0]
 
 
 def _accuracy(model: nn.Module, images: Examples) -> float:
@@ -176,4 +182,13 @@ CLAIM = Claim(
         ),
     ),
     run=run,
+    remarks=(
+        "Every kind of ascent forgets the digit, in seconds; what it costs is a matter of luck. Plain ascent keeps 0.86 "
+        "and 0.90 of the other digits on two seeds and 0.22 on the third. Recovery mends what was broken (from 0.22 to "
+        "0.86, and from at most 0.31 to at least 0.79 beside mixup) and changes little where nothing was. Mixup without "
+        "recovery is not gentler here but far harsher: mixtures of samples that the network is sure of are flatter still, "
+        "so it climbs two to three times as many epochs before the samples themselves are lost. Masking one row of the "
+        "head does better on accuracy than any of them, without forgetting anything. Ascent on shuffled labels wrecks the "
+        "network as a whole on two seeds, the digit with it, which is why that control only holds on one."
+    ),
 )

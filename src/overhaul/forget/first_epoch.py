@@ -84,7 +84,8 @@ def first_epoch(
         forget: the samples to be forgotten, encoded as they were when they were learnt.
         retain: examples of what is to stay; they are measured, never trained on.
         unseen: text of the same kind that the model never saw: forgetting ends where `forget` looks like it.
-        full: a training set with `forget` in it. The model learns it first, and is recorded while it does.
+        full: a training set with `forget` in it. The model learns it first, and is recorded while it does; "live" gradients
+            do without.
         ledger: folder of a ledger that was recorded before; with `full`, where the new one is kept (else it is deleted).
         gradients: those of the first epoch, of all recorded epochs, of the last, or of the present weights ("live").
         where: the parameters to change: the token embedding, all, the first block, the last two, or blocks by depth.
@@ -167,10 +168,9 @@ def _check(
             "forget.first_epoch must know when to stop: give the role `unseen` (text of the same kind that the model never "
             "saw), or `target` in nats a token."
         )
-    if gradients == "live" and (full is not None or ledger is not None):
+    if gradients == "live" and ledger is not None:
         raise RequestError(
-            'forget.first_epoch: gradients="live" are those of the present weights; they read neither `full` nor `ledger`. '
-            "Leave both out."
+            'forget.first_epoch: gradients="live" are those of the present weights, not of a ledger. Leave `ledger` out.'
         )
     if gradients != "live" and full is None and ledger is None:
         raise RequestError(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from overhaul import __version__, method, models, processes
-from overhaul.errors import RequestError, writing
+from overhaul.errors import OverhaulError, RequestError, writing
 from overhaul.recipe import machine
 from overhaul.recipe.check import RETRAINED, Checked, check, with_steps
 from overhaul.recipe.run import Run, Runner
@@ -65,7 +65,7 @@ def compare(
 
     Raises:
         RequestError: a method is unknown or of another verb, or its request is wrong; nothing was started.
-        RunError: a step failed; what was done before is kept.
+        RunError: every method failed. Where only some did, the report's `warnings` say which and why.
     """
     processes.start()
     document = read(source)
@@ -143,10 +143,15 @@ class _Comparison:
         rows: dict[str, list[dict[str, Any]]] = {}
         measures: list[dict[str, Any]] = []
         anchored = None
+        failed: list[tuple[str, OverhaulError]] = []
         for variant in self.variants:
             runner = Runner(variant.checked, self.folder, self.data, RunFolder(self.folder.root / variant.folder))
             runner.anchored = anchored
-            stages, judged, _ = runner.walk()
+            try:
+                stages, judged, _ = runner.walk()
+            except OverhaulError as error:  # one method that cannot must not hide what the others did
+                failed.append((variant.label, error))
+                continue
             anchored = runner.anchored
             if not rows:
                 measures = [{k: v for k, v in one.items() if k != "value"} for one in judged[0]["measures"]]
@@ -158,7 +163,10 @@ class _Comparison:
             rows.setdefault(variant.label, []).append(_row(judged[-1], record, f"{variant.folder}/model"))
             if "null control" not in rows and (noisy := self.null_control(stages, variant.place)):
                 rows["null control"] = [_row(runner.judge(noisy), None, f"noise as large as {variant.label}'s change")]
+        if not rows:
+            raise failed[0][1]
         report = self.report(measures, rows)
+        report["warnings"] += [f"{label} is missing: {error}" for label, error in failed]
         if processes.is_main():
             write_json(self.folder.root / "comparison.json", report)
             with writing(self.folder.root):
