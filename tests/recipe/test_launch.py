@@ -24,10 +24,10 @@ from overhaul.__main__ import main
 
 step = overhaul.fit.loop._step
 
-def sometimes(*arguments):
-    if os.environ["RANK"] == "1" and arguments[-1] == 2:
+def sometimes(team, terms, windows, limit, number, combine):
+    if os.environ["RANK"] == "1" and number == 2:
         raise MemoryError("no room for the third step")
-    return step(*arguments)
+    return step(team, terms, windows, limit, number, combine)
 
 overhaul.fit.loop._step = sometimes
 main()
