@@ -25,7 +25,7 @@ from overhaul.data.starter_builds import learn_images, new_vit
 from overhaul.recipe.store import write_json
 
 SEEDS = (0, 1, 2)
-FORGOTTEN_DIGIT = 3
+FORGOTTEN_DIGIT, TRAINING_STEPS = 3, 500
 STORED = Path(__file__).parent / "comparisons"
 Report = dict[str, Any]
 
@@ -91,7 +91,7 @@ def digits(seed: int, folder: Path) -> Report:
         torch.manual_seed(seed)
         models[name] = new_vit()
         if role is not None:
-            learn_images(models[name], examples("starter:digits", **images[role]), 1500, PEAK_RATE, name)
+            learn_images(models[name], examples("starter:digits", **images[role]), TRAINING_STEPS, PEAK_RATE, name)
     _save(models, None, folder)
     unseen = {"from": "starter:digits", "split": "validation"}
     recipe: dict[str, Any] = {
@@ -123,8 +123,8 @@ def digits(seed: int, folder: Path) -> Report:
             {"forget.vertical": {"recovery": "retain"}},
         ],
         [
-            {"forget.sisa": {"shards": 3, "slices": 2, "epochs": 60, "batch_size": 64, "lr": 1e-3, "weights": "all"}},
-            {"forget.prompt_tokens": {"epochs": 30, "batch_size": 64, "weights": "all"}},
+            {"forget.sisa": {"shards": 3, "slices": 2, "epochs": 30, "batch_size": 64, "lr": 1e-3, "weights": "all"}},
+            {"forget.prompt_tokens": {"epochs": 20, "batch_size": 64, "weights": "all"}},
         ],
     )
 
@@ -174,4 +174,4 @@ if __name__ == "__main__":
         for seed in SEEDS:
             with tempfile.TemporaryDirectory() as place:
                 reports.append(compared(seed, Path(place)))
-        write_json(STORED / f"{compared.__name__}.json", merged(reports))
+            write_json(STORED / f"{compared.__name__}.json", merged(reports))

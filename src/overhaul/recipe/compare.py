@@ -205,7 +205,10 @@ class _Comparison:
             "recipe": self.base.document.text,
             "model": {"source": recipe.model, "class": facts.architecture, "parameters": facts.parameters},
             "seeds": sorted({variant.checked.recipe.seed for variant in self.variants}),
-            "warnings": list(dict.fromkeys(warning for v in self.variants for warning in v.checked.warnings)),
+            # the same roles are odd for every method that reads them
+            "warnings": list(
+                {warning.partition(": ")[2]: warning for v in self.variants for warning in v.checked.warnings}.values()
+            ),
             "measures": measures,
             "rows": [
                 {
