@@ -12,16 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from overhaul.errors import RequestError, RunError
-from overhaul.forget._federated import (
-    Federation,
-    InProcess,
-    Message,
-    PartyLost,
-    Processes,
-    from_records,
-    party_from,
-    to_records,
-)
+from overhaul.forget._federated import Federation, Processes, from_records, party_from, to_records
+from overhaul.forget._messages import InProcess, Message, PartyLost
 from overhaul.forget._parties import ActiveParty, Rates, VerticalConfig, VerticalModel
 from overhaul.forget.vertical import Unlearning, unlearn
 from overhaul.models import save

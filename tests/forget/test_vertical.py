@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from conftest import examples_for, tiny_llama, tiny_resnet, tiny_vit
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError, RunError
-from overhaul.forget._federated import InProcess, Message, PartyLost
+from overhaul.forget._messages import InProcess, Message, PartyLost
 from overhaul.forget._parties import ActiveParty, Part, PassiveParty, Rates, VerticalConfig, VerticalModel
 from overhaul.forget.vertical import (
     LegacyMix,

@@ -1,7 +1,7 @@
-"""How messages travel between parties: inside one process, or between processes with Flower.
+"""How messages travel between parties in processes of their own, with Flower.
 
-1. `Message` is all that is ever said. `InProcess` hands it over; `Federation` sends it through a Flower grid, and
-   `client_app` answers it beside the columns. Both give the same numbers.
+1. `Federation` sends a `Message` through a Flower grid, and `client_app` answers it beside the columns. The numbers are
+   those of parties in one process.
 2. Flower may start a process for every message, so a party's state lies in Flower's context between two of them; its
    embeddings are then computed twice a round. A bottom with dropout or learning norms must not be in training mode there.
 3. `Processes` is a grid without a server: one process a party on this machine, which answers Flower's own messages, as
@@ -24,95 +24,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from overhaul.errors import RequestError, RunError
-
-if TYPE_CHECKING:
-    from overhaul.forget._parties import PassiveParty
-
-Phase = Literal["look", "ask", "embeddings", "gradients", "ready", "commit", "abort", "done"]
-NOTHING = torch.empty(0, 0)
-"""The values of a message that carries none."""
-
-
-class Message(NamedTuple):
-    """All that is ever said between parties.
-
-    Attributes:
-        round: number of the round it belongs to.
-        phase: down: "look" (embed, nothing follows), "ask" (embed, a gradient follows), "gradients", "commit", "abort";
-            up: "embeddings", "ready", "done".
-        party: the passive party that it goes to or comes from.
-        ids: [n] which samples, by their common number.
-        values: [n, d_k] embeddings or gradients, or empty.
-    """
-
-    round: int
-    phase: Phase
-    party: int
-    ids: Int[Tensor, " n"]
-    values: Float[Tensor, "n d"]
-
-
-class PartyLost(RunError):
-    """A party did not answer; the round was taken back."""
-
-
-class Transport(Protocol):
-    """How messages reach the passive parties; `exchange` sends one to each and returns the replies in the same order."""
-
-    @property
-    def parties(self) -> int:
-        """How many there are."""
-        ...
-
-    def exchange(self, messages: Sequence[Message]) -> list[Message]:
-        """Raise `PartyLost` where a party does not answer."""
-        ...
-
-
-@dataclass
-class InProcess:
-    """Passive parties in this process.
-
-    Attributes:
-        passive: by number.
-        recorded: every message that crossed, in order.
-    """
-
-    passive: Sequence[PassiveParty]
-    recorded: list[Message] = field(default_factory=list)
-
-    @property
-    def parties(self) -> int:
-        """How many there are."""
-        return len(self.passive)
-
-    def exchange(self, messages: Sequence[Message]) -> list[Message]:
-        """One message to each party and its reply; a party that raises ConnectionError is lost."""
-        replies: list[Message] = []
-        for message in messages:
-            self.recorded.append(message)
-            try:
-                replies.append(self.passive[message.party].handle(message))
-            except ConnectionError as error:
-                raise lost(message, str(error)) from error
-            self.recorded.append(replies[-1])
-        return replies
-
-
-def lost(message: Message, why: str) -> PartyLost:
-    """The error for a party that did not answer a message."""
-    return PartyLost(
-        f"Party {message.party} did not answer {message.phase!r} in round {message.round} ({why}). The round was taken "
-        "back: no party has moved. Going on without it is refused, as its columns of every sample would be missing. Bring "
-        "it back, then go on."
-    )
+from overhaul.forget._messages import Message, lost
+from overhaul.forget._parties import PassiveParty, Rates
 
 
 def flower(module: str) -> Any:
@@ -184,7 +102,6 @@ def party_from(config: Mapping[str, Any]) -> PassiveParty:
     """
     from safetensors.torch import load_file
 
-    from overhaul.forget._parties import PassiveParty, Rates
     from overhaul.models import open_model
 
     rates = {name: float(config[name]) for name in ("lr", "momentum", "weight_decay", "clip") if name in config}

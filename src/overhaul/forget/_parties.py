@@ -29,7 +29,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from overhaul.errors import RequestError, RunError
-from overhaul.forget._federated import NOTHING, Message, PartyLost, Phase, Transport
+from overhaul.forget._messages import NOTHING, Message, PartyLost, Phase, Transport
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from overhaul import session
 from overhaul.data.examples import Examples, collate, join
 from overhaul.errors import RequestError, RunError
-from overhaul.forget._federated import InProcess
+from overhaul.forget._messages import InProcess
 from overhaul.forget._parties import ActiveParty, Objective, PassiveParty, Rates, VerticalModel
 from overhaul.method import Outcome, method
 from overhaul.objectives import forward

@@ -163,7 +163,12 @@ def _steps(
     """All steps, and what is odd about the roles they read."""
     steps = [_step(n, entry, rows, references) for n, entry in enumerate(entries, 1)]
     _check_references(references, steps)
-    return steps, [warning for step in steps for warning in check_roles(step, rows)]
+    warnings = [
+        warning
+        for step in steps
+        for warning in check_roles(f"Step {step.number}, {step.name}", step.reads, step.method.changes, rows)
+    ]
+    return steps, warnings
 
 
 def _used(steps: Sequence[Step], requests: Sequence[judging.Request], rows: Mapping[str, Any]) -> list[str]:

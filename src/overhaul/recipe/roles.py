@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from overhaul.data.duplicates import identity, near_duplicates
 from overhaul.data.materials import Row, Source
 from overhaul.errors import RequestError
 
-if TYPE_CHECKING:
-    from overhaul.recipe.check import Step
-
 Rows = Mapping[str, Sequence[tuple[Source, list[Row]]]]
 
 
-def check_roles(step: Step, rows: Rows) -> list[str]:
+def check_roles(where: str, reads: Mapping[str, str], changes: str, rows: Rows) -> list[str]:
     """Compare what is to be forgotten with what is to stay.
+
+    Args:
+        where: the step, for messages.
+        reads: which material each of its roles reads.
+        changes: what its method changes.
+        rows: all materials.
 
     Returns:
         Warnings: what may be meant, but seldom is.
@@ -24,16 +26,15 @@ def check_roles(step: Step, rows: Rows) -> list[str]:
     Raises:
         RequestError: the forget set is most of the training data, or an example is to be forgotten and to be kept.
     """
-    if "forget" not in step.reads:
+    if "forget" not in reads:
         return []
-    where = f"Step {step.number}, {step.name}"
-    forget = _rows(rows, step.reads["forget"])
+    forget = _rows(rows, reads["forget"])
     known = {identity(row) for row in forget}
-    if "full" in step.reads:
-        _check_share(where, step, known, {identity(row) for row in _rows(rows, step.reads["full"])})
-    if "retain" not in step.reads:
+    if "full" in reads:
+        _check_share(where, changes, known, {identity(row) for row in _rows(rows, reads["full"])})
+    if "retain" not in reads:
         return []
-    retain = _rows(rows, step.reads["retain"])
+    retain = _rows(rows, reads["retain"])
     both = known & {identity(row) for row in retain}
     if both:
         raise RequestError(
@@ -54,13 +55,13 @@ def _rows(rows: Rows, role: str) -> list[Row]:
     return [row for _, part in rows[role] for row in part]
 
 
-def _check_share(where: str, step: Step, forget: set[str], full: set[str]) -> None:
+def _check_share(where: str, changes: str, forget: set[str], full: set[str]) -> None:
     if full <= forget:
         raise RequestError(
             f"{where}: the forget set contains the whole training set ({len(forget)} examples), so nothing would be left to "
             "keep. Narrow `forget` with `where:`, or widen `full`."
         )
-    if step.method.changes == "weights" and len(forget & full) > len(full) / 2:
+    if changes == "weights" and len(forget & full) > len(full) / 2:
         raise RequestError(
             f"{where}: {len(forget & full)} of the {len(full)} examples in `full` are to be forgotten. When more than half "
             "goes, training on the rest is cheaper than unlearning, and exact. Narrow `forget` with `where:`, or widen "
