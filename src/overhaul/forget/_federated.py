@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 
 from overhaul.errors import RequestError, RunError
-from overhaul.forget._messages import Message, lost
+from overhaul.forget._messages import NOTHING, Message, lost
 from overhaul.forget._parties import PassiveParty, Rates
 
 
