@@ -33,7 +33,6 @@ Report = dict[str, Any]
 def people(seed: int, folder: Path) -> Report:
     """Forget six of sixty fictitious people whom a Llama of two blocks learnt by heart."""
     world = _people.build(seed)
-    torch.manual_seed(seed)
     models = {
         "original": world.original,
         "retrained": world.retrained,

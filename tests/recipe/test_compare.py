@@ -134,6 +134,7 @@ def test_the_page_and_the_tables_name_every_model(folder: Path, tmp_path: Path) 
         ({}, ["forget.npo", "forget.npoo"], "no method 'forget.npoo'"),
         ({}, ["forget.npo", "shrink.drop_layers"], "within one verb"),
         ({}, ["forget.npo"], "at least two"),
+        ({"retrained": {"after": "start"}}, [], "must come from a folder"),
         ({"compare": []}, [], "at least two"),
         ({"compare": [{"forget.npo": {}}, {"forget.npo": {}}]}, [], "twice with the same knobs"),
         ({"compare": [{"forget.npo": {}}, {"forget.ssd": {"alfa": 1}}]}, [], "no knob 'alfa'"),
@@ -142,8 +143,12 @@ def test_the_page_and_the_tables_name_every_model(folder: Path, tmp_path: Path) 
 def test_a_wrong_comparison_is_refused_before_anything_is_written(
     folder: Path, tmp_path: Path, changes: dict[str, Any], names: list[str], said: str
 ) -> None:
+    changes = dict(changes)
+    anchor = {"retrained": changes.pop("retrained")} if "retrained" in changes else {}
+    request = recipe(folder, tmp_path, **changes)
+    request["materials"] |= anchor
     with pytest.raises(RequestError, match=said):
-        compare(recipe(folder, tmp_path, **changes), names, tmp_path / "out")
+        compare(request, names, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

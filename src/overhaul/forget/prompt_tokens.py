@@ -24,8 +24,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from contextlib import contextmanager, nullcontext
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ from overhaul.fit.loop import Draw
 from overhaul.forget._gating import gated, logits_under, recover, uniform_kl
 from overhaul.forget._prompts import PromptedClassifier, inputs_of
 from overhaul.method import Outcome, method
+from overhaul.shrink._adapters import adapters
 from overhaul.stack import LayerStack
 
 MEASURED = 1000
@@ -139,25 +140,24 @@ def _trainable(
 ) -> Iterator[list[nn.Parameter]]:
     """What trains, and nothing else requires a gradient; adapters are part of the weights afterwards."""
     needed = {name: p.requires_grad for name, p in model.named_parameters()}
-    adapted = _adapted(model, rank, alpha, dropout) if weights == "lora" else None
     heads = [parameter for head in model.heads() for parameter in head.parameters()]
-    for parameter in model.parameters() if adapted is None else [model.bank, *heads]:
-        parameter.requires_grad_(parameter.is_floating_point())
+    lora = weights == "lora"
     try:
-        yield [parameter for parameter in model.parameters() if parameter.requires_grad]
+        with adapters(model.inner, rank, alpha, dropout, _queries_and_values(model)) if lora else nullcontext():
+            for parameter in [model.bank, *heads] if lora else model.parameters():
+                parameter.requires_grad_(parameter.is_floating_point())
+            try:
+                yield [parameter for parameter in model.parameters() if parameter.requires_grad]
+            finally:
+                model.zero_grad()
+                model.eval()
     finally:
-        model.zero_grad()
-        model.eval()
-        if adapted is not None:
-            adapted.merge_and_unload()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(needed[name])
 
 
-def _adapted(model: PromptedClassifier, rank: int, alpha: int, dropout: float) -> Any:
-    """The wrapped model with an adapter on every query and value; all else in it is frozen."""
-    from peft import LoraConfig, LoraModel
-
+def _queries_and_values(model: PromptedClassifier) -> list[str]:
+    """The names of the projections that are adapted."""
     stack = LayerStack.at(model.inner, model.config.stack)
     names = [
         name
@@ -171,8 +171,7 @@ def _adapted(model: PromptedClassifier, rank: int, alpha: int, dropout: float) -
             f"forget.prompt_tokens: the blocks of {model.config.inner_class} hold no linear projection whose name begins "
             'with q or v, for queries and values to be adapted. Write weights: "all".'
         )
-    options = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names)
-    return LoraModel(model.inner, options, "default")
+    return names
 
 
 def _train(

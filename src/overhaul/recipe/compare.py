@@ -70,12 +70,17 @@ def compare(
     processes.start()
     document = read(source)
     base = check(document)
+    if "after" in base.references.get(RETRAINED, {}):
+        raise RequestError(f"The model {RETRAINED!r} must come from a folder: `{RETRAINED}: {{model: FOLDER}}`.")
     variants = [
         _seeded(variant, base.recipe.seed + n, seeds > 1) for variant in _variants(base, names) for n in range(seeds)
     ]
     root = Path(out) if out is not None else Path("runs") / f"{document.name}-compared"
     needed = base.model.bytes * sum(1 + len(variant.checked.steps) for variant in variants)
-    folder = RunFolder.claim(root, f"{document.name} (compared)", needed)
+    folder = RunFolder(root)
+    if processes.is_main():
+        folder = RunFolder.claim(root, f"{document.name} (compared)", needed)
+    processes.wait()
     return _Comparison(base, variants, folder).go()
 
 
@@ -176,10 +181,8 @@ class _Comparison:
 
     def retrained(self, runner: Runner, stages: Sequence[Stage]) -> Stage:
         """The model that never saw what is to be forgotten."""
-        source = self.base.references[RETRAINED]
-        if "model" not in source:
-            raise RequestError(f"The model {RETRAINED!r} must come from a folder: `{RETRAINED}: {{model: FOLDER}}`.")
-        return Stage(RETRAINED, runner.reference_key(RETRAINED, list(stages)), models.facts(source["model"]))
+        source = self.base.references[RETRAINED]["model"]
+        return Stage(RETRAINED, runner.reference_key(RETRAINED, list(stages)), models.facts(source))
 
     def null_control(self, stages: Sequence[Stage], place: int) -> Stage | None:
         """The model before the step with noise as large as the step's change of each tensor; None if a shape changed."""

@@ -16,7 +16,9 @@ from overhaul.stack import LayerStack
 
 
 @contextmanager
-def adapters(model: nn.Module, rank: int, alpha: int, dropout: float) -> Iterator[nn.Module]:
+def adapters(
+    model: nn.Module, rank: int, alpha: int, dropout: float, names: list[str] | None = None
+) -> Iterator[nn.Module]:
     """Inside the `with`, only adapters on the blocks' projections train; afterwards they are part of the weights.
 
     Args:
@@ -24,13 +26,14 @@ def adapters(model: nn.Module, rank: int, alpha: int, dropout: float) -> Iterato
         rank: of the adapters, which add (alpha / rank) * B @ A to a weight.
         alpha: their scale.
         dropout: of their input.
+        names: of the projections to adapt; all of the blocks if None.
 
     Raises:
         RequestError: the blocks hold no linear projection (a ResNet).
     """
     from peft import LoraConfig, LoraModel
 
-    names = projections(model)
+    names = projections(model) if names is None else names
     kinds = {type(model.get_submodule(name)).__name__ for name in names}
     transposed = kinds == {"Conv1D"}
     options = LoraConfig(
