@@ -15,18 +15,9 @@ from conftest import examples_for, tiny_llama, tiny_resnet, tiny_vit
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError, RunError
 from overhaul.forget._messages import InProcess, Message, PartyLost
+from overhaul.forget._mixup import LegacyMix, class_mixing, mix, pair_mixing
 from overhaul.forget._parties import ActiveParty, Part, PassiveParty, Rates, VerticalConfig, VerticalModel
-from overhaul.forget.vertical import (
-    LegacyMix,
-    Unlearning,
-    class_mixing,
-    in_process,
-    mix,
-    pair_mixing,
-    split,
-    train,
-    vertical,
-)
+from overhaul.forget.vertical import Unlearning, in_process, split, train, unlikelihood, vertical
 from overhaul.models import open_model, save
 from overhaul.objectives import evaluate
 
@@ -198,9 +189,10 @@ def test_check_2_without_mixing_the_loss_is_plain_ascent() -> None:
     top = nn.Linear(4, 3)
     embeddings, labels = [torch.randn(5, 2), torch.randn(5, 2)], torch.tensor([1] * 5)
     plain = -F.cross_entropy(top(torch.cat(embeddings, dim=1)), labels)
-    torch.testing.assert_close(Unlearning(top, torch.tensor([1]), mixup=False)(embeddings, labels), plain)
+    climbed = Unlearning(top, torch.tensor([1]), mixup=False, loss="cross_entropy")
+    torch.testing.assert_close(climbed(embeddings, labels), plain)
     same = [part[:1].expand(5, 2) for part in embeddings]  # mixtures of equal samples are these samples
-    mixed = Unlearning(top, torch.tensor([1]))(same, labels)
+    mixed = Unlearning(top, torch.tensor([1]), loss="cross_entropy")(same, labels)
     torch.testing.assert_close(mixed, -F.cross_entropy(top(torch.cat(same, dim=1)), labels))
 
 
@@ -251,14 +243,15 @@ def test_check_5_with_a_linear_top_mixing_embeddings_is_mixing_logits() -> None:
     torch.testing.assert_close(top(mix(embedded, mixing)), mix(top(embedded), mixing))
 
 
+@pytest.mark.parametrize("kind", ["unlikelihood", "cross_entropy"])
 @pytest.mark.parametrize("gradient", ["chain_rule", "legacy"])
-def test_check_6_a_small_step_raises_the_loss_to_forget_and_lowers_the_one_to_recover(gradient: Any) -> None:
+def test_check_6_a_small_step_raises_the_loss_to_forget_and_lowers_the_one_to_recover(gradient: Any, kind: Any) -> None:
     forget, recovery = labelled([0] * 6), labelled([1, 1, 1, 2, 2, 2])
     for examples, sign in ((forget, 1), (recovery, -1)):
         model = halves()
         before = loss(model, examples)
         active = parties(model, examples, Rates(1e-3))
-        active.round(torch.arange(6), Unlearning(active.top, torch.tensor([0]), True, gradient))
+        active.round(torch.arange(6), Unlearning(active.top, torch.tensor([0]), True, gradient, kind))
         assert sign * (loss(model, examples) - before) > 1e-6
 
 
@@ -277,7 +270,7 @@ def test_check_7_one_party_whose_bottom_is_frozen_and_the_identity_unlearns_a_he
 
     features, labels = torch.randn(6, 4), torch.zeros(6, dtype=torch.long)
     transport = InProcess([PassiveParty(0, Identity(), features, Rates(1e-30))])
-    objective = Unlearning(head, torch.tensor([0]))
+    objective = Unlearning(head, torch.tensor([0]), loss="cross_entropy")
     ActiveParty(head, labels, transport, Rates(0.1)).round(torch.arange(6), objective)
     assert float(scale.detach()) == 1.0
     (-F.cross_entropy(plain(mix(features, pair_mixing(labels))), mix_labels := torch.zeros(45).long())).backward()
@@ -298,7 +291,15 @@ def learnt() -> VerticalModel:
 
 
 @pytest.mark.parametrize(
-    "knobs", [{}, {"mixup": False}, {"interleave": True}, {"gradient": "legacy", "lr": 0.3}, {"recover": False}]
+    "knobs",
+    [
+        {},
+        {"mixup": False},
+        {"interleave": True},
+        {"gradient": "legacy", "lr": 0.3},
+        {"recover": False},
+        {"loss": "cross_entropy", "epochs": 100},
+    ],
 )
 def test_it_forgets_and_stops_at_chance(learnt: VerticalModel, knobs: dict[str, Any]) -> None:
     model = copy.deepcopy(learnt)
@@ -310,11 +311,25 @@ def test_it_forgets_and_stops_at_chance(learnt: VerticalModel, knobs: dict[str, 
     assert loss(model, labelled([0] * 12, 2)) > loss(learnt, labelled([0] * 12, 2)) + 1.0
 
 
-def test_several_labels_ascend_together(learnt: VerticalModel) -> None:
-    model = copy.deepcopy(learnt)
-    outcome = vertical(model, labelled([0, 2] * 10, 1), labelled([1, 3, 4] * 3, 1), epochs=15)
-    assert outcome.facts["labels"] == [0, 2]
-    assert loss(model, labelled([0, 2] * 10, 2)) > loss(learnt, labelled([0, 2] * 10, 2))
+def test_several_labels_are_forgotten_where_no_loss_was_left_and_climbing_cross_entropy_moves_nothing() -> None:
+    torch.manual_seed(0)
+    sure = halves()
+    losses = train(sure, labelled([y for y in range(5) for _ in range(12)]), epochs=60, rates=Rates(0.1, 0.9))
+    assert losses[-1] < 1e-4
+    forget, recovery = labelled([0, 2] * 10, 1), labelled([1, 3, 4] * 3, 1)
+    climbed = vertical(copy.deepcopy(sure), forget, recovery, loss="cross_entropy").facts
+    assert climbed["forget_accuracy_after"] == 1.0 and climbed["stopped_early"] == "no"
+    outcome = vertical(sure, forget, recovery)
+    assert outcome.facts["labels"] == [0, 2] and outcome.facts["stopped_early"] == "yes"
+
+
+def test_unlikelihood_is_minus_log_of_the_rest_and_exact_where_the_rest_rounds_to_nothing() -> None:
+    logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
+    own = logits.softmax(dim=1)[torch.arange(6), labels]
+    torch.testing.assert_close(unlikelihood(logits, labels), -(1 - own).log().mean())
+    sure = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(unlikelihood(sure, torch.tensor([0])), sure)
+    torch.testing.assert_close(gradient, torch.tensor([[1.0, -0.5, -0.5]]))
 
 
 @pytest.mark.parametrize("make", [tiny_vit, tiny_resnet])

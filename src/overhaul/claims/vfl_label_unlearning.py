@@ -4,8 +4,10 @@ Handwritten digits, left half with one party and right half with another: percep
 trained from messages alone. The digit 0 is forgotten with 40 samples; 3 of every other digit are there to recover with.
 All accuracies are on held-out images.
 
-1. Ascent is plain SGD without clipping at the card's rate, until at most 5% of the 40 samples are right: on pairs of
-   embeddings or on the samples, with recovery or without. The method as it stands by default is measured beside them.
+1. Ascent climbs cross-entropy, as in the paper, by plain SGD without clipping at the card's rate, until at most 5% of the
+   40 samples are right: on pairs of embeddings or on the samples, with recovery or without. The method as it stands by
+   default (unlikelihood in place of cross-entropy) is measured beside them, and both losses on two digits at once, for
+   which no margin was set.
 2. Baselines: a network trained without the digit, fine-tuning on the recovery samples alone for as many epochs, and
    masking the digit's row of the head.
 3. The network is trained for 30 epochs in batches of 64 (card: 60 in batches of 32), which was settled after a first look
@@ -18,6 +20,7 @@ All accuracies are on held-out images.
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +37,12 @@ from overhaul.forget.vertical import train, vertical
 from overhaul.objectives import evaluate
 
 FORGOTTEN = 0
+TWO = (0, 2)
 SAMPLES = 40
 PER_CLASS = 3
-CARD: dict[str, Any] = {"lr": 0.03, "momentum": 0.0, "weight_decay": 0.0, "clip": None, "stop_at": 0.05, "epochs": 300}
+CARD: dict[str, Any] = {
+    "loss": "cross_entropy", "lr": 0.03, "momentum": 0.0, "weight_decay": 0.0, "clip": None, "stop_at": 0.05, "epochs": 300
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,9 +65,9 @@ def experiment(seed: int, size: Size) -> Numbers:
     forget, recovery = few(full)
     found: Numbers = {}
 
-    def note(variant: str, model: nn.Module) -> None:
+    def note(variant: str, model: nn.Module, digits: Collection[int] = (FORGOTTEN,)) -> None:
         for role, wanted in (("kept", False), ("forgotten", True)):
-            part = judged.filter(lambda row, wanted=wanted: (row["label"] == FORGOTTEN) == wanted)
+            part = judged.filter(lambda row, wanted=wanted: (row["label"] in digits) == wanted)
             found[f"{variant}, {role}"] = _accuracy(model, part)
 
     original = _trained(full, seed, size)
@@ -75,6 +81,9 @@ def experiment(seed: int, size: Size) -> Numbers:
             note(variant, model)
             found[f"{variant}, epochs"] = epochs
     note("default", _forget(original, forget, recovery, seed)[0])
+    for loss in ("unlikelihood", "cross_entropy"):
+        two = _forget(original, *few(full, TWO), seed, loss=loss, epochs=100)[0]
+        note(f"two digits by {loss.replace('_', '-')}", two, TWO)
     epochs = int(found["plain and recovery, epochs"])
     tuned = copy.deepcopy(original)
     train(tuned, recovery, epochs=epochs, rates=Rates(CARD["lr"]))
@@ -83,9 +92,9 @@ def experiment(seed: int, size: Size) -> Numbers:
     return found
 
 
-def few(full: Examples) -> tuple[Examples, Examples]:
-    """The first samples of the digit to forget, and the first of every other one."""
-    wanted = {digit: SAMPLES if digit == FORGOTTEN else PER_CLASS for digit in range(10)}
+def few(full: Examples, digits: Collection[int] = (FORGOTTEN,)) -> tuple[Examples, Examples]:
+    """The first samples of each digit to forget, and the first of every other one."""
+    wanted = {digit: SAMPLES if digit in digits else PER_CLASS for digit in range(10)}
     places: list[int] = []
     for place, row in enumerate(full.rows):
         if wanted[row["label"]]:
@@ -93,8 +102,8 @@ def few(full: Examples) -> tuple[Examples, Examples]:
             places.append(place)
     chosen = full.select(places)
     return (
-        chosen.filter(lambda row: row["label"] == FORGOTTEN),
-        chosen.filter(lambda row: row["label"] != FORGOTTEN),
+        chosen.filter(lambda row: row["label"] in digits),
+        chosen.filter(lambda row: row["label"] not in digits),
     )
 
 
@@ -183,12 +192,15 @@ CLAIM = Claim(
     ),
     run=run,
     remarks=(
-        "Every kind of ascent forgets the digit, in seconds; what it costs is a matter of luck. Plain ascent keeps 0.86 "
-        "and 0.90 of the other digits on two seeds and 0.22 on the third. Recovery mends what was broken (from 0.22 to "
-        "0.86, and from at most 0.31 to at least 0.79 beside mixup) and changes little where nothing was. Mixup without "
-        "recovery is not gentler here but far harsher: mixtures of samples that the network is sure of are flatter still, "
-        "so it climbs two to three times as many epochs before the samples themselves are lost. Masking one row of the "
-        "head does better on accuracy than any of them, without forgetting anything. Ascent on shuffled labels wrecks the "
-        "network as a whole on two seeds, the digit with it, which is why that control only holds on one."
+        "Every kind of ascent forgets the digit, in seconds; what climbing cross-entropy costs is a matter of luck. "
+        "Plain ascent keeps 0.86 and 0.90 of the other digits on two seeds and 0.22 on the third. Recovery mends what "
+        "was broken (from 0.22 to 0.86, and from at most 0.31 to at least 0.79 beside mixup) and changes little where "
+        "nothing was. Mixup without recovery is not gentler here but far harsher: mixtures of samples that the network "
+        "is sure of are flatter still, so it climbs two to three times as many epochs before the samples themselves are "
+        "lost. Masking one row of the head does better on accuracy than any of them, without forgetting anything. "
+        "Ascent on shuffled labels wrecks the network as a whole on two seeds, the digit with it, which is why that "
+        "control only holds on one. The default, which lowers the unlikelihood of the label instead, is steep where the "
+        "network is sure and flat once the label is lost: it keeps 0.92 to 0.93 on every seed, and with two digits at "
+        "once 0.77 to 0.86 where cross-entropy keeps 0.29 to 0.66."
     ),
 )
