@@ -56,13 +56,16 @@ class Penalty:
 def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Logits of a Hugging Face model, or of any module that takes these inputs and returns logits or an object with them.
 
+    A module with an attribute `reads` is given the columns of the batch that it names, and no others.
     A batch of pairs (`other_input_ids` [b, t'] and `other_attention_mask` beside the rest) gives [2b, max(t, t'), v]: first
     the b sequences, then the b others.
     """
     if "other_input_ids" in batch:
         batch = _one_below_the_other(batch)
-    if "pixel_values" in batch:
-        out: Any = model(pixel_values=batch["pixel_values"])
+    if reads := getattr(model, "reads", ()):
+        out: Any = model(**{name: batch[name] for name in reads})
+    elif "pixel_values" in batch:
+        out = model(pixel_values=batch["pixel_values"])
     else:
         mask = batch.get("attention_mask")
         extra = {"use_cache": False} if hasattr(model, "config") else {}

@@ -19,8 +19,9 @@ from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError, RunError
 from overhaul.forget._gating import all_subsets, gated, linear_probe, logits_under, recover, uniform_kl
 from overhaul.forget._prompts import CLOSED, PromptedClassifier, inputs_of
-from overhaul.forget.prompt_tokens import losses, mixed_prompts, prompt_tokens, wrong_prompts
+from overhaul.forget.prompt_tokens import Gated, mixed_prompts, prompt_tokens, terms, wrong_prompts
 from overhaul.models import save
+from overhaul.objectives import forward
 from overhaul.recipe.run import run
 
 OPTIONS: dict[str, Any] = {
@@ -129,17 +130,17 @@ def test_forgetting_is_bit_for_bit_the_forward_with_the_other_prompts(kind: str)
 
 def test_wrong_prompts_never_contain_the_label_and_mixed_ones_contain_it_once() -> None:
     labels = torch.arange(CLASSES).repeat(20)
-    draw = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     for count in range(CLASSES):
-        wrong = wrong_prompts(labels, CLASSES, count, draw)
-        mixed = mixed_prompts(labels, CLASSES, count, draw)
+        wrong = wrong_prompts(labels, CLASSES, count)
+        mixed = mixed_prompts(labels, CLASSES, count)
         assert wrong.shape == (200, count) and mixed.shape == (200, count + 1)
         assert not (wrong == labels[:, None]).any()
         at = mixed == labels[:, None]
         assert (at.sum(dim=1) == 1).all() and (at == at[0]).all()  # at one place, drawn once for the batch
         for rows in (wrong.tolist(), mixed.tolist()):
             assert all(len(set(row)) == len(row) for row in rows)
-    first = wrong_prompts(torch.zeros(9000, dtype=torch.long), CLASSES, 1, draw).flatten().bincount(minlength=CLASSES)
+    first = wrong_prompts(torch.zeros(9000, dtype=torch.long), CLASSES, 1).flatten().bincount(minlength=CLASSES)
     assert first[0] == 0 and (first[1:] > 800).all()
 
 
@@ -153,11 +154,11 @@ def test_the_number_of_prompts_is_drawn_once_a_batch_uniformly_from_0_to_c_minus
             seen.append(tuple(prompts.shape))
             return type("Output", (), {"logits": torch.zeros(len(pixel_values), CLASSES)})
 
-    draw = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     batch = collate(data_for("ViT", 4).items)
     watching: Any = Watching(1, 1)
     for _ in range(1000):
-        losses(watching, batch, draw)
+        forward(Gated(watching, ["pixel_values"]), batch)
     assert {shape[0] for shape in seen} == {4}
     for counts in ([shape[1] - 1 for shape in seen[::2]], [shape[1] for shape in seen[1::2]]):
         frequency = torch.tensor(counts).bincount(minlength=CLASSES)
@@ -167,11 +168,13 @@ def test_the_number_of_prompts_is_drawn_once_a_batch_uniformly_from_0_to_c_minus
 def test_the_loss_is_cross_entropy_under_the_right_prompt_and_kl_under_wrong_ones() -> None:
     model, data = prompted("ViT")
     batch = collate(data.items)
-    right, wrong = losses(model, batch, torch.Generator().manual_seed(3))
-    draw = torch.Generator().manual_seed(3)
-    counts = torch.randint(CLASSES, (2,), generator=draw).tolist()
-    mixed = logits(model, data, mixed_prompts(batch["labels"], CLASSES, counts[0], draw))
-    others = logits(model, data, wrong_prompts(batch["labels"], CLASSES, counts[1], draw))
+    torch.manual_seed(3)
+    stacked = forward(Gated(model, ["pixel_values"]), batch)
+    right, wrong = (term.loss(stacked, batch) / term.count(batch) for term in terms())
+    torch.manual_seed(3)
+    counts = torch.randint(CLASSES, (2,)).tolist()
+    given = mixed_prompts(batch["labels"], CLASSES, counts[0]), wrong_prompts(batch["labels"], CLASSES, counts[1])
+    mixed, others = (logits(model, data, prompts) for prompts in given)
     p = mixed.softmax(-1)[torch.arange(len(data)), batch["labels"]]
     assert torch.allclose(right, -p.log().mean(), atol=1e-5)
     q = others.softmax(-1)

@@ -16,30 +16,27 @@ How it differs from the paper and the released code:
 3. An accuracy on forgotten classes near 1/C is what the loss asks for, not 0: forgotten images get a uniform output.
 4. Adapters are merged into the weights at the end. They sit on the projections whose names begin with q or v; where query,
    key and value are one projection, on all three.
-5. The two forwards share their images and choose prompts by label, so the training is a loop of its own: it does not go on
-   from a checkpoint after a kill, and under a launcher every process does all of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from annotated_types import Ge, Gt, Lt
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from overhaul import session
-from overhaul.data.examples import Examples, collate, join
-from overhaul.errors import RequestError, RunError
-from overhaul.fit.loop import Draw
+from overhaul.data.examples import Batch, Examples, collate, join
+from overhaul.errors import RequestError
+from overhaul.fit import fit
 from overhaul.forget._gating import gated, logits_under, recover, uniform_kl
 from overhaul.forget._prompts import PromptedClassifier, inputs_of
 from overhaul.method import Outcome, method
+from overhaul.objectives import Term, cross_entropy_sum, sequences
 from overhaul.shrink._adapters import adapters
 from overhaul.stack import LayerStack
 
@@ -79,7 +76,7 @@ def prompt_tokens(
         full: the labelled training set; needed for a plain model. For a prompted one it only serves the facts.
         forget: examples of the classes to be forgotten; only their labels matter. Needed for a prompted model.
         epochs: passes over `full`, two forwards a step.
-        lr: rate of Adam.
+        lr: rate of Adam, constant.
         batch_size: examples in one step.
         weights: what trains besides prompts and head: "lora", adapters on queries and values; "all", every weight.
         rank: of the adapters.
@@ -113,8 +110,12 @@ def prompt_tokens(
         prompted = PromptedClassifier.around(model, collate(full.items[:2]), prompts_per_class)
         _check_labels(full, prompted)
         prompted.check(_classes(forget), harden)
-        with _trainable(prompted, weights, rank, alpha, dropout) as parameters:
-            curves = _train(prompted, full, parameters, epochs, batch_size, lr)
+        with _trainable(prompted, weights, rank, alpha, dropout):
+            steps = max(1, round(epochs * len(full) / batch_size))
+            model, data = Gated(prompted, inputs_of(full[0], prompted)), {"full": full}
+            curves = fit(
+                model, terms(), data, steps=steps, batch_size=batch_size, lr=lr, clip=None, name="prompt tokens"
+            ).curves
     gone = _classes(forget)
     if gone:
         prompted.forget(gone, harden)
@@ -135,9 +136,7 @@ def _check_labels(full: Examples, model: PromptedClassifier) -> None:
 
 
 @contextmanager
-def _trainable(
-    model: PromptedClassifier, weights: str, rank: int, alpha: int, dropout: float
-) -> Iterator[list[nn.Parameter]]:
+def _trainable(model: PromptedClassifier, weights: str, rank: int, alpha: int, dropout: float) -> Iterator[None]:
     """What trains, and nothing else requires a gradient; adapters are part of the weights afterwards."""
     needed = {name: p.requires_grad for name, p in model.named_parameters()}
     heads = [parameter for head in model.heads() for parameter in head.parameters()]
@@ -146,11 +145,7 @@ def _trainable(
         with adapters(model.inner, rank, alpha, dropout, _queries_and_values(model)) if lora else nullcontext():
             for parameter in [model.bank, *heads] if lora else model.parameters():
                 parameter.requires_grad_(parameter.is_floating_point())
-            try:
-                yield [parameter for parameter in model.parameters() if parameter.requires_grad]
-            finally:
-                model.zero_grad()
-                model.eval()
+            yield
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(needed[name])
@@ -174,67 +169,52 @@ def _queries_and_values(model: PromptedClassifier) -> list[str]:
     return names
 
 
-def _train(
-    model: PromptedClassifier,
-    full: Examples,
-    parameters: list[nn.Parameter],
-    epochs: float,
-    batch_size: int,
-    lr: float,
-) -> dict[str, list[float]]:
-    """Curves of the loss and its two parts."""
-    order = Draw("full", len(full), torch.initial_seed())
-    draw = torch.Generator().manual_seed(torch.initial_seed())
-    optimizer = torch.optim.Adam(parameters, lr)
-    curves: dict[str, list[float]] = {"loss": [], "under the right prompt": [], "under wrong prompts": []}
-    steps = max(1, round(epochs * len(full) / batch_size))
-    model.train()
-    for step in session.progress(range(steps), "prompt tokens", steps):
-        batch = collate([full.items[i] for i in order.indices(step * batch_size, batch_size)])
-        right, wrong = losses(model, batch, draw)
-        loss = right + wrong
-        optimizer.zero_grad()
-        loss.backward()
-        values = {name: float(value.detach()) for name, value in zip(curves, (loss, right, wrong), strict=True)}
-        norm = float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        if not (math.isfinite(values["loss"]) and math.isfinite(norm)):
-            raise RunError(
-                f"forget.prompt_tokens stopped at step {step + 1}: the loss is {values['loss']}, the norm of its "
-                f"gradient {norm}. The weights are those after step {step}. A lower learning rate usually helps."
-            )
-        optimizer.step()
-        for name, value in values.items():
-            curves[name].append(value)
-    return curves
-
-
-def losses(model: PromptedClassifier, batch: dict[str, Tensor], draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The two parts of the loss on a batch, each a mean over its examples in nats.
+class Gated(nn.Module):
+    """A prompted classifier as it trains, with the prompts of all its classes; they come from torch's generator.
 
     Args:
-        model: with the prompts of all its classes.
-        batch: its inputs and `labels` [b].
-        draw: on the CPU; m and the prompts of both forwards come from it.
+        model: the classifier.
+        reads: the names of its inputs in a batch.
     """
-    labels, inputs = batch["labels"], inputs_of(batch, model)
-    counts = torch.randint(model.classes, (2,), generator=draw).tolist()
-    logits = model(**inputs, prompts=mixed_prompts(labels, model.classes, counts[0], draw)).logits
-    right = F.cross_entropy(logits.float(), labels.to(logits.device))
-    logits = model(**inputs, prompts=wrong_prompts(labels, model.classes, counts[1], draw)).logits
-    return right, uniform_kl(logits).mean()
+
+    def __init__(self, model: PromptedClassifier, reads: Collection[str]) -> None:
+        super().__init__()
+        self.model, self.reads = model, (*reads, "labels")
+
+    def forward(self, labels: Int[Tensor, " b"], **inputs: Tensor) -> Float[Tensor, "2b classes"]:
+        """Logits under prompts with the right one, and below them those under wrong ones."""
+        classes, own = self.model.classes, labels.cpu()
+        more, count = torch.randint(classes, (2,)).tolist()
+        given = (mixed_prompts(own, classes, more), wrong_prompts(own, classes, count))
+        return torch.cat([self.model(**inputs, prompts=prompts).logits for prompts in given])
 
 
-def wrong_prompts(labels: Int[Tensor, " b"], classes: int, count: int, draw: torch.Generator) -> Int[Tensor, "b m"]:
+def terms() -> list[Term]:
+    """The two parts of the loss, each a mean over examples in nats, of what `Gated` returns."""
+
+    def right(logits: Tensor, batch: Batch) -> Tensor:
+        return cross_entropy_sum(logits[: sequences(batch)], batch)
+
+    def wrong(logits: Tensor, batch: Batch) -> Tensor:
+        return uniform_kl(logits[sequences(batch) :]).sum()
+
+    return [
+        Term("full", loss, sequences, name=f"under {name}")
+        for loss, name in ((right, "the right prompt"), (wrong, "wrong prompts"))
+    ]
+
+
+def wrong_prompts(labels: Int[Tensor, " b"], classes: int, count: int) -> Int[Tensor, "b m"]:
     """For each label, `count` of the other classes in random order."""
-    places = torch.rand(len(labels), classes, generator=draw)
+    places = torch.rand(len(labels), classes)
     places[torch.arange(len(labels)), labels] = math.inf
     return places.argsort(dim=1)[:, :count]
 
 
-def mixed_prompts(labels: Int[Tensor, " b"], classes: int, count: int, draw: torch.Generator) -> Int[Tensor, "b m+1"]:
+def mixed_prompts(labels: Int[Tensor, " b"], classes: int, count: int) -> Int[Tensor, "b m+1"]:
     """For each label, `count` other classes in random order, and the label at one place, the same for all."""
-    wrong = wrong_prompts(labels, classes, count, draw)
-    place = int(torch.randint(count + 1, (), generator=draw))
+    wrong = wrong_prompts(labels, classes, count)
+    place = int(torch.randint(count + 1, ()))
     return torch.cat([wrong[:, :place], labels[:, None], wrong[:, place:]], dim=1)
 
 
