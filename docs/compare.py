@@ -3,6 +3,9 @@
 1. Each seed trains its own original, and its own retrained model from the same first weights, so a spread is that of the
    whole experiment and not of one checkpoint.
 2. Methods that must be used from the start (shards, prompts) begin from the first weights, all others from the original.
+3. Every method for a model that has learnt is first tried at a few settings on a seed of its own. Of those that forget as
+   much as the retrained model (the first measure of `forgotten`, to 0.05), the one that keeps most (the first of `kept`)
+   is used on the three seeds; where none gets there, the one that forgets most.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +29,27 @@ from overhaul.data.starter_builds import learn_images, new_vit
 from overhaul.recipe.store import write_json
 
 SEEDS = (0, 1, 2)
+TUNING_SEED = 3
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+NEAR = 0.05
 FORGOTTEN_DIGIT, TRAINING_STEPS = 3, 500
 STORED = Path(__file__).parent / "comparisons"
 Report = dict[str, Any]
+Entry = dict[str, dict[str, Any]]
+Settings = list[list[Entry]]
+"""For every method, all that is tried."""
 
 
-def people(seed: int, folder: Path) -> Report:
+@dataclass(frozen=True)
+class World:
+    """What is compared: a recipe without steps, the methods that begin from the original and those from first weights."""
+
+    recipe: dict[str, Any]
+    late: Settings
+    early: list[Entry]
+
+
+def people(seed: int, folder: Path) -> World:
     """Forget six of sixty fictitious people whom a Llama of two blocks learnt by heart."""
     world = _people.build(seed)
     models = {
@@ -59,26 +78,23 @@ def people(seed: int, folder: Path) -> Report:
             "kept": {"answer_probability": "retain", "accuracy": "retain", "model_utility": "retain"},
         },
     }
-    training = {"steps": 60, "batch_size": 16, "lr": 3e-4, "warmup": 0.1}
+    trained = ("gradient_ascent", "grad_diff", "npo", "simnpo", "dpo", "blur")
     start_again = {"epochs": 64, "batch_size": 64, "lr": 3e-3, "weights": "all"}
-    return _both(
+    return World(
         recipe,
-        folder,
         [
-            {"forget.ssd": {}},
-            {"forget.gradient_ascent": training},
-            {"forget.grad_diff": training},
-            {"forget.npo": training},
-            {"forget.simnpo": training},
-            {"forget.dpo": training},
-            {"forget.blur": training},
-            {"forget.first_epoch": {"gradients": "live", "unseen": "holdout"}},
+            _ssd(),
+            *(_at_rates(name, steps=60, batch_size=16, warmup=0.1) for name in trained),
+            [
+                {"forget.first_epoch": {"gradients": "live", "unseen": "holdout", "step": step}}
+                for step in (0.02, 0.05, 0.1)
+            ],
         ],
         [{"forget.sisa": {**start_again, "shards": 3, "slices": 2}}],
     )
 
 
-def digits(seed: int, folder: Path) -> Report:
+def digits(seed: int, folder: Path) -> World:
     """Forget one of ten digits that a small ViT learnt."""
     images = {
         "full": {},
@@ -108,18 +124,13 @@ def digits(seed: int, folder: Path) -> Report:
             "kept": {"accuracy": "unseen-retain", "answer_probability": "unseen-retain"},
         },
     }
-    training = {"steps": 60, "batch_size": 64, "lr": 3e-4, "warmup": 0.1}
-    return _both(
+    trained = ("gradient_ascent", "grad_diff", "npo", "simnpo", "blur")
+    return World(
         recipe,
-        folder,
         [
-            {"forget.ssd": {}},
-            {"forget.gradient_ascent": training},
-            {"forget.grad_diff": training},
-            {"forget.npo": training},
-            {"forget.simnpo": training},
-            {"forget.blur": training},
-            {"forget.vertical": {"recovery": "retain"}},
+            _ssd(),
+            *(_at_rates(name, steps=60, batch_size=64, warmup=0.1) for name in trained),
+            [{"forget.vertical": {"recovery": "retain", "lr": lr}} for lr in (0.003, 0.01, 0.03)],
         ],
         [
             {"forget.sisa": {"shards": 3, "slices": 2, "epochs": 30, "batch_size": 64, "lr": 1e-3, "weights": "all"}},
@@ -133,20 +144,45 @@ def _save(models: dict[str, nn.Module], processor: Any, folder: Path) -> None:
         oh.save(model, processor, folder / name)
 
 
-def _both(recipe: dict[str, Any], folder: Path, late: Sequence[Any], early: Sequence[Any]) -> Report:
+def _ssd() -> list[Entry]:
+    return [{"forget.ssd": {"alpha": alpha}} for alpha in ("adaptive", 10, 5, 2)]
+
+
+def _at_rates(name: str, **knobs: Any) -> list[Entry]:
+    return [{f"forget.{name}": {**knobs, "lr": lr}} for lr in RATES]
+
+
+def tuned(world: World, folder: Path) -> list[Entry]:
+    """The setting of every method that rule 3 picks."""
+    tried = [entry for entries in world.late for entry in entries]
+    recipe = {**world.recipe, "model": str(folder / "original"), "compare": tried}
+    report = oh.compare(recipe, out=folder / "tuning").report
+    goal, price = (
+        next(n for n, m in enumerate(report["measures"]) if m["group"] == group) for group in ("forgotten", "kept")
+    )
+    rows = {row["label"]: row for row in report["rows"]}
+    limit = rows["retrained"]["values"][goal][0] + NEAR
+
+    def worth(row: Report) -> tuple[bool, float]:
+        forgotten, kept = row["values"][goal][0], row["values"][price][0]
+        return (True, kept) if forgotten <= limit else (False, -forgotten)
+
+    return [max((row for row in rows.values() if row["step"] in entries), key=worth)["step"] for entries in world.late]
+
+
+def measured(world: World, folder: Path, late: Sequence[Entry]) -> Report:
     """One report: methods for a model that has learnt, and those that had to be there from the start."""
     report = oh.compare(
-        {**recipe, "model": str(folder / "original"), "compare": list(late)}, out=folder / "late"
+        {**world.recipe, "model": str(folder / "original"), "compare": list(late)}, out=folder / "late"
     ).report
-    for entry in early:
+    for entry in world.early:
         (name,) = entry
-        alone = oh.run({**recipe, "model": str(folder / "fresh"), "steps": [entry]}, folder / name).report
+        alone = oh.run({**world.recipe, "model": str(folder / "fresh"), "steps": [entry]}, folder / name).report
         values = [[measure["values"][-1]] for measure in alone["measures"]]
         (step,) = alone["steps"]
         spent = {"seconds": step["seconds"], "peak_bytes": step["peak_bytes"]}
-        report["rows"].append(
-            {"label": f"{name}, from the start", "kind": "method", "models": [], "values": values, **spent}
-        )
+        row = {"label": f"{name}, from the start", "kind": "method", "step": entry, "models": [], "values": values}
+        report["rows"].append(row | spent)
     return report
 
 
@@ -170,7 +206,12 @@ if __name__ == "__main__":
         if sys.argv[1:] and compared.__name__ not in sys.argv[1:]:
             continue
         reports: list[Report] = []
-        for seed in SEEDS:
+        chosen: list[Entry] = []
+        for seed in (TUNING_SEED, *SEEDS):
             with tempfile.TemporaryDirectory() as place:
-                reports.append(compared(seed, Path(place)))
-            write_json(STORED / f"{compared.__name__}.json", merged(reports))
+                world = compared(seed, Path(place))
+                if seed == TUNING_SEED:
+                    chosen = tuned(world, Path(place))
+                else:
+                    reports.append(measured(world, Path(place), chosen))
+        write_json(STORED / f"{compared.__name__}.json", merged(reports))

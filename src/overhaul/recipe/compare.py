@@ -200,6 +200,7 @@ class _Comparison:
     def report(self, measures: list[dict[str, Any]], rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
         """The content of comparison.json: a row for each model, its values aligned with `measures`, one list a seed."""
         recipe, facts = self.base.recipe, self.base.model
+        steps = {variant.label: variant.checked.recipe.steps[variant.place] for variant in self.variants}
         return {
             "title": self.base.document.name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -216,7 +217,8 @@ class _Comparison:
             "rows": [
                 {
                     "label": label,
-                    "kind": "method" if runs[0]["seconds"] is not None else "anchor",
+                    "kind": "method" if label in steps else "anchor",
+                    "step": steps.get(label),
                     "models": [run["model"] for run in runs],
                     "values": [[run["values"][n] for run in runs] for n in range(len(measures))],
                     "seconds": None if runs[0]["seconds"] is None else statistics.mean(run["seconds"] for run in runs),
