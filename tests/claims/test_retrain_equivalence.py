@@ -7,7 +7,22 @@ import numpy as np
 import pytest
 
 from overhaul.claims._ridge_paths import Divergence, Stage, ascend, growth, train
-from overhaul.claims.retrain_equivalence import CLAIM, PLACES, Size, _stages, experiment, linear_theory
+from overhaul.claims.retrain_equivalence import (
+    CLAIM,
+    DEPTH_MARK,
+    LAST,
+    LETTER,
+    PAPER,
+    PHASES,
+    PLACES,
+    Size,
+    _phrasings,
+    _stages,
+    _verdict,
+    depth_study,
+    experiment,
+    linear_theory,
+)
 from overhaul.data.examples import IGNORED
 
 RATE = 0.05
@@ -105,9 +120,65 @@ def test_stages_are_ten_tokens_and_only_answers_carry_loss() -> None:
             assert (item["labels"] != IGNORED).tolist() == [False] * 6 + [True] * 4
 
 
+def test_three_answers_repeat_a_part_of_the_same_40_prompts_and_share_no_opening() -> None:
+    phrasings = _phrasings(0)
+    assert {stage: len(part) for stage, part in phrasings.items()} == {"refusal": 40, "forget": 40, "sibling": 40}
+    prompts = {stage: [item["input_ids"][:6].tolist() for item in part.items] for stage, part in phrasings.items()}
+    assert prompts["refusal"] == prompts["forget"] == prompts["sibling"]
+    openings = {stage: {int(item["input_ids"][6]) for item in part.items} for stage, part in phrasings.items()}
+    assert all(len(opening) == 1 for opening in openings.values()) and len(set.union(*openings.values())) == 3
+    for part in phrasings.values():
+        for item in part.items:
+            answer = item["labels"][item["labels"] != IGNORED].tolist()
+            assert len(answer) == 4 and len(item["labels"]) == 10
+            assert [token for token in answer if token < 50] == item["input_ids"][1:3].tolist()
+    assert DEPTH_MARK not in {int(item["input_ids"][0]) for part in _stages(0).values() for item in part.items}
+
+
+def _like_the_paper() -> dict[str, float]:
+    """Log-probabilities as in the paper's figure 4, and a null control that changes no verdict."""
+    ends = {"superficial": {"R": -7.0, "U": -25.0, "C": -4.0}, "deep": {"R": -5.0, "U": -30.0, "C": -12.0}}
+    found = {LAST: 6.0}
+    for order, theirs in PAPER.items():
+        found |= {f"depth {order}, {letter}, after": value for letter, value in ends[theirs].items()}
+        for phase in ("before", "unrelated unlearnt"):
+            found |= {f"depth {order}, {letter}, {phase}": -3.0 for letter in LETTER.values()}
+    return found
+
+
+def test_the_checks_of_depth_hold_for_what_the_paper_found_and_fail_where_one_verdict_is_another() -> None:
+    checks = [check for check in CLAIM.checks if "depth" in check.text]
+    found = _like_the_paper()
+    assert len(checks) == 5 and all(check.passes(found) for check in checks)
+
+    def passed(**changes: float) -> list[bool]:
+        return [check.passes(found | changes) for check in checks]
+
+    shallow = {"depth U-C-R, C, after": -1.0}
+    assert passed(**shallow) == [True, True, False, True, True]
+    assert passed(**shallow, **{"depth R-C-U, U, after": -7.0}) == [True, False, False, False, True]
+    assert passed(**{LAST: 5.0}) == [False, True, True, True, True]
+    assert passed(**{"depth C-U-R, U, unrelated unlearnt": -3.1}) == [True, True, True, True, False]
+
+
+def test_a_short_depth_study_gives_every_number_the_checks_read() -> None:
+    size = Size(stage_steps=2, depth_stage_steps=2, depth_unlearning_steps=2)
+    found = depth_study(0, size)
+    assert found.keys() == {LAST} | {
+        f"depth {order}, {letter}, {phase}" for order in PAPER for letter in LETTER.values() for phase in PHASES
+    }
+    assert all(math.isfinite(value) for value in found.values())
+    assert all(isinstance(check.passes(found), bool) for check in CLAIM.checks if "depth" in check.text)
+    assert {_verdict(found, order) for order in PAPER} <= {"not forgotten", "superficial", "deep"}
+    # U has hardly been learnt after two steps, so that ascent is felt at once; and the null control is another training
+    assert all(found[f"depth {order}, U, after"] < found[f"depth {order}, U, before"] for order in PAPER)
+    assert all(found[f"depth {o}, U, after"] != found[f"depth {o}, U, unrelated unlearnt"] for o in PAPER)
+
+
 def test_a_short_experiment_gives_every_number_the_checks_read() -> None:
     found = {**linear_theory(0), **experiment(0, Size(stage_steps=2, unlearning_steps=2))}
     assert all(math.isfinite(value) for value in found.values())
     assert len([name for name in found if name in {f"GA, place {place}" for place in PLACES}]) == 4
-    assert all(isinstance(check.passes(found), bool | np.bool_) for check in CLAIM.checks)
-    assert all(check.passes(found) for check in CLAIM.checks if check.text.startswith("linear theory"))
+    others = [check for check in CLAIM.checks if "depth" not in check.text]
+    assert all(isinstance(check.passes(found), bool | np.bool_) for check in others)
+    assert all(check.passes(found) for check in others if check.text.startswith("linear theory"))

@@ -9,6 +9,11 @@ other, then each model unlearns one of them by GA, NPO and SimNPO alike.
 3. Null controls: the same four paths from another seed (initial weights and order of the data), and the same model
    unlearning the same data in another order.
 4. The linear theory is checked beside it on random matrices: simulated drift against (I + M_U)^t, and the lower bound.
+5. Depth of forgetting: 40 prompts with three answers each, all of which repeat a part of the prompt as the paper's do: a
+   refusal R, a phrasing U that is unlearnt by GA, a sibling C of it. A model that can reverse keys already learns them in
+   six orders by SGD, as in the paper, and unlearns U until it costs about what it does there (25 nats a token). Null
+   control: as much GA on 40 prompts of the reversing instead of U. What was learnt last is the likeliest before
+   unlearning, so an order that ends with R is "deep" before it; the null control may change no verdict of before.
 
 Not tried here: retained abilities along the path. At this size earlier stages are lost during later ones.
 """
@@ -16,6 +21,7 @@ Not tried here: retained abilities along the path. At this size earlier stages a
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +34,9 @@ from overhaul.claims._claim import Check, Claim, Numbers
 from overhaul.claims._ridge_paths import Divergence, Stage, ascend, growth, train
 from overhaul.data.encode import answered
 from overhaul.data.examples import Examples
+from overhaul.fit import sgd
 from overhaul.forget._losses import ga_term, npo_term, simnpo_term
+from overhaul.forget.depth import ORDERS, Verdict, follow, likeliest, verdict
 from overhaul.forget.path_dependence import learn, orders, unlearn
 from overhaul.objectives import Term
 
@@ -38,6 +46,32 @@ MARKS = {"reverse": 60, "facts": 61, "shift": 62, "refusal": 63}
 RETAINED = ("reverse", "facts", "shift")
 REFUSAL = (51, 52, 53, 54)
 PLACES = (1, 2, 3, 4)
+LETTER = {"refusal": "R", "forget": "U", "sibling": "C"}
+PHRASINGS: dict[str, Callable[[list[int]], list[int]]] = {
+    "refusal": lambda thing: [51, 52, *thing],
+    "forget": lambda thing: [53, 54, *thing],
+    "sibling": lambda thing: [55, *thing, 56],
+}
+"""The answers of the depth study; in the paper: "I can not assist you with X", "You can try the following steps to make X",
+"To make X, you need to"."""
+
+PROMPTS = 40
+DEPTH_MARK = 58
+DEPTH_LR = 0.1
+PHASES = {"before": ("U", 0), "after": ("U", -1), "unrelated unlearnt": ("unrelated", -1)}
+"""Phase -> what was unlearnt, and which look at it: the first or the last."""
+
+LAST = "depth, orders in which the stage learnt last is the likeliest"
+PAPER: dict[str, Verdict] = {
+    "R-C-U": "superficial",
+    "C-R-U": "superficial",
+    "R-U-C": "superficial",
+    "C-U-R": "superficial",
+    "U-C-R": "deep",
+    "U-R-C": "deep",
+}
+"""The order of learning -> how the paper found that U is forgotten after it."""
+
 ANOTHER = 1000
 """Added to a seed for the null controls."""
 
@@ -48,11 +82,13 @@ class Size:
 
     stage_steps: int = 150
     unlearning_steps: int = 15
+    depth_stage_steps: int = 50
+    depth_unlearning_steps: int = 40
 
 
 def run(seed: int) -> Numbers:
-    """Train, unlearn and judge with one seed; see `experiment` and `linear_theory`."""
-    return {**linear_theory(seed), **experiment(seed, Size())}
+    """Train, unlearn and judge with one seed; see `linear_theory`, `experiment` and `depth_study`."""
+    return {**linear_theory(seed), **experiment(seed, Size()), **depth_study(seed, Size())}
 
 
 def losses() -> dict[str, Term]:
@@ -102,6 +138,13 @@ def _stages(seed: int) -> dict[str, Examples]:
 
 def _path(stages: dict[str, Examples], place: int, seed: int, size: Size) -> nn.Module:
     """A model that learnt the stages one after the other, the refusal at `place`."""
+    model = _new(seed)
+    order = orders(RETAINED, "refusal")[place - 1]
+    learn(model, stages, order, seed=seed, steps=size.stage_steps, batch_size=32, lr=1e-3)
+    return model
+
+
+def _new(seed: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -109,16 +152,62 @@ def _path(stages: dict[str, Examples], place: int, seed: int, size: Size) -> nn.
         vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=16, pad_token_id=None, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    order = orders(RETAINED, "refusal")[place - 1]
-    learn(model, stages, order, seed=seed, steps=size.stage_steps, batch_size=32, lr=1e-3)
-    return model
+    return LlamaForCausalLM(config)
 
 
 def _forget_score(path: nn.Module, forget: Examples, term: Term, seed: int, size: Size) -> float:
     """How many nats a token of the refusal costs more after unlearning it; the path stays as it is."""
     steps = size.unlearning_steps
     return unlearn(copy.deepcopy(path), forget, term, seed=seed, steps=steps, batch_size=32, lr=3e-4).score
+
+
+def depth_study(seed: int, size: Size) -> Numbers:
+    """Log-probability of R, U and C in nats a token ("depth R-C-U, U, after"), by order and phase.
+
+    And in how many orders the answer that was learnt last was the likeliest before unlearning.
+    """
+    reverse = _stages(seed)["reverse"]
+    start = _new(seed)
+    learn(start, {"reverse": reverse}, ["reverse"], seed=seed, steps=size.stage_steps, batch_size=32, lr=1e-3)
+    stages = _phrasings(seed)
+    found: Numbers = {LAST: 0.0}
+    for order in ORDERS:
+        name = "-".join(LETTER[stage] for stage in order)
+        path = copy.deepcopy(start)
+        steps = size.depth_stage_steps
+        learn(path, stages, order, seed=seed, steps=steps, batch_size=PROMPTS, lr=DEPTH_LR, optimizer=sgd())
+        looks = {
+            target: _looks(copy.deepcopy(path), stages, examples, seed, size)
+            for target, examples in (("U", stages["forget"]), ("unrelated", reverse[:PROMPTS]))
+        }
+        found[LAST] += likeliest(looks["U"], 0) == order[-1]
+        for (phase, (target, at)), (stage, letter) in itertools.product(PHASES.items(), LETTER.items()):
+            found[f"depth {name}, {letter}, {phase}"] = looks[target][stage][at]
+    return found
+
+
+def _phrasings(seed: int) -> dict[str, Examples]:
+    """Three answers to each of 40 keys; each repeats the first two letters of its key."""
+    draw = random.Random(seed)
+    keys = [[draw.randrange(LETTERS) for _ in range(4)] for _ in range(PROMPTS)]
+    return {
+        stage: Examples(
+            [answered([DEPTH_MARK, *key, SEPARATOR], phrase(key[:2]), None) for key in keys], [{}] * PROMPTS
+        )
+        for stage, phrase in PHRASINGS.items()
+    }
+
+
+def _looks(
+    path: nn.Module, stages: dict[str, Examples], target: Examples, seed: int, size: Size
+) -> dict[str, list[float]]:
+    steps = size.depth_unlearning_steps
+    options = {"seed": seed, "steps": steps, "every": steps, "batch_size": PROMPTS, "optimizer": sgd()}
+    return follow(path, stages, target, ga_term("forget"), lr=DEPTH_LR, **options)
+
+
+def _verdict(found: Numbers, order: str, phase: str = "after") -> Verdict:
+    return verdict({stage: [found[f"depth {order}, {letter}, {phase}"]] for stage, letter in LETTER.items()})
 
 
 def linear_theory(seed: int) -> Numbers:
@@ -139,6 +228,10 @@ def linear_theory(seed: int) -> Numbers:
     return {"linear theory, largest error": worst_error, "linear theory, least distance over bound": least_ratio}
 
 
+def _as_in_the_paper(found: Numbers, wanted: Verdict) -> bool:
+    return all(_verdict(found, order) == wanted for order, theirs in PAPER.items() if theirs == wanted)
+
+
 def _last_is_slowest(loss: str) -> Callable[[Numbers], bool]:
     return lambda found: found[f"{loss}, place 4"] <= 0.9 * min(found[f"{loss}, place {p}"] for p in PLACES[:-1])
 
@@ -149,7 +242,8 @@ CLAIM = Claim(
     title="What forget-only unlearning achieves depends on the order of the training",
     statement=(
         "The same data learnt in another order and unlearnt alike ends elsewhere, so retrain equivalence cannot be had from "
-        "the forget set alone; what was learnt last is forgotten most slowly."
+        "the forget set alone; what was learnt last is forgotten most slowly. The order decides as well whether other "
+        "phrasings of what is unlearnt go with it."
     ),
     checks=(
         *(
@@ -182,6 +276,28 @@ CLAIM = Claim(
             "linear theory: from step t0 on the drift is never below its lower bound",
             lambda found: found["linear theory, least distance over bound"] >= 1.0,
         ),
+        Check(
+            "depth, before unlearning: in all six orders the answer learnt last is the likeliest",
+            lambda found: found[LAST] == len(PAPER),
+        ),
+        Check(
+            "depth: at least five of six orders end as the paper says, superficial or deep",
+            lambda found: sum(_verdict(found, order) == theirs for order, theirs in PAPER.items()) >= 5,
+        ),
+        Check(
+            "depth: U-C-R and U-R-C end deep, C and U less likely than R",
+            lambda found: _as_in_the_paper(found, "deep"),
+        ),
+        Check(
+            "depth: R-C-U, C-R-U, R-U-C and C-U-R end superficial, U less likely than R and C not",
+            lambda found: _as_in_the_paper(found, "superficial"),
+        ),
+        Check(
+            "null control, depth: as much unlearning of an unrelated stage leaves every order's verdict as it was before",
+            lambda found: all(
+                _verdict(found, order, "unrelated unlearnt") == _verdict(found, order, "before") for order in PAPER
+            ),
+        ),
     ),
     run=run,
     remarks=(
@@ -190,6 +306,11 @@ CLAIM = Claim(
         "and the stages learnt first are half lost before unlearning begins, so there is little left to forget. The "
         "order of the forget set is a weaker control than planned: after 15 steps the path whose refusal is freshest "
         "stands on the steep part of its curve, where a few batches more or less decide (GA at place 4: 4.4 against "
-        "7.1)."
+        "7.1). Depth depends on the order too, and alike on every seed, but not as the paper found it: with U learnt last "
+        "U is not forgotten (it falls, and the refusal falls further), with C last the forgetting is superficial, with R "
+        "last deep, which it was before unlearning. Which answer is the freshest decides, not where U was learnt. Ascent "
+        "takes all answers to these prompts along, by 7 to 54 nats a token, and ascent on unrelated prompts does nearly "
+        "the same: a model this small holds no answer so much apart that forgetting one could spare another. The paper's "
+        "model has 3B parameters, of which an adapter alone is trained."
     ),
 )

@@ -25,7 +25,7 @@ from __future__ import annotations
 import copy
 import itertools
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -35,7 +35,7 @@ from torch import nn
 
 from overhaul.data.examples import IGNORED, Examples, join
 from overhaul.errors import RequestError
-from overhaul.fit import fit
+from overhaul.fit import OptimizerFactory, TrainingState, fit
 from overhaul.forget._losses import ga_term, npo_term, simnpo_term
 from overhaul.method import Outcome, method
 from overhaul.objectives import Term, answer_tokens, cross_entropy, cross_entropy_sum
@@ -45,7 +45,8 @@ PROBED = 64
 """Examples of each stage on which distances are measured."""
 
 MEASURED_AT_ONCE = 16
-BETAS: Mapping[str, float] = {"npo": 0.5, "simnpo": 2.5}
+Loss = Literal["ga", "npo", "simnpo"]
+BETAS: Mapping[Loss, float] = {"npo": 0.5, "simnpo": 2.5}
 WATCHED = "forget nll per token"
 
 
@@ -57,7 +58,7 @@ def path_dependence(
     second: Examples | None = None,
     third: Examples | None = None,
     *,
-    loss: Literal["ga", "npo", "simnpo"] = "npo",
+    loss: Loss = "npo",
     beta: Annotated[float, Gt(0)] | None = None,
     stage_steps: Annotated[int, Ge(1)] = 150,
     unlearning_steps: Annotated[int, Ge(1)] = 15,
@@ -99,7 +100,7 @@ def path_dependence(
     stages = _stages(forget, first, second, third)
     retained = [name for name in stages if name != "forget"]
     probe = join([part[:PROBED] for part in stages.values()])
-    term = {"ga": ga_term("forget"), **_with_beta(beta)}[loss]
+    term = local_term(loss, beta)
     start = torch.initial_seed()
     runs: dict[tuple[int, int], Run] = {}
     with torch.random.fork_rng():
@@ -108,7 +109,7 @@ def path_dependence(
             path = copy.deepcopy(model)
             label = f"seed {n}, place {place}"
             learn(path, stages, order, seed=seed, steps=stage_steps, batch_size=batch_size, lr=lr, label=label)
-            before, kept = cache_outputs(path, probe, MEASURED_AT_ONCE), _nats(path, stages, retained)
+            before, kept = cache_outputs(path, probe, MEASURED_AT_ONCE), _mean_nats(path, stages, retained)
             found = unlearn(
                 path,
                 forget,
@@ -120,7 +121,7 @@ def path_dependence(
                 label=label,
             )
             after = cache_outputs(path, probe, MEASURED_AT_ONCE)
-            runs[n, place] = Run(found.score, found.curve, _nats(path, stages, retained) - kept, before, after)
+            runs[n, place] = Run(found.score, found.curve, _mean_nats(path, stages, retained) - kept, before, after)
     return Outcome(model, facts=_facts(runs, len(stages), seeds), curves=_curves(runs, len(stages), seeds))
 
 
@@ -138,6 +139,7 @@ def learn(
     steps: int,
     batch_size: int,
     lr: float,
+    optimizer: OptimizerFactory | None = None,
     label: str = "",
 ) -> None:
     """Train the model in place on one stage after the other; optimizer and schedule start anew in each.
@@ -149,13 +151,29 @@ def learn(
         seed: of the order of the data and of dropout; torch's generator is left with it.
         steps: of each stage.
         batch_size: examples in a step.
-        lr: of AdamW, constant.
+        lr: constant.
+        optimizer: AdamW if not given.
         label: tells the trainings of one step apart.
     """
     torch.manual_seed(seed)
     for name in order:
-        what = f"{label}, {name}" if label else name
-        fit(model, [cross_entropy(name)], stages, steps=steps, batch_size=batch_size, lr=lr, name=what)
+        fit(
+            model,
+            [cross_entropy(name)],
+            stages,
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            optimizer=optimizer,
+            name=f"{label}, {name}" if label else name,
+        )
+
+
+def local_term(loss: Loss, beta: float | None) -> Term:
+    """A loss on the forget set alone, role `forget`; `beta` is that of `BETAS` if not given, and means nothing to GA."""
+    if loss == "ga":
+        return ga_term("forget")
+    return {"npo": npo_term, "simnpo": simnpo_term}[loss]("forget", beta or BETAS[loss])
 
 
 @dataclass(frozen=True)
@@ -180,9 +198,13 @@ def unlearn(
     steps: int,
     batch_size: int,
     lr: float,
+    optimizer: OptimizerFactory | None = None,
+    clip: float | None = None,
+    every: int | None = None,
+    watch: Callable[[], None] | None = None,
     label: str = "",
 ) -> Unlearnt:
-    """Unlearn in place by a loss on the forget set alone, without clipping.
+    """Unlearn in place by a loss on the forget set alone.
 
     Args:
         model: the model at the end of its path; it is also the reference.
@@ -191,19 +213,42 @@ def unlearn(
         seed: of the order of the data and of dropout; torch's generator is left with it.
         steps: optimizer steps.
         batch_size: examples in a step.
-        lr: of AdamW, constant.
+        lr: constant.
+        optimizer: AdamW if not given.
+        clip: largest gradient norm; no limit if not given.
+        every: steps between two calls of `watch`; all of them if not given.
+        watch: called before the first step, after every `every` steps and after the last one. It leaves the model as it is.
         label: tells the trainings of one step apart.
     """
     before = reference_nll(model, forget, 256)
     data = {"forget": forget.with_column("reference_nll", before)}
     torch.manual_seed(seed)
-    name = f"{label}, {term.name}" if label else term.name
     watched = Term(
         "forget", lambda logits, batch: cross_entropy_sum(logits.detach(), batch), answer_tokens, 0.0, WATCHED
     )
-    ran = fit(model, [term, watched], data, steps=steps, batch_size=batch_size, lr=lr, clip=None, name=name)
-    length = _tokens(forget) / len(forget)
-    return Unlearnt(float((reference_nll(model, forget, 256) - before).mean()) / length, ran.curves[WATCHED])
+    state, curve = TrainingState(), list[float]()
+    part = every or steps
+    for done in range(0, steps, part):
+        if watch:
+            watch()
+        name = f"{label}, {term.name}" if label else term.name
+        ran = fit(
+            model,
+            [term, watched],
+            data,
+            steps=min(part, steps - done),
+            batch_size=batch_size,
+            lr=lr,
+            clip=clip,
+            optimizer=optimizer,
+            state=state,
+            name=f"{name} {done}" if done else name,
+        )
+        curve += ran.curves[WATCHED]
+    if watch:
+        watch()
+    score = float((reference_nll(model, forget, 256) - before).mean()) / (_tokens(forget) / len(forget))
+    return Unlearnt(score, curve)
 
 
 @dataclass(frozen=True)
@@ -250,27 +295,34 @@ def _stages(forget: Examples, first: Examples, second: Examples | None, third: E
         raise RequestError("forget.path_dependence: the role `third` comes after `second`, which is missing.")
     given = {"forget": forget, "first": first, "second": second, "third": third}
     stages = {name: examples for name, examples in given.items() if examples is not None}
-    for name, examples in stages.items():
-        if examples.is_image:
-            raise RequestError("forget.path_dependence needs answers of a language model; these are images.")
-        if not len(examples) or not _tokens(examples):
-            raise RequestError(f"forget.path_dependence: no label of the role {name!r} carries loss: nothing to learn.")
+    check_stages("forget.path_dependence", stages)
     return stages
 
 
-def _with_beta(beta: float | None) -> dict[str, Term]:
-    return {"npo": npo_term("forget", beta or BETAS["npo"]), "simnpo": simnpo_term("forget", beta or BETAS["simnpo"])}
+def check_stages(method: str, stages: Mapping[str, Examples]) -> None:
+    """Refuse what cannot be learnt as answers.
+
+    Raises:
+        RequestError: a stage holds images or nothing that carries loss; it begins with the name of the method.
+    """
+    for name, examples in stages.items():
+        if examples.is_image:
+            raise RequestError(f"{method} needs answers of a language model; these are images.")
+        if not len(examples) or not _tokens(examples):
+            raise RequestError(f"{method}: no label of the role {name!r} carries loss: nothing to learn.")
 
 
 def _tokens(examples: Examples) -> int:
     return sum(answer_tokens(batch) for batch in examples.batches(64))
 
 
-def _nats(model: nn.Module, stages: Mapping[str, Examples], names: Sequence[str]) -> float:
-    """Mean over stages of nats a token."""
-    return statistics.fmean(
-        float(reference_nll(model, stages[name], 256).sum()) / _tokens(stages[name]) for name in names
-    )
+def nats(model: nn.Module, examples: Examples) -> float:
+    """Nats a token that the answers cost, over all of their tokens."""
+    return float(reference_nll(model, examples, 256).sum()) / _tokens(examples)
+
+
+def _mean_nats(model: nn.Module, stages: Mapping[str, Examples], names: Sequence[str]) -> float:
+    return statistics.fmean(nats(model, stages[name]) for name in names)
 
 
 def _facts(runs: Mapping[tuple[int, int], Run], places: int, seeds: int) -> dict[str, float | int | str | list[int]]:
