@@ -139,19 +139,28 @@ def scatter(
     y = _vertical([b for _, b in every])
     parts = [_frame(y, y_name), _x_axis({tick: tick_label(tick) for tick in ticks(x.low, x.high)}, x, x_name)]
     said = []
+    tags: list[tuple[float, float]] = []
     for n, (name, runs) in enumerate(drawn.items(), 1):
         for a, b in runs if len(runs) > 1 else []:
             parts.append(Markup('<circle class="run" r="1.5" cx="{:.1f}" cy="{:.1f}"/>').format(x(a), y(b)))
         a, b = (sum(values) / len(runs) for values in zip(*runs, strict=True))
+        tags.append(_free(x(a) + 4, y(b) - 4, tags))
         parts.append(
             Markup(
                 '<circle class="dot s{}" r="3" cx="{:.1f}" cy="{:.1f}"><title>{}: {}, {}</title></circle>'
                 '<text class="tag" x="{:.1f}" y="{:.1f}">{}</text>'
-            ).format((n - 1) % STYLES, x(a), y(b), name, number(a), number(b), x(a) + 4, y(b) - 4, n)
+            ).format((n - 1) % STYLES, x(a), y(b), name, number(a), number(b), *tags[-1], n)
         )
         said.append(f"{name} at {number(a)}, {number(b)}")
     keys = [Markup("<span>{}\u00a0{}</span>").format(n, name) for n, name in enumerate(drawn, 1)]
     return _drawing(title, parts, "; ".join(said), keys)
+
+
+def _free(x: float, y: float, taken: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The nearest place to the right at which a number of two digits covers no other one."""
+    while any(abs(x - a) < 12 and abs(y - b) < 8 for a, b in taken):
+        x += 1
+    return x, y
 
 
 def _vertical(values: Sequence[float]) -> Scale:
