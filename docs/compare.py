@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 import overhaul as oh
+from overhaul import method
 from overhaul.claims import _people
 from overhaul.claims.ssd import PEAK_RATE
 from overhaul.data.materials import examples
@@ -31,6 +33,7 @@ from overhaul.recipe.store import write_json
 SEEDS = (0, 1, 2)
 TUNING_SEED = 3
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RETAIN_WEIGHTS = (1, 8)
 NEAR = 0.05
 FORGOTTEN_DIGIT, TRAINING_STEPS = 3, 500
 STORED = Path(__file__).parent / "comparisons"
@@ -149,7 +152,11 @@ def _ssd() -> list[Entry]:
 
 
 def _at_rates(name: str, **knobs: Any) -> list[Entry]:
-    return [{f"forget.{name}": {**knobs, "lr": lr}} for lr in RATES]
+    weighs = any(knob.name == "retain_weight" for knob in method.find(f"forget.{name}").knobs)
+    return [
+        {f"forget.{name}": {**knobs, "lr": lr} | ({"retain_weight": weight} if weighs else {})}
+        for lr, weight in itertools.product(RATES, RETAIN_WEIGHTS if weighs else (1,))
+    ]
 
 
 def tuned(world: World, folder: Path) -> list[Entry]:

@@ -25,7 +25,7 @@ Read a row against *retrained*, not against zero: an answer far less likely than
 as one that is still known. The *null control* is noise on every weight, as large as what the first method changed. Methods
 marked *from the start* cannot be used on a model that has learnt already: they train their own.
 
-Every other method was first tried at three or four settings on a fourth seed, which is not shown. Of those that forgot as
+Every other method was first tried at three to eight settings on a fourth seed, which is not shown. Of those that forgot as
 much as the retrained model (the first column, to 0.05), the one that kept most of the rest was taken; where none did, the
 one that forgot most. So a row shows a method near its best, not at somebody's rate. `docs/compare.py` has all settings.
 """.strip()
