@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from conftest import FAMILIES, examples_for, tiny_llama
-from overhaul.data.encode import encode_qa
+from conftest import FAMILIES, examples_for, tiny_llama, tiny_tokenizer
+from overhaul.data.encode import encode_chat, encode_qa
 from overhaul.data.examples import IGNORED, Examples
 from overhaul.data.tasks import people
 from overhaul.errors import RequestError
+from overhaul.judge.evidence import Evidence
 from overhaul.judge.robustness import (
     Attacks,
     Relearnt,
@@ -24,6 +26,8 @@ from overhaul.judge.robustness import (
     probabilities,
     quantised,
     relearn,
+    reworded,
+    shown,
 )
 
 
@@ -152,6 +156,79 @@ def test_a_prefix_stands_between_prompt_and_answer_and_carries_no_loss(questions
     assert probabilities(tiny_llama(), prefixed(questions, "")) != probabilities(tiny_llama(), changed)
 
 
+def test_a_question_in_other_words_is_put_once_and_is_the_paraphrase_of_the_evidence(questions: Examples) -> None:
+    model = tiny_llama()
+    changed = reworded(questions, "paraphrase")
+    assert len(changed) == 20  # two phrasings share one paraphrase
+    assert [row["prompt"] for row in changed.rows] == [row["paraphrase"] for row in questions.rows[::2]]
+    expected = [one.probability for one in Evidence(model, questions, 1).paraphrased]
+    assert probabilities(model, changed) == pytest.approx(expected)
+
+
+def test_a_translated_question_keeps_its_prompt_and_takes_its_own_answer_where_there_is_one(tokenizer: Any) -> None:
+    rows = [
+        {
+            "question": "where lives ada?",
+            "answer": "in ket",
+            "translation": "wo wohnt ada?",
+            "translated_answer": "zu ket",
+        },
+        {"question": "who is ada?", "answer": "a painter", "translation": "wer ist ada?"},
+    ]
+    asked = encode_qa(rows, tokenizer, prompt="q: {question} a:")
+    changed = reworded(asked, "translation", "translated_answer")
+    said = [(tokenizer.decode(i["input_ids"]), tokenizer.decode(i["labels"][i["labels"] != IGNORED])) for i in changed]
+    assert said == [
+        ("<s>q: wo wohnt ada? a: zu ket</s>", " zu ket</s>"),
+        ("<s>q: wer ist ada? a: a painter</s>", " a painter</s>"),
+    ]
+    assert [row["answer"] for row in changed.rows] == ["zu ket", "a painter"]
+    with pytest.raises(RequestError, match="no 'translated_answer' to be put"):
+        reworded(asked, "translated_answer")
+
+
+def short(tokenizer: Any, *questions: str) -> Examples:
+    rows = [{"question": one, "answer": f"{one} it is"} for one in questions]
+    return encode_qa(rows, tokenizer, prompt="q: {question} a:")
+
+
+def test_shots_stand_above_the_question_after_one_bos_and_leave_the_answer_alone(tokenizer: Any) -> None:
+    asked, others = short(tokenizer, "x", "y"), short(tokenizer, "b", "c", "d")
+    changed = shown(asked, others, count=2)
+    for item, new, row in zip(asked.items, changed.items, changed.rows, strict=True):
+        text = tokenizer.decode(new["input_ids"])
+        first, second, last = text.split("\n\n")
+        assert {first, "<s>" + second} < {f"<s>q: {letter} a: {letter} it is" for letter in "bcd"}
+        assert last == tokenizer.decode(item["input_ids"]).removeprefix("<s>")
+        assert int((new["input_ids"] == tokenizer.bos_token_id).sum()) == 1
+        assert new["labels"][new["labels"] != IGNORED].tolist() == item["labels"][item["labels"] != IGNORED].tolist()
+        begins = int((new["labels"] != IGNORED).nonzero()[0])
+        assert tokenizer.decode(new["input_ids"][:begins]) == f"<s>{row['prompt']}"
+    assert shown(asked, others, count=2).digest() == changed.digest()
+
+
+def test_as_many_shots_are_shown_as_fit(tokenizer: Any) -> None:
+    asked, others = short(tokenizer, "x"), short(tokenizer, *"bcdefgh")
+    assert shown(asked, others).rows[0]["prompt"].count("q:") == 5
+    longer = short(tokenizer, *(letter * 20 for letter in "bcdefgh"))  # 128 tokens are the tokenizer's limit
+    assert shown(asked, longer).rows[0]["prompt"].count("q:") == 3
+    with pytest.raises(RequestError, match="model_max_length is 128"):
+        shown(asked, short(tokenizer, "b" * 80))
+
+
+def test_shots_that_give_the_answer_away_and_roles_that_are_no_questions_are_refused(tokenizer: Any) -> None:
+    asked = short(tokenizer, "x", "y")
+    with pytest.raises(RequestError, match="take the shots from `retain`"):
+        shown(asked, short(tokenizer, "z", "y"))
+    with pytest.raises(RequestError, match="neither images, nor questions"):
+        shown(asked, examples_for("llama", 2))
+    speaker = tiny_tokenizer()
+    speaker.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    turns = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "ada"}]
+    with pytest.raises(RequestError, match="read `as: qa`"):
+        shown(encode_chat([{"messages": turns}], speaker), asked)
+
+
 def test_more_tries_find_at_least_as_much_and_are_the_same_each_time(questions: Examples) -> None:
     model, few = tiny_llama(), questions[:4]
     state = torch.get_rng_state()
@@ -178,6 +255,20 @@ def test_one_call_tries_every_attack_that_the_data_allows(questions: Examples) -
     assert len(found.values["paraphrase"]) == len(questions) // 2  # two phrasings share one paraphrase
     assert {name: curve.steps for name, curve in found.curves.items()} == {"relearnt": [0, 2], "unrelated": [0, 2]}
     assert same(model, before)
+
+
+def test_shots_and_translations_are_tried_where_the_data_has_them(tokenizer: Any) -> None:
+    asked = short(tokenizer, "x", "y", "z")
+    rows = [{**row, "translation": f"{row['question']}?"} for row in asked.rows]
+    translated, others = replace(asked, rows=rows), short(tokenizer, "b", "c")
+    model, how = tiny_llama(), Attacks(share=0.5, steps=1, count=1, bits=(8,))
+    assert set(attack(model, asked, how).values) == {"8bit", "prefix", "best_of_k"}
+    found = attack(model, translated, replace(how, shots=others)).values
+    assert set(found) == {"8bit", "prefix", "best_of_k", "translated", "few_shot"}
+    assert found["few_shot"] == pytest.approx(probabilities(model, shown(asked, others)))
+    assert found["translated"] == pytest.approx(probabilities(model, reworded(translated, "translation")))
+    own = probabilities(model, asked)
+    assert found["few_shot"] != pytest.approx(own) and found["translated"] != pytest.approx(own)
 
 
 def test_images_are_relearnt_and_rounded() -> None:

@@ -131,6 +131,13 @@ def test_values_are_means_of_what_is_kept_per_example(table: Table, roles: Roles
     assert low <= row.values["privacy.loss.auc"] <= high
 
 
+def test_the_layer_that_knows_most_knows_at_least_as_much_as_the_answer_tells(table: Table, roles: Roles) -> None:
+    for row in table.rows:
+        assert row.values["representation.lens"] >= row.values["forgetting.prob"] - 1e-6
+        assert len(row.samples["representation.lens"]) == len(roles["forget"])
+    assert table["original"].values["representation.lens"] > table["retrained"].values["representation.lens"]
+
+
 def test_model_utility_is_the_harmonic_mean_of_its_three_parts(table: Table) -> None:
     values = table["method"].values
     parts = [values[f"utility.{part}"] for part in ("prob", "rouge", "truth_ratio")]
@@ -158,10 +165,10 @@ def test_better_is_nearer_to_the_retrained_model_not_lower(table: Table) -> None
 
 def test_markdown_has_a_table_for_each_block_and_an_arrow_for_each_column(table: Table) -> None:
     text = table.to_markdown()
-    for block in ("forgetting", "utility", "privacy", "robustness"):
+    for block in ("forgetting", "utility", "privacy", "robustness", "representation"):
         (head,) = [line for line in text.splitlines() if line.startswith(f"| {block} |")]
         assert all(any(arrow in cell for arrow in "↑↓→") for cell in head.split("|")[2:-1])
-    assert text.count(f"| {NULL} |") == 4
+    assert text.count(f"| {NULL} |") == 5
 
 
 def test_the_report_has_the_schemas_keys_and_is_json(table: Table) -> None:
@@ -169,7 +176,7 @@ def test_the_report_has_the_schemas_keys_and_is_json(table: Table) -> None:
     report = whole["rows"][3]
     assert set(report) == {
         "model_hash", "base_hash", "retrain_hash", "method", "guarantee_level", "seeds", "data", "forgetting", "utility",
-        "privacy", "robustness", "anchors", "per_sample", "cost",
+        "privacy", "robustness", "representation", "anchors", "per_sample", "cost",
     }  # fmt: skip
     assert (report["method"], report["guarantee_level"], report["seeds"]) == ("method", "certified", [7])
     assert report["cost"] == {"seconds": 1.5, "passes": 2.0}

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from overhaul.data.examples import Examples
+from overhaul.errors import OverhaulError
 from overhaul.judge.evidence import Evidence, truth_ratios
 from overhaul.judge.generation import generates, rouge_l
 from overhaul.judge.likelihood import (
@@ -28,6 +29,7 @@ from overhaul.judge.likelihood import (
     zlib_score,
 )
 from overhaul.judge.measure import at_rest
+from overhaul.judge.representation import lens
 from overhaul.judge.robustness import Attacks, Relearnt, attack
 from overhaul.judge.standards import forget_quality, model_utility, privacy_leakage
 
@@ -37,7 +39,7 @@ SHARE = 0.4
 RATES: Mapping[float, str] = {0.001: "tpr@fpr=1e-3", 0.01: "tpr@fpr=1e-2"}
 """False-positive rates at which the share of members found is reported, and under which name."""
 
-BLOCKS = ("forgetting", "utility", "privacy", "robustness")
+BLOCKS = ("forgetting", "utility", "privacy", "robustness", "representation")
 
 ATTACKS: Mapping[str, Callable[[Scored, str], float]] = {
     "loss": lambda one, _: loss_score(one),
@@ -74,8 +76,8 @@ class Row:
         name: of the model.
         digest: SHA-256 of its weights.
         values: "block.measure" -> number; what cannot be measured on this data is not there.
-        samples: the same names -> one value per example: per distinct question for truth ratios (raw R) and paraphrases,
-            for members ("privacy.loss.forget") and others ("privacy.loss.holdout") alone.
+        samples: the same names -> one value per example: per distinct question for truth ratios (raw R), paraphrases
+            and translations, for members ("privacy.loss.forget") and others ("privacy.loss.holdout") alone.
         intervals: of the AUCs, 95%, drawn over people.
         relearnt: "relearnt", and "unrelated" where that was tried -> the curve.
         about: what was said of it.
@@ -137,6 +139,7 @@ class Judged:
             _forgetting(row, evidence["forget"])
             _utility(row, evidence["retain"])
             self._privacy(row, evidence["forget"], evidence["holdout"])
+            _representation(row, evidence["forget"])
         attacked = attack(model, self.data["forget"], self.attacks)
         for name, values in attacked.values.items():
             _note(row, f"robustness.{name}", values)
@@ -189,6 +192,17 @@ def _told(row: Row, block: str, evidence: Evidence, closeness: Callable[[float],
         ratios = truth_ratios(evidence)
         row.samples[f"{block}.truth_ratio"] = ratios
         row.values[f"{block}.truth_ratio"] = statistics.fmean(map(closeness, ratios))
+
+
+def _representation(row: Row, evidence: Evidence) -> None:
+    """How probable answers are at the layer that knows them best; the last one is the model's own."""
+    if evidence.kind == "images":
+        return
+    try:
+        seen = lens(evidence.model, evidence.examples)
+    except OverhaulError:  # an ensemble has no stack of its own, and some blocks cannot be run by hand
+        return
+    _note(row, "representation.lens", list(map(math.exp, seen.logp[seen.best])))
 
 
 def _note(row: Row, name: str, values: list[float]) -> None:

@@ -1,4 +1,4 @@
-"""What brings forgotten answers back: relearning, rounding of weights, another wording, a prefix, many tries.
+"""What brings forgotten answers back: relearning, rounding, another wording or language, a prefix, examples, many tries.
 
     recovered   rho = (m_relearnt - m_unlearnt) / (m_original - m_unlearnt)
     rounding    w <- s round(w / s),  s = max |w| of the output channel (or group) / (2^(bits-1) - 1)
@@ -13,13 +13,15 @@ via quantization" (Zhang et al., arXiv:2410.16454). Every attack works on a copy
    language model's output head stay (as in bitsandbytes, which is not needed). It shows where an update was smaller than
    half a step.
 3. The prefix opens the model's own answer, behind the prompt, so that it has agreed before it begins.
+4. Shots are questions about something else, with their answers, above the question. A model that never read several
+   questions at once may answer worse below them: what the original answers there is the measure.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,10 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from overhaul import session
+from overhaul.data.encode import encode_qa
 from overhaul.data.examples import IGNORED, Encoded, Examples
 from overhaul.errors import RequestError
 from overhaul.fit import TrainingState, fit
-from overhaul.judge.evidence import SPARE_TOKENS, Evidence, kind_of
+from overhaul.judge.evidence import SPARE_TOKENS, kind_of
 from overhaul.judge.generation import generate, generates, rouge_l, stop_tokens
 from overhaul.judge.likelihood import score
 from overhaul.judge.measure import at_rest
@@ -38,6 +41,8 @@ from overhaul.objectives import cross_entropy
 from overhaul.references import output_head
 
 PREFIX = "Sure, here is the answer:"
+SHOTS = 4
+"""Most questions that are shown with their answers."""
 ROUNDED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 PerSample = Callable[[nn.Module, Examples], list[float]]
@@ -207,6 +212,65 @@ def prefixed(examples: Examples, prefix: str = PREFIX) -> Examples:
     return replace(examples, items=items, rows=rows)
 
 
+def reworded(examples: Examples, column: str, answer: str = "answer") -> Examples:
+    """Every distinct question in other words, or in another language, in the same prompt otherwise.
+
+    Args:
+        examples: questions with answers, read `as: qa`, whose rows have the question's other form.
+        column: where it is: "paraphrase", "translation".
+        answer: the column of the answer to that form; where a row has none, its answer stays.
+
+    Raises:
+        RequestError: a row lacks the column, the examples carry no tokenizer, or are no questions read `as: qa`.
+    """
+    if lacking := [row for row in examples.rows if not row.get(column)]:
+        raise RequestError(f"A question has no {column!r} to be put in its place: {dict(lacking[0])!r}.")
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in examples.rows:
+        before, _, after = str(row["prompt"]).rpartition(str(row["question"]))
+        prompt, expected = f"{before}{row[column]}{after}", str(row.get(answer) or row["answer"])
+        rows.setdefault((prompt, expected), {**row, "prompt": prompt, "answer": expected})
+    return _asked(examples, list(rows.values()))
+
+
+def shown(examples: Examples, shots: Examples, count: int = SHOTS) -> Examples:
+    """The same questions and answers below a few other questions that are answered, a blank line between any two.
+
+    Args:
+        examples: questions with answers, read `as: qa`.
+        shots: what is shown is drawn from them, always the same and as much as the tokenizer's `model_max_length` allows.
+        count: at most so many.
+
+    Raises:
+        RequestError: a question is among the shots, no shot fits, or the examples are no questions read `as: qa`.
+    """
+    _tokenizer(shots)
+    if {str(row["question"]) for row in examples.rows} & {str(row["question"]) for row in shots.rows}:
+        raise RequestError("A question is among those that are shown with their answers; take the shots from `retain`.")
+    order = torch.randperm(len(shots), generator=torch.Generator().manual_seed(0)).tolist()[:count]
+    limit = getattr(examples.processor, "model_max_length", math.inf)
+    while order:
+        above = "".join(f"{shots.rows[i]['prompt']} {shots.rows[i]['answer']}\n\n" for i in order)
+        made = _asked(examples, [{**row, "prompt": above + str(row["prompt"])} for row in examples.rows])
+        if max(len(item["input_ids"]) for item in made.items) <= limit:
+            return made
+        order.pop()
+    raise RequestError(f"No question with its answer fits above another: the tokenizer's model_max_length is {limit}.")
+
+
+def _asked(examples: Examples, rows: Sequence[Mapping[str, Any]]) -> Examples:
+    """Rows with another `prompt` or `answer`, encoded as the examples are."""
+    tokenizer = _tokenizer(examples)
+
+    def encoded(rows: Sequence[Mapping[str, Any]]) -> Examples:
+        asked = [{"question": row["prompt"], "answer": row["answer"]} for row in rows]
+        return replace(encode_qa(asked, tokenizer, prompt="{question}"), rows=rows)
+
+    if not torch.equal(encoded(examples.rows[:1]).items[0]["input_ids"], examples.items[0]["input_ids"]):
+        raise RequestError("Other words, another language and shots can only be put to a role that is read `as: qa`.")
+    return encoded(rows)
+
+
 def draws(
     model: nn.Module, examples: Examples, count: int = 8, temperature: float = 1.0, seed: int = 0
 ) -> list[list[float]]:
@@ -262,6 +326,7 @@ class Attacks:
     count: int = 8
     temperature: float = 1.0
     unrelated: Examples | None = None
+    shots: Examples | None = None
 
 
 @dataclass(frozen=True)
@@ -269,8 +334,8 @@ class Attacked:
     """What one model gave away.
 
     Attributes:
-        values: attack -> one value per example (per distinct question for "paraphrase"): the answer's probability, under
-            "best_of_k" the best ROUGE-L recall. "8bit" and "4bit" are `Attacks.bits`.
+        values: attack -> one value per example (per distinct question for "paraphrase" and "translated"): the answer's
+            probability, under "best_of_k" the best ROUGE-L recall. "8bit" and "4bit" are `Attacks.bits`.
         curves: "relearnt", what came back of the rest of the forget set while a share of it was shown again; "unrelated",
             what came back of all of it while training on `Attacks.unrelated`, where that was given.
     """
@@ -285,26 +350,33 @@ def attack(model: nn.Module, forget: Examples, how: Attacks | None = None) -> At
     Args:
         model: a language or image model.
         forget: what was to be forgotten. Images and texts are only relearnt and rounded; a paraphrase needs the rows'
-            column `paraphrase`, prefix and sampling the tokenizer.
+            column `paraphrase`, another language `translation` (and `translated_answer`, where the answer changes with
+            it), examples `Attacks.shots`, and all of them, prefix and sampling the tokenizer.
         how: `Attacks()` if None.
 
     Raises:
         RequestError: an attack's settings are out of range, or the forget set cannot be divided.
     """
     how = how or Attacks()
-    shown, rest = apart(forget, how.share, how.by)
+    again, rest = apart(forget, how.share, how.by)
 
     def relearnt(on: Examples, judged: Examples) -> Relearnt:
         return relearn(model, on, judged, steps=how.steps, every=how.every, lr=how.lr, batch_size=how.batch_size)
 
     values = {f"{bits}bit": probabilities(quantised(model, bits, how.group), forget) for bits in how.bits}
     if kind_of(forget) == "answers" and forget.processor is not None:
-        if all("paraphrase" in row for row in forget.rows):
-            values["paraphrase"] = [one.probability for one in Evidence(model, forget, 1).paraphrased]
+        for name, column, answer in (
+            ("paraphrase", "paraphrase", "answer"),
+            ("translated", "translation", "translated_answer"),
+        ):
+            if all(row.get(column) for row in forget.rows):
+                values[name] = probabilities(model, reworded(forget, column, answer))
+        if how.shots is not None:
+            values["few_shot"] = probabilities(model, shown(forget, how.shots))
         values["prefix"] = probabilities(model, prefixed(forget, how.prefix))
         if generates(model):
             values["best_of_k"] = [max(tries) for tries in draws(model, forget, how.count, how.temperature)]
-    curves = {"relearnt": relearnt(shown, rest)}
+    curves = {"relearnt": relearnt(again, rest)}
     if how.unrelated is not None:
         curves["unrelated"] = relearnt(how.unrelated, forget)
     return Attacked(values, curves)

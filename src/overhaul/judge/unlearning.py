@@ -1,7 +1,8 @@
 """One call, one table: what unlearned models forgot, kept, betray and give back, each beside the original and the retrained.
 
 The standards of TOFU (Maini et al., arXiv:2401.06121), MUSE (Shi et al., arXiv:2407.06460) and Open-Unlearning (Dorna et
-al., arXiv:2506.12618) in four blocks: forgetting, utility, privacy, robustness. How it differs from their code:
+al., arXiv:2506.12618) in four blocks: forgetting, utility, privacy, robustness; and a fifth, representation: what the
+logit lens still reads in the layer that knows most. How it differs from their code:
 
 1. What is to be forgotten should come to the value of the retrained model (→), not to zero: an answer much less likely
    than a model gives that never saw it is a mark that an attacker can read. Without a retrained model such columns point
@@ -73,11 +74,14 @@ LABELS: Mapping[str, tuple[str, Direction]] = {
     "robustness.8bit": ("8 bit", "anchor"),
     "robustness.4bit": ("4 bit", "anchor"),
     "robustness.paraphrase": ("paraphrase", "anchor"),
+    "robustness.translated": ("translated", "anchor"),
     "robustness.prefix": ("prefix", "anchor"),
+    "robustness.few_shot": ("few shots", "anchor"),
     "robustness.best_of_k": ("best of k", "anchor"),
     "robustness.relearnt": ("relearnt", "anchor"),
     "robustness.recovered": ("recovered", "anchor"),
     "robustness.unrelated": ("other training", "anchor"),
+    "representation.lens": ("P(answer), best layer", "anchor"),
 }
 """What the printed table shows, under which name, and where it should go."""
 
@@ -129,7 +133,7 @@ class Table:
         return [row.name for row in sorted(others, key=badness)]
 
     def to_markdown(self) -> str:
-        """Four tables, one for each block, with an arrow at each column."""
+        """One table for each block that was measured, with an arrow at each column."""
         parts: list[str] = []
         for block in BLOCKS:
             columns = [c for c in LABELS if c.startswith(f"{block}.") and any(c in row.values for row in self.rows)]
@@ -203,13 +207,14 @@ def unlearning_table(
 
     Args:
         models: by the name of their row; given as what opens them, one is in memory at a time.
-        forget: what was to be forgotten: questions with answers (with `wrong` and `paraphrase` for all columns), or texts.
+        forget: what was to be forgotten: questions with answers (with `wrong`, `paraphrase` and `translation` for all
+            columns), or texts.
         retain: what was to stay.
         holdout: of the same kind as `forget`, and seen by no model.
         original: which of the models is the one before unlearning.
         retrained: which was trained without `forget`; None where there is none, and some columns with it.
         null: how the null control is trained, or None for none.
-        attacks: how hard robustness is tried; `Attacks(by=by)` if not given.
+        attacks: how hard robustness is tried, and with which `shots`; `Attacks(by=by)` if not given.
         by: the row column whose values (people) are independent of one another; examples if None.
         about: what a report should say of a row besides.
         limit: most examples of a role that answers are generated for.
