@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/forget-and-shrink
 
-.PHONY: demo test check bench large docs reproduce comparisons clean
+.PHONY: demo test federated-test check bench large docs reproduce comparisons clean
 
 demo: $(VENV)/installed
 	$(BIN)/overhaul run recipes/forget-and-shrink.yaml -o $(RUN)
 
 test: $(VENV)/installed-dev check
 	$(BIN)/pytest -n 2
+
+# parties under Flower's own server: minutes, most of them spent waiting for processes to start
+federated-test: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r docs/federated/requirements.lock
+	$(BIN)/pytest -m slow tests/parties/test_flower_server.py
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ import torch
 from overhaul.claims.vfl_label_unlearning import CLAIM, FORGOTTEN, PER_CLASS, SAMPLES, Size, experiment, few, masked
 from overhaul.data import corpora
 from overhaul.data.encode import encode_images
-from overhaul.forget._parties import VerticalConfig, VerticalModel
+from overhaul.parties.model import VerticalConfig, VerticalModel
 
 
 def test_the_few_samples_are_as_many_as_said_and_the_digit_is_in_one_part_only() -> None:

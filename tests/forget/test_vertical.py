@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from conftest import examples_for, tiny_llama, tiny_resnet, tiny_vit
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError, RunError
-from overhaul.forget._messages import InProcess, Message, PartyLost
 from overhaul.forget._mixup import LegacyMix, class_mixing, mix, pair_mixing
-from overhaul.forget._parties import ActiveParty, Part, PassiveParty, Rates, VerticalConfig, VerticalModel
 from overhaul.forget.vertical import Unlearning, in_process, split, train, unlikelihood, vertical
 from overhaul.models import open_model, save
 from overhaul.objectives import evaluate
+from overhaul.parties.messages import InProcess, Message, PartyLost
+from overhaul.parties.model import Part, VerticalConfig, VerticalModel
+from overhaul.parties.party import ActiveParty, PassiveParty, Rates
 
 NONE = torch.empty(0, dtype=torch.long)
 
@@ -164,6 +165,8 @@ def test_gradients_that_nobody_asked_for_or_of_the_wrong_shape_are_refused() -> 
     with pytest.raises(RunError, match="a round it was not asked for"):
         party.handle(Message(0, "gradients", 0, ids, torch.zeros(2, 3)))
     party.handle(Message(0, "ask", 0, ids, torch.empty(0, 0)))
+    with pytest.raises(RunError, match=r"'commit' in a round it was not asked for"):
+        party.handle(Message(0, "commit", 0, ids, torch.empty(0, 0)))
     with pytest.raises(RunError, match=r"gradients \(2, 4\) for embeddings \(2, 3\)"):
         party.handle(Message(0, "gradients", 0, ids, torch.zeros(2, 4)))
 

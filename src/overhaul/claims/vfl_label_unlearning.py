@@ -32,9 +32,10 @@ from overhaul.data import corpora
 from overhaul.data.encode import encode_images
 from overhaul.data.examples import Examples
 from overhaul.errors import RunError
-from overhaul.forget._parties import Rates, VerticalConfig, VerticalModel
 from overhaul.forget.vertical import train, vertical
 from overhaul.objectives import evaluate
+from overhaul.parties.model import VerticalConfig, VerticalModel
+from overhaul.parties.party import Rates
 
 FORGOTTEN = 0
 TWO = (0, 2)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from overhaul.data.examples import Examples
 from overhaul.forget._prompts import PromptedClassifier, inputs_of
+from overhaul.judge.representation import classifier
 
 BATCH = 64
 """Examples in one forward; it does not change what is measured."""
@@ -152,10 +153,6 @@ def linear_probe(model: PromptedClassifier, train: Examples, test: Examples) -> 
     Returns:
         The probe's accuracy on each class of `test`.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
     seen: list[Tensor] = []
     hook = model.heads()[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].float().cpu()))
     try:
@@ -163,7 +160,6 @@ def linear_probe(model: PromptedClassifier, train: Examples, test: Examples) -> 
     finally:
         hook.remove()
     features = torch.cat(seen).split([len(train), len(test)])
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    probe.fit(features[0].numpy(), labels[0].numpy())
+    probe = classifier(features[0], labels[0].tolist())
     right = torch.from_numpy(probe.predict(features[1].numpy())) == labels[1]
     return {name: float(right[labels[1] == name].float().mean()) for name in sorted(set(labels[1].tolist()))}

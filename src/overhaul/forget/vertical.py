@@ -24,6 +24,8 @@ How it differs from the paper and from the released code:
 6. An ordinary image classifier is the case of one party: it is cut before its last linear layer.
 7. Gradients of one class tell a passive party which samples are of it. `interleave` puts forget and recovery samples in one
    round, so that a message holds both; it makes the inference harder and proves nothing.
+
+Here all parties are in one process. `overhaul.parties` has them in processes or on machines of their own (docs/federated.md).
 """
 
 from __future__ import annotations
@@ -42,11 +44,12 @@ from torch import Tensor, nn
 from overhaul import session
 from overhaul.data.examples import Examples, collate, join
 from overhaul.errors import RequestError, RunError
-from overhaul.forget._messages import InProcess
 from overhaul.forget._mixup import LegacyMix, Mixing, class_mixing, mix, pair_mixing
-from overhaul.forget._parties import ActiveParty, Objective, PassiveParty, Rates, VerticalModel
 from overhaul.method import Outcome, method
 from overhaul.objectives import forward
+from overhaul.parties.messages import InProcess
+from overhaul.parties.model import VerticalModel
+from overhaul.parties.party import ActiveParty, Objective, PassiveParty, Rates
 
 Gradient = Literal["chain_rule", "legacy"]
 Loss = Literal["unlikelihood", "cross_entropy"]

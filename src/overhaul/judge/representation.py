@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from overhaul.data.examples import IGNORED, Examples
@@ -154,7 +155,7 @@ def probe(model: nn.Module, train: Examples, test: Examples, by: str | None = No
     layers = list(zip(summaries(model, train), summaries(model, test), strict=True))
 
     def hits(known: Tensor, new: Tensor, labels: Sequence[Any]) -> list[bool]:
-        told = _fitted(known, [classes.index(label) for label in labels]).predict(new.numpy())
+        told = classifier(known, [classes.index(label) for label in labels]).predict(new.numpy())
         return [classes[n] == label for n, label in zip(told, asked, strict=True)]
 
     found = [hits(known, new, taught) for known, new in layers]
@@ -171,13 +172,13 @@ def probe(model: nn.Module, train: Examples, test: Examples, by: str | None = No
     )
 
 
-def _fitted(known: Tensor, places: Sequence[int]) -> Any:
-    """The multinomial probe of states [n, d], standardised by what they are themselves."""
+def classifier(known: Float[Tensor, "n d"], labels: Sequence[int]) -> Any:
+    """Scikit-learn's logistic regression, fitted to states that are standardised by what they are themselves."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=STEPS)).fit(known.numpy(), places)
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=STEPS)).fit(known.numpy(), labels)
 
 
 @torch.no_grad()

@@ -3,13 +3,14 @@
     H_k = G_k(x_k)                    party k, up                  L = loss(F(H_1 .. H_K), y)    active
     g_k = dL/dH_k                     active party, down           theta_k <- SGD(d sum(g_k * H_k) / d theta_k)
 
-1. Parties talk through `Message` alone (`_federated`): n x d_k embeddings and gradients, sample ids, a round number and a
+1. Parties talk through `Message` alone (`messages`): n x d_k embeddings and gradients, sample ids, a round number and a
    step of the protocol. Neither features nor labels cross, nor whether a round trains, forgets or recovers.
 2. What the gradients themselves tell is not hidden: in a round on samples of one class all g_k point the same way, so a
    passive party can tell which samples are of that class. Rounds that mix classes tell less.
 3. A round has two phases: parties prepare their step, and take it when all are ready. Where one does not answer, the others
    take it back, and so does that one when it is asked for the round again.
 4. A round is never held without a party: a column of every sample would be missing.
+5. Nothing here needs transformers, which takes seconds to import: a party may be a process for every message.
 """
 
 from __future__ import annotations
@@ -18,18 +19,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
 
 import torch
-import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from overhaul.errors import RequestError, RunError
-from overhaul.forget._messages import NOTHING, Message, PartyLost, Phase, Transport
+from overhaul.parties.messages import NOTHING, Message, PartyLost, Phase, Transport
 
 
 @dataclass(frozen=True)
@@ -62,9 +58,7 @@ class Learner:
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not self.named:
             raise RequestError("A party has nothing to train: no parameter of its part requires gradients.")
-        self.optimizer = torch.optim.SGD(
-            self.named.values(), lr=rates.lr, momentum=rates.momentum, weight_decay=rates.weight_decay
-        )
+        self.momenta: dict[str, Tensor] = {}
         self.staged: dict[str, Tensor] = {}
         self.before: dict[str, Tensor] = {}
 
@@ -74,20 +68,18 @@ class Learner:
 
     def now(self) -> dict[str, Tensor]:
         """Weights, statistics and momentum; not copies."""
-        momenta = {f"momentum/{name}": self.optimizer.state[p].get("momentum_buffer") for name, p in self.named.items()}
         state = {f"state/{name}": tensor.detach() for name, tensor in self.module.state_dict().items()}
-        return state | {name: tensor for name, tensor in momenta.items() if tensor is not None}
+        return state | {f"momentum/{name}": tensor for name, tensor in self.momenta.items()}
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over weights, statistics and momentum."""
-        own = self.module.state_dict()
+        own, self.momenta = self.module.state_dict(), {}
         for name, tensor in tensors.items():
             kind, _, inner = name.partition("/")
             if kind == "state":
                 own[inner].copy_(tensor)
-        for name, parameter in self.named.items():
-            momentum = tensors.get(f"momentum/{name}")
-            self.optimizer.state[parameter] = {} if momentum is None else {"momentum_buffer": momentum.clone()}
+            else:
+                self.momenta[inner] = tensor.clone()
 
     def prepare(self, gradients: Sequence[Tensor | None]) -> None:
         """Keep the gradient of every parameter (None where there is none) for `step`."""
@@ -97,12 +89,20 @@ class Learner:
 
     def step(self) -> None:
         """Take the step that was prepared."""
+        # made here: torch takes seconds to import what an optimizer needs, and most messages need none
+        rates = self.rates
+        optimizer = torch.optim.SGD(
+            self.named.values(), lr=rates.lr, momentum=rates.momentum, weight_decay=rates.weight_decay
+        )
         for name, parameter in self.named.items():
             parameter.grad = self.staged.get(name)
-        nn.utils.clip_grad_norm_(self.named.values(), self.rates.clip or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.staged = {}
+            if name in self.momenta:
+                optimizer.state[parameter]["momentum_buffer"] = self.momenta[name]
+        nn.utils.clip_grad_norm_(self.named.values(), rates.clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        momenta = {name: optimizer.state[p].get("momentum_buffer") for name, p in self.named.items()}
+        self.momenta, self.staged = {name: tensor for name, tensor in momenta.items() if tensor is not None}, {}
 
     def back(self) -> None:
         """Be again as at `mark`."""
@@ -119,12 +119,20 @@ class PassiveParty:
         features: [N, *block] its columns of sample 0 to N - 1.
         rates: how it steps.
         training: run `bottom` in training mode (norms learn statistics, dropout is on).
+        keep: saves `bottom` where it is asked to, beside its own files.
     """
 
     def __init__(
-        self, number: int, bottom: nn.Module, features: Tensor, rates: Rates, *, training: bool = False
+        self,
+        number: int,
+        bottom: nn.Module,
+        features: Tensor,
+        rates: Rates,
+        *,
+        training: bool = False,
+        keep: Callable[[nn.Module], None] | None = None,
     ) -> None:
-        self.number, self.bottom, self.features, self.training = number, bottom, features, training
+        self.number, self.bottom, self.features, self.training, self.keep = number, bottom, features, training, keep
         self.learner = Learner(bottom, rates)
         self.round = -1
         self.ids = torch.empty(0, dtype=torch.long)
@@ -142,7 +150,12 @@ class PassiveParty:
             self._prepare(message)
             answer = "ready"
         elif message.phase == "commit":
+            self._check(message, bool(self.learner.staged))
             self.learner.step()
+        elif message.phase == "save":
+            if self.keep is None:
+                raise RequestError(f"Party {self.number} was given no way to save its part.")
+            self.keep(self.bottom)
         elif message.round == self.round:  # abort; of a round it never heard of there is nothing to take back
             self.learner.back()
         return Message(message.round, answer, self.number, message.ids, values)
@@ -180,9 +193,14 @@ class PassiveParty:
         self.embedded = self._embed(message.ids, training=self.training)
         return self.embedded.detach()
 
+    def _check(self, message: Message, prepared: bool = True) -> None:
+        if message.round != self.round or not torch.equal(message.ids, self.ids) or not prepared:
+            raise RunError(
+                f"Party {self.number} was told {message.phase!r} in a round it was not asked for ({message.round})."
+            )
+
     def _prepare(self, message: Message) -> None:
-        if message.round != self.round or not torch.equal(message.ids, self.ids):
-            raise RunError(f"Party {self.number} received gradients of a round it was not asked for ({message.round}).")
+        self._check(message)
         # a party that was put together again from its state has no graph any more
         embedded = self._embed(self.ids, training=self.training) if self.embedded is None else self.embedded
         self.embedded = None
@@ -272,128 +290,9 @@ class ActiveParty:
                 continue  # it takes the round back when it is asked for it again
 
 
-class PartConfig(PreTrainedConfig):
-    """What config.json says of one party's network: a perceptron, or a transformers model without a head.
-
-    Args:
-        widths: of the perceptron: inputs, hidden units, outputs.
-        last: what follows its last layer, "relu" (embeddings) or "none" (logits); a ReLU follows all others.
-        inner: config of a transformers model, instead.
-        inner_class: its class.
-        kwargs: of every config.
-    """
-
-    model_type = "overhaul_part"
-
-    def __init__(
-        self,
-        widths: Sequence[int] = (),
-        last: Literal["relu", "none"] = "relu",
-        inner: Mapping[str, Any] | None = None,
-        inner_class: str = "",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.overhaul = "overhaul.forget._parties"
-        self.widths, self.last, self.inner, self.inner_class = list(widths), last, dict(inner or {}), inner_class
-
-
-class VerticalConfig(PreTrainedConfig):
-    """What config.json says of a whole split network.
-
-    Args:
-        columns: [begin, end) of each passive party, along the last dimension of `pixel_values`.
-        bottoms: the arguments of each one's `PartConfig`.
-        top: `widths` of the active party's perceptron: all embeddings together, hidden units, classes.
-        kwargs: of every config.
-    """
-
-    model_type = "overhaul_vertical"
-
-    def __init__(
-        self,
-        columns: Sequence[Sequence[int]] = (),
-        bottoms: Sequence[Mapping[str, Any]] = (),
-        top: Sequence[int] = (),
-        **kwargs: Any,
-    ) -> None:
-        kwargs = ({"num_labels": top[-1]} if top else {}) | kwargs
-        super().__init__(**kwargs)
-        self.overhaul = "overhaul.forget._parties"
-        self.columns, self.bottoms = [list(span) for span in columns], [dict(bottom) for bottom in bottoms]
-        self.top = list(top)
-
-
-class _Ours(PreTrainedModel):
-    """Starts perceptrons as torch does; what is inside of them starts as its own class says."""
-
-    base_model_prefix = ""
-    main_input_name = "pixel_values"
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            bound = 1 / math.sqrt(module.in_features)
-            init.uniform_(module.bias, -bound, bound)
-
-
-class Part(_Ours):
-    """One party's network, which can be saved and opened without the others'.
-
-    Args:
-        config: what it is.
-    """
-
-    config_class = PartConfig  # pyright: ignore[reportAssignmentType]
-
-    def __init__(self, config: PartConfig) -> None:
-        super().__init__(config)
-        self.network: nn.Module
-        if config.inner_class:
-            kind = getattr(transformers, config.inner_class)
-            self.network = kind(kind.config_class.from_dict(config.inner))
-        else:
-            layers: list[nn.Module] = [nn.Flatten()]
-            for inputs, outputs in pairwise(config.widths):
-                layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-            self.network = nn.Sequential(*(layers if config.last == "relu" else layers[:-1]))
-        self.post_init()
-
-    def forward(self, pixel_values: Tensor, **_: Any) -> Float[Tensor, "n d"]:
-        """Embeddings of a party's own columns, or logits of all embeddings.
-
-        Of a transformers model: what it pools, else the mean of its last hidden states over places.
-        """
-        out: Any = self.network(pixel_values)
-        if isinstance(out, Tensor):
-            return out
-        pooled = getattr(out, "pooler_output", None)
-        return out.last_hidden_state.mean(dim=1) if pooled is None else pooled.flatten(1)
-
-
-class VerticalModel(_Ours):
-    """The whole split network, for judging and saving; while it changes, its parts talk through messages.
-
-    Args:
-        config: what it consists of.
-    """
-
-    config_class = VerticalConfig  # pyright: ignore[reportAssignmentType]
-
-    def __init__(self, config: VerticalConfig) -> None:
-        super().__init__(config)
-        if len(config.columns) != len(config.bottoms):
-            raise RequestError(f"{len(config.columns)} spans of columns for {len(config.bottoms)} passive parties.")
-        self.bottoms = nn.ModuleList(Part(PartConfig(**bottom)) for bottom in config.bottoms)
-        self.top = Part(PartConfig(widths=config.top, last="none"))
-        self.post_init()
-
-    def blocks(self, pixel_values: Tensor) -> list[Tensor]:
-        """The columns of each passive party."""
-        return [pixel_values[..., begin:end] for begin, end in self.config.columns]
-
-    def forward(self, pixel_values: Float[Tensor, "n *shape columns"], **_: Any) -> SequenceClassifierOutput:
-        """Logits [n, classes]."""
-        parts = zip(self.bottoms, self.blocks(pixel_values), strict=True)
-        logits: Any = self.top(torch.cat([bottom(block) for bottom, block in parts], dim=1))
-        return SequenceClassifierOutput(logits=logits)
+def perceptron(widths: Sequence[int], last: str = "relu") -> nn.Sequential:
+    """Inputs, hidden units, outputs; a ReLU follows every layer, the last one only if `last` says so."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*(layers if last == "relu" else layers[:-1]))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -11,12 +13,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from conftest import tiny_vit
 from overhaul.errors import RequestError, RunError
-from overhaul.forget._federated import Federation, Processes, from_records, party_from, to_records
-from overhaul.forget._messages import InProcess, Message, PartyLost
-from overhaul.forget._parties import ActiveParty, Rates, VerticalConfig, VerticalModel
 from overhaul.forget.vertical import Unlearning, unlearn
-from overhaul.models import save
+from overhaul.models import open_model, save
+from overhaul.parties.flower import (
+    ACTION,
+    Federation,
+    Processes,
+    _identify,
+    client_app,
+    flower,
+    from_records,
+    party_from,
+    to_records,
+)
+from overhaul.parties.messages import NOTHING, InProcess, Message, PartyLost
+from overhaul.parties.model import Part, PartConfig, VerticalConfig, VerticalModel
+from overhaul.parties.party import ActiveParty, Rates
 
 LABELS = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
 RATES = {"lr": 0.1, "momentum": 0.9, "clip": 1.0}
@@ -44,7 +58,8 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         own.mkdir()
         save(part, None, own / "part")
         save_file({"features": block.contiguous()}, own / "features.safetensors")
-        found.append({"party": k, "part": str(own / "part"), "features": str(own / "features.safetensors"), **RATES})
+        files = {"part": own / "part", "features": own / "features.safetensors", "into": own / "after"}
+        found.append({"party": k, **{name: str(path) for name, path in files.items()}, **RATES})
     return found
 
 
@@ -108,7 +123,7 @@ def test_a_process_that_ends_is_named_and_the_others_have_not_moved(configs: lis
             PartyLost, match=r"Party 1 did not answer 'ask' in round 0 .*Going on without it is refused"
         ):
             active.round(FORGET, Unlearning(active.top, torch.tensor([0])))
-        (reply,) = federation._replies([(1, Message(0, "look", 0, FORGET, torch.empty(0, 0)))]).values()
+        (reply,) = federation.exchange([Message(0, "look", 0, FORGET, torch.empty(0, 0))])
         assert torch.equal(reply.values, before[1][0])
         with pytest.raises(RunError, match="2 parties were expected, numbered from 0; 1 came"):
             Federation.of(grid, 2, timeout=0.5)
@@ -125,6 +140,98 @@ def test_a_reply_that_comes_too_late_is_a_lost_party(grid: Processes) -> None:
     federation.timeout = 30.0  # what came too late is not taken for the next reply
     assert torch.equal(active.logits(RECOVERY), active.logits(RECOVERY))
     assert [m.ids.tolist() for m in federation.recorded if m.phase == "embeddings"] == [RECOVERY.tolist()] * 4
+
+
+def test_each_party_saves_its_own_part_and_what_refuses_is_told(
+    grid: Processes, configs: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    federation = Federation.of(grid, 2)
+    (embedded,) = federation.exchange([Message(0, "look", 1, torch.arange(8), NOTHING)])
+    federation.save(4)
+    assert all(m.values.numel() == 0 for m in federation.recorded[2:])  # requests cross, never weights
+    again = party_from({**configs[1], "part": configs[1]["into"]})
+    look = Message(0, "look", 1, torch.arange(8), NOTHING)
+    torch.testing.assert_close(again.handle(look).values, embedded.values, atol=1e-6, rtol=0)
+    shutil.move(configs[1]["into"], tmp_path / "moved")
+    shutil.copytree(configs[0]["into"], configs[1]["into"])
+    with pytest.raises(RunError, match=r"Not every party has saved its part \(party 1: RequestError: .*exists already"):
+        federation.save(4)
+
+
+def test_saving_again_writes_nothing_and_never_over_another_network(
+    configs: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    into, request = tmp_path / "into", Message(0, "save", 0, torch.empty(0, dtype=torch.long), NOTHING)
+    party = party_from({**configs[0], "into": str(into)})
+    party.handle(request)
+    written = into.stat().st_mtime_ns
+    party.handle(request)
+    assert into.stat().st_mtime_ns == written
+    with torch.no_grad():
+        next(party.bottom.parameters()).add_(1.0)
+    with pytest.raises(RequestError, match="exists already"):
+        party.handle(request)
+    with pytest.raises(RequestError, match="Party 0 has nowhere to save its part: give its node config `into`"):
+        party_from({name: value for name, value in configs[0].items() if name != "into"}).handle(request)
+
+
+def test_what_a_party_is_to_be_saved_to_must_not_exist_before_its_first_message(
+    configs: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    _identify(0)
+    app, into = flower("flwr.app"), tmp_path / "into"
+    config = {**configs[0], "into": str(into)}
+    context = app.Context(run_id=0, node_id=1, node_config=config, state=app.RecordDict(), run_config={})
+    look = Message(0, "look", 0, torch.arange(2), NOTHING)
+    message = app.Message(to_records(look), dst_node_id=1, message_type=ACTION)
+    into.mkdir()
+    with pytest.raises(RequestError, match="exists already, and party 0 is to be saved there: name another"):
+        client_app()(message, context)
+    into.rmdir()
+    assert from_records(client_app()(message, context).content).values.shape == (2, 5)
+    into.mkdir()  # as after saving: later messages are answered
+    assert client_app()(message, context).has_content()
+
+
+def test_a_node_config_that_lacks_something_and_a_part_that_does_not_fit_are_refused(
+    configs: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    lacking = {name: value for name, value in configs[0].items() if name != "features"}
+    with pytest.raises(RequestError, match="lacks 'features'; it has party, part, into, lr"):
+        party_from(lacking)
+    shutil.copytree(configs[0]["part"], tmp_path / "part")
+    weights = Path(configs[1]["part"]) / "model.safetensors"
+    shutil.copyfile(weights, tmp_path / "part" / "model.safetensors")
+    with pytest.raises(RequestError, match="do not belong together"):
+        party_from({**configs[0], "part": str(tmp_path / "part")})
+
+
+def test_a_party_of_a_transformers_model_is_opened_and_saved_as_well(tmp_path: Path) -> None:
+    inner: Any = tiny_vit().config
+    part = Part(PartConfig(inner=inner.to_dict(), inner_class="ViTModel"))
+    save(part, None, tmp_path / "part")
+    save_file({"features": torch.randn(8, 1, 8, 8)}, tmp_path / "features.safetensors")
+    names = {name: str(tmp_path / name) for name in ("part", "into")}
+    party = party_from({"party": 0, **names, "features": str(tmp_path / "features.safetensors"), "lr": 0.1})
+    with torch.no_grad():
+        next(party.bottom.parameters()).add_(1.0)
+    party.handle(Message(0, "save", 0, torch.empty(0, dtype=torch.long), NOTHING))
+    saved = open_model(tmp_path / "into")[0].state_dict()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in party.bottom.state_dict().items())
+
+
+def test_a_process_for_every_message_imports_neither_transformers_nor_an_optimizer_to_embed(
+    configs: list[dict[str, Any]],
+) -> None:
+    code = f"""
+import sys, torch
+from overhaul.parties.flower import party_from
+from overhaul.parties.messages import NOTHING, Message
+party_from({configs[0]!r}).handle(Message(0, "ask", 0, torch.arange(4), NOTHING))
+print("transformers" in sys.modules, "torch._dynamo" in sys.modules)
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["False", "False"], told
 
 
 def test_without_flower_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

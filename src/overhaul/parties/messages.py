@@ -1,6 +1,6 @@
 """What parties say to each other, and how it is handed over inside one process.
 
-`Message` is all that is ever said. Whatever carries it is a `Transport`: `InProcess` here, Flower in `_federated`.
+`Message` is all that is ever said. Whatever carries it is a `Transport`: `InProcess` here, Flower in `flower`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from overhaul.errors import RunError
 
-Phase = Literal["look", "ask", "embeddings", "gradients", "ready", "commit", "abort", "done"]
+Phase = Literal["look", "ask", "embeddings", "gradients", "ready", "commit", "abort", "save", "done"]
 NOTHING = torch.empty(0, 0)
 """The values of a message that carries none."""
 
@@ -25,8 +25,8 @@ class Message(NamedTuple):
 
     Attributes:
         round: number of the round it belongs to.
-        phase: down: "look" (embed, nothing follows), "ask" (embed, a gradient follows), "gradients", "commit", "abort";
-            up: "embeddings", "ready", "done".
+        phase: down: "look" (embed, nothing follows), "ask" (embed, a gradient follows), "gradients", "commit", "abort",
+            "save" (to the party's own disk); up: "embeddings", "ready", "done".
         party: the passive party that it goes to or comes from.
         ids: [n] which samples, by their common number.
         values: [n, d_k] embeddings or gradients, or empty.

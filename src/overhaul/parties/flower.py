@@ -1,13 +1,13 @@
 """How messages travel between parties in processes of their own, with Flower.
 
 1. `Federation` sends a `Message` through a Flower grid, and `client_app` answers it beside the columns. The numbers are
-   those of parties in one process.
-2. Flower may start a process for every message, so a party's state lies in Flower's context between two of them; its
+   those of parties in one process. docs/federated.md shows it under Flower's server.
+2. Flower starts a process for every message, so a party's state lies in Flower's context between two of them; its
    embeddings are then computed twice a round. A bottom with dropout or learning norms must not be in training mode there.
-3. `Processes` is a grid without a server: one process a party on this machine, which answers Flower's own messages, as
-   protobuf, through a pipe. With Flower's server the same `client_app` runs in `flower-supernode` (`--node-config`
-   names its files), and `Federation` in a ServerApp.
-4. Flower's server does not hide what it passes on: use TLS, and let the active party run it.
+3. That state ends with the run. `Federation.save` has every party write its part to its own disk; no weights cross.
+4. `Processes` is a grid without a server: one process a party on this machine, which answers Flower's own messages, as
+   protobuf, through a pipe.
+5. Flower's server does not hide what it passes on: use TLS, and let the active party run it.
 
 Flower is the extra `overhaul[federated]`.
 """
@@ -22,15 +22,21 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
+from overhaul import models
 from overhaul.errors import RequestError, RunError
-from overhaul.forget._messages import NOTHING, Message, lost
-from overhaul.forget._parties import PassiveParty, Rates
+from overhaul.parties.messages import NOTHING, Message, lost
+from overhaul.parties.party import PassiveParty, Rates, perceptron
 
 
 def flower(module: str) -> Any:
@@ -69,21 +75,22 @@ def from_records(records: Any) -> Message:
     return Message(int(step["round"]), step["phase"], int(step["party"]), ids, values)
 
 
-def client_app(party: Callable[[Any], PassiveParty]) -> Any:
-    """A Flower ClientApp that is one passive party.
+def client_app() -> Any:
+    """A Flower ClientApp that is one passive party: the one of its node config, see `party_from`.
 
-    Args:
-        party: Flower's context -> the party as it was before the first round, such as `party_from` with its node config.
+    Before its first message the folder `into` must not exist, so that nobody trains what cannot be saved.
     """
     app = flower("flwr.app")
     client: Any = flower("flwr.clientapp").ClientApp()
 
     @client.query("parties")
     def answer(message: Any, context: Any) -> Any:
-        own = party(context)
+        own = party_from(context.node_config)
         if "party" in context.state.array_records:
             tensors = {name: torch.from_numpy(a.numpy()) for name, a in context.state.array_records["party"].items()}
             own.resume(tensors, int(context.state.config_records["party at"]["round"]))
+        elif Path(into := str(context.node_config.get("into", ""))).exists() and into:
+            raise RequestError(f"{into!r} exists already, and party {own.number} is to be saved there: name another.")
         reply = own.handle(from_records(message.content))
         tensors = {name: app.Array(tensor.cpu().numpy()) for name, tensor in own.state().items()}
         context.state["party"] = app.ArrayRecord(tensors)
@@ -98,15 +105,50 @@ def party_from(config: Mapping[str, Any]) -> PassiveParty:
 
     Args:
         config: `party`, its number; `part`, the folder of its saved network; `features`, a safetensors file whose tensor
-            "features" is [N, *block]; `lr`, and `momentum`, `weight_decay` and `clip` if wanted.
+            "features" is [N, *block]; `lr`, and `momentum`, `weight_decay` and `clip` if wanted; `into`, the folder that
+            its network is saved to when the active party says so.
+
+    Raises:
+        RequestError: one is missing, or the part's config and weights do not belong together.
     """
-    from safetensors.torch import load_file
-
-    from overhaul.models import open_model
-
+    if missing := [name for name in ("party", "part", "features", "lr") if name not in config]:
+        raise RequestError(f"A party's node config lacks {missing[0]!r}; it has {', '.join(config)}.")
     rates = {name: float(config[name]) for name in ("lr", "momentum", "weight_decay", "clip") if name in config}
     features = load_file(config["features"])["features"]
-    return PassiveParty(int(config["party"]), open_model(config["part"])[0], features, Rates(**rates))
+    return PassiveParty(
+        int(config["party"]), _bottom(config["part"]), features, Rates(**rates), keep=partial(_keep, config)
+    )
+
+
+def _bottom(part: str) -> nn.Module:
+    """The network of a saved `Part`; a perceptron without transformers, which every message would wait for."""
+    known = models.facts(part)
+    if known.config.get("inner_class") or "widths" not in known.config:
+        return models.open_model(part)[0]
+    bottom = nn.Sequential(OrderedDict(network=perceptron(known.config["widths"], known.config["last"])))
+    try:
+        bottom.load_state_dict({name: tensor for f in known.weight_files for name, tensor in load_file(f).items()})
+    except RuntimeError as error:
+        raise RequestError(f"{part}: config.json and weights do not belong together: {error}") from error
+    return bottom.eval()
+
+
+def _keep(config: Mapping[str, Any], bottom: nn.Module) -> None:
+    """Save a party's network beside the one that it started from.
+
+    The request may come again where the reply was lost: a folder that holds these very weights is an answer.
+    """
+    if "into" not in config:
+        raise RequestError(
+            f"Party {config['party']} has nowhere to save its part: give its node config `into`, a folder."
+        )
+    whole, state = models.open_model(config["part"])[0], bottom.state_dict()
+    whole.load_state_dict(state)
+    if Path(config["into"]).exists():
+        there = models.open_model(config["into"])[0].state_dict()
+        if all(torch.equal(tensor, there.get(name, tensor.new_empty(0))) for name, tensor in state.items()):
+            return
+    models.save(whole, None, config["into"])
 
 
 class Grid(Protocol):
@@ -149,10 +191,13 @@ class Federation:
         while len(nodes := list(grid.get_node_ids())) < parties and time.monotonic() < ends:
             time.sleep(0.1)
         nobody = Message(-1, "look", -1, torch.empty(0, dtype=torch.long), NOTHING)
-        found = cls(grid, nodes, timeout)._replies([(node, nobody) for node in nodes])
+        found, refused = cls(grid, nodes, timeout)._replies([(node, nobody) for node in nodes])
         by_party = {reply.party: node for node, reply in found.items()}
         if sorted(by_party) != list(range(parties)) or len(nodes) != parties:
-            raise RunError(f"{parties} parties were expected, numbered from 0; {len(nodes)} came: {sorted(by_party)}.")
+            why = "".join(f" One refused: {reason}" for reason in refused.values())
+            raise RunError(
+                f"{parties} parties were expected, numbered from 0; {len(nodes)} came: {sorted(by_party)}.{why}"
+            )
         return cls(grid, [by_party[k] for k in range(parties)], timeout)
 
     @property
@@ -162,23 +207,49 @@ class Federation:
 
     def exchange(self, messages: Sequence[Message]) -> list[Message]:
         """One message to each party and its reply."""
-        self.recorded += messages
-        found = self._replies([(self.nodes[message.party], message) for message in messages])
-        self.recorded += found.values()
-        for message in messages:
-            if self.nodes[message.party] not in found:
-                raise lost(message, f"no reply within {self.timeout:g} s")
-        return [found[self.nodes[message.party]] for message in messages]
+        replies, missing = self._crossing(messages)
+        if missing:
+            raise lost(*missing[0])
+        return replies
 
-    def _replies(self, addressed: Sequence[tuple[int, Message]]) -> dict[int, Message]:
+    def save(self, round: int) -> None:
+        """Have every party save its part to the folder `into` of its own node config.
+
+        It may be called again: a party that has saved its part leaves it.
+
+        Args:
+            round: rounds held so far.
+
+        Raises:
+            RunError: a party did not save. It holds what it learnt for as long as the run lasts.
+        """
+        ids = torch.empty(0, dtype=torch.long)
+        _, missing = self._crossing([Message(round, "save", k, ids, NOTHING) for k in range(self.parties)])
+        if missing:
+            told = "; ".join(f"party {message.party}: {why}" for message, why in missing)
+            raise RunError(f"Not every party has saved its part ({told}). Correct that, then ask all of them again.")
+
+    def _crossing(self, messages: Sequence[Message]) -> tuple[list[Message], list[tuple[Message, str]]]:
+        """The replies in order, and the messages without one with the reason."""
+        nodes = [(self.nodes[message.party], message) for message in messages]
+        self.recorded += messages
+        found, refused = self._replies(nodes)
+        self.recorded += found.values()
+        late = f"no reply within {self.timeout:g} s"
+        missing = [(message, refused.get(node, late)) for node, message in nodes if node not in found]
+        return [found[node] for node, _ in nodes if node in found], missing
+
+    def _replies(self, addressed: Sequence[tuple[int, Message]]) -> tuple[dict[int, Message], dict[int, str]]:
+        """By node: the replies, and why there is none."""
         app = flower("flwr.app")
         self._sent += 1
         sent = [
             app.Message(to_records(message), dst_node_id=node, message_type=ACTION, group_id=str(self._sent))
             for node, message in addressed
         ]
-        replies = self.grid.send_and_receive(sent, timeout=self.timeout)
-        return {r.metadata.src_node_id: from_records(r.content) for r in replies if r.has_content()}
+        replies = list(self.grid.send_and_receive(sent, timeout=self.timeout))
+        found = {r.metadata.src_node_id: from_records(r.content) for r in replies if r.has_content()}
+        return found, {r.metadata.src_node_id: r.error.reason for r in replies if r.has_error()}
 
 
 class Processes:
@@ -248,9 +319,13 @@ def serve() -> None:
     channel, sys.stdout = sys.stdout.buffer, sys.stderr  # what else is printed must not get between messages
     node = int(config["party"]) + 1
     context = app.Context(run_id=0, node_id=node, node_config=config, state=app.RecordDict(), run_config={})
-    client = client_app(lambda context: party_from(context.node_config))
+    client = client_app()
     while frame := _read(sys.stdin.buffer):
-        reply = client(_message(frame), context)
+        message = _message(frame)
+        try:
+            reply = client(message, context)
+        except Exception as error:  # as Flower does: the party goes on, and the active one is told why
+            reply = app.Message(app.Error(code=0, reason=f"{type(error).__name__}: {error}"), reply_to=message)
         _write(channel, serde.message_to_proto(reply).SerializeToString())
 
 
