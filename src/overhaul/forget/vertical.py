@@ -25,7 +25,7 @@ How it differs from the paper and from the released code:
 7. Gradients of one class tell a passive party which samples are of it. `interleave` puts forget and recovery samples in one
    round, so that a message holds both; it makes the inference harder and proves nothing.
 
-Here all parties are in one process. `overhaul.parties` has them in processes or on machines of their own (docs/federated.md).
+All parties are in one process here. With `overhaul.parties` each can be on a machine of its own (docs/federated.md).
 """
 
 from __future__ import annotations
