@@ -152,11 +152,10 @@ def _ssd() -> list[Entry]:
 
 
 def _at_rates(name: str, **knobs: Any) -> list[Entry]:
-    weighs = any(knob.name == "retain_weight" for knob in method.find(f"forget.{name}").knobs)
-    return [
-        {f"forget.{name}": {**knobs, "lr": lr} | ({"retain_weight": weight} if weighs else {})}
-        for lr, weight in itertools.product(RATES, RETAIN_WEIGHTS if weighs else (1,))
-    ]
+    known = {knob.name for knob in method.find(f"forget.{name}").knobs}
+    # gradient ascent retains nothing
+    weights = [{knob: w} for w in RETAIN_WEIGHTS for knob in ("retain_weight", "alpha") if knob in known] or [{}]
+    return [{f"forget.{name}": {**knobs, "lr": lr, **weight}} for lr, weight in itertools.product(RATES, weights)]
 
 
 def tuned(world: World, folder: Path) -> list[Entry]:

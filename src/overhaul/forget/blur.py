@@ -83,7 +83,7 @@ def blur(
         epochs: passes over `forget`; as many examples of `retain` are drawn in each.
         steps: optimizer steps instead of epochs.
         batch_size: examples of each role in one step.
-        lr: peak learning rateAdamW.
+        lr: peak learning rate.
         warmup: steps of linear warm-up, as a share of all steps (below 1) or as a number of steps.
         schedule: what follows the warm-up.
         weight_decay: of matrices.
