@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from overhaul.data.examples import Examples as Examples
     from overhaul.data.materials import examples as examples
     from overhaul.errors import OverhaulError as OverhaulError
+    from overhaul.judge.robustness import Attacks as Attacks
+    from overhaul.judge.unlearning import unlearning_table as unlearning_table
     from overhaul.method import Outcome as Outcome
     from overhaul.models import save as save
     from overhaul.recipe.compare import compare as compare
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     open = _models.open_model
 
 _PUBLIC = {
+    "Attacks": "overhaul.judge.robustness:Attacks",
     "Examples": "overhaul.data.examples:Examples",
     "LayerStack": "overhaul.stack:LayerStack",
     "Outcome": "overhaul.method:Outcome",
@@ -37,6 +40,7 @@ _PUBLIC = {
     "save": "overhaul.models:save",
     "shrink": "overhaul.shrink:",
     "trace": "overhaul.trace:",
+    "unlearning_table": "overhaul.judge.unlearning:unlearning_table",
     "weights": "overhaul.weights:",
 }
 """Public names and where they live: imported when first used, so that `overhaul --help` answers at once."""

@@ -66,13 +66,14 @@ class Relearnt:
     values: list[float]
 
     def recovered(self, original: float) -> list[float]:
-        """The rho of each step: 0 as unlearnt, 1 as the original; NaN where nothing had been forgotten.
+        """The rho of each step: 0 as unlearnt, 1 as the original; NaN where less than a hundredth had been forgotten.
 
         Args:
             original: the measure's value on the same examples before unlearning.
         """
         missing = original - self.values[0]
-        return [(value - self.values[0]) / missing if missing > 0 else math.nan for value in self.values]
+        known = missing > 0.01 * original
+        return [(value - self.values[0]) / missing if known else math.nan for value in self.values]
 
 
 def apart(forget: Examples, share: float = 0.2, by: str | None = None) -> tuple[Examples, Examples]:
