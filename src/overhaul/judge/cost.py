@@ -7,7 +7,6 @@ invisible to the counter.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,13 +25,15 @@ from overhaul.objectives import forward
 
 SEQUENCE = 128
 NEW_TOKENS = 16
-WARM_UPS, FORWARDS, GENERATIONS = 2, 9, 3
+WARM_UPS, FORWARDS, GENERATIONS = 2, 20, 5
 ENOUGH_SECONDS = 20.0
-"""After so long, a median of fewer runs has to do: a large model on a CPU would be timed for hours."""
+"""After so long, fewer runs have to do: a large model on a CPU would be timed for hours."""
 
 
 def cost(model: nn.Module, folder: Path | None = None, sample: Encoded | None = None) -> list[Measure]:
-    """Size, work and speed of a model; times are medians of warm runs of one example.
+    """Size, work and speed of a model; times are the fastest of some warm runs of one example.
+
+    The fastest, since whatever else a machine does only adds to a run, and stages are timed minutes apart.
 
     Args:
         model: a language model or an image classifier, on any device.
@@ -57,11 +58,11 @@ def cost(model: nn.Module, folder: Path | None = None, sample: Encoded | None = 
     with at_rest(model):
         per = "token" if is_text else "image"
         measures.append(_cost("flops", f"work per {per}", f"FLOPs/{per}", flops(model, batch) / tokens))
-        seconds, n = _median_seconds(model, lambda: forward(model, batch), FORWARDS)
+        seconds, n = _fastest(model, lambda: forward(model, batch), FORWARDS)
         measures.append(_cost("latency", what, "ms", 1e3 * seconds, n))
         if is_text and generates(model):
             prompt = batch["input_ids"][0, :NEW_TOKENS]
-            seconds, n = _median_seconds(model, lambda: generate(model, [prompt], NEW_TOKENS, ()), GENERATIONS)
+            seconds, n = _fastest(model, lambda: generate(model, [prompt], NEW_TOKENS, ()), GENERATIONS)
             measures.append(_cost("decode_latency", "generating one token", "ms/token", 1e3 * seconds / NEW_TOKENS, n))
     return measures
 
@@ -93,8 +94,8 @@ def flops(model: nn.Module, batch: Batch) -> int:
 
 
 @torch.no_grad()
-def _median_seconds(model: nn.Module, run: Callable[[], Any], times: int) -> tuple[float, int]:
-    """The median of `times` warm runs, or of as many as fit into `ENOUGH_SECONDS`, and how many those were."""
+def _fastest(model: nn.Module, run: Callable[[], Any], times: int) -> tuple[float, int]:
+    """Seconds of the fastest of `times` warm runs, or of as many as fit into `ENOUGH_SECONDS`, and how many those were."""
     device = next(model.parameters()).device
     spent: list[float] = []
     while len(spent) < WARM_UPS + times and sum(spent) < ENOUGH_SECONDS:
@@ -103,7 +104,7 @@ def _median_seconds(model: nn.Module, run: Callable[[], Any], times: int) -> tup
         _wait(device)
         spent.append(time.perf_counter() - started)
     warm = spent[WARM_UPS:] or spent[-1:]
-    return statistics.median(warm), len(warm)
+    return min(warm), len(warm)
 
 
 def _wait(device: torch.device) -> None:

@@ -176,10 +176,10 @@ def aim(measure: Measure) -> str:
 
 
 def small_print(measure: Measure) -> str:
-    """What stands under a measure's name: "forget · n = 20 · should fall", "median of 9 · less is better"."""
+    """What stands under a measure's name: "forget · n = 20 · should fall", "fastest of 9 · less is better"."""
     n = count(measure)
     if measure["group"] == "cost":
-        return " · ".join(part for part in (f"median of {n}" if n else "", aim(measure)) if part)
+        return " · ".join(part for part in (f"fastest of {n}" if n else "", aim(measure)) if part)
     return " · ".join((measure["on"], f"n\u00a0=\u00a0{n}", aim(measure)))
 
 
