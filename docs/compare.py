@@ -44,7 +44,7 @@ Settings = list[list[Entry]]
 
 
 @dataclass(frozen=True)
-class World:
+class Setup:
     """What is compared: a recipe without steps, the methods that begin from the original and those from first weights."""
 
     recipe: dict[str, Any]
@@ -52,7 +52,7 @@ class World:
     early: list[Entry]
 
 
-def people(seed: int, folder: Path) -> World:
+def people(seed: int, folder: Path) -> Setup:
     """Forget six of sixty fictitious people whom a Llama of two blocks learnt by heart."""
     world = _people.build(seed)
     models = {
@@ -83,7 +83,7 @@ def people(seed: int, folder: Path) -> World:
     }
     trained = ("gradient_ascent", "grad_diff", "npo", "simnpo", "dpo", "blur")
     start_again = {"epochs": 64, "batch_size": 64, "lr": 3e-3, "weights": "all"}
-    return World(
+    return Setup(
         recipe,
         [
             _ssd(),
@@ -97,7 +97,7 @@ def people(seed: int, folder: Path) -> World:
     )
 
 
-def digits(seed: int, folder: Path) -> World:
+def digits(seed: int, folder: Path) -> Setup:
     """Forget one of ten digits that a small ViT learnt."""
     images = {
         "full": {},
@@ -128,7 +128,7 @@ def digits(seed: int, folder: Path) -> World:
         },
     }
     trained = ("gradient_ascent", "grad_diff", "npo", "simnpo", "blur")
-    return World(
+    return Setup(
         recipe,
         [
             _ssd(),
@@ -158,10 +158,10 @@ def _at_rates(name: str, **knobs: Any) -> list[Entry]:
     return [{f"forget.{name}": {**knobs, "lr": lr, **weight}} for lr, weight in itertools.product(RATES, weights)]
 
 
-def tuned(world: World, folder: Path) -> list[Entry]:
+def tuned(setup: Setup, folder: Path) -> list[Entry]:
     """The setting of every method that rule 3 picks."""
-    tried = [entry for entries in world.late for entry in entries]
-    recipe = {**world.recipe, "model": str(folder / "original"), "compare": tried}
+    tried = [entry for entries in setup.late for entry in entries]
+    recipe = {**setup.recipe, "model": str(folder / "original"), "compare": tried}
     report = oh.compare(recipe, out=folder / "tuning").report
     goal, price = (
         next(n for n, m in enumerate(report["measures"]) if m["group"] == group) for group in ("forgotten", "kept")
@@ -173,17 +173,17 @@ def tuned(world: World, folder: Path) -> list[Entry]:
         forgotten, kept = row["values"][goal][0], row["values"][price][0]
         return (True, kept) if forgotten <= limit else (False, -forgotten)
 
-    return [max((row for row in rows.values() if row["step"] in entries), key=worth)["step"] for entries in world.late]
+    return [max((row for row in rows.values() if row["step"] in entries), key=worth)["step"] for entries in setup.late]
 
 
-def measured(world: World, folder: Path, late: Sequence[Entry]) -> Report:
+def measured(setup: Setup, folder: Path, late: Sequence[Entry]) -> Report:
     """One report: methods for a model that has learnt, and those that had to be there from the start."""
     report = oh.compare(
-        {**world.recipe, "model": str(folder / "original"), "compare": list(late)}, out=folder / "late"
+        {**setup.recipe, "model": str(folder / "original"), "compare": list(late)}, out=folder / "late"
     ).report
-    for entry in world.early:
+    for entry in setup.early:
         (name,) = entry
-        alone = oh.run({**world.recipe, "model": str(folder / "fresh"), "steps": [entry]}, folder / name).report
+        alone = oh.run({**setup.recipe, "model": str(folder / "fresh"), "steps": [entry]}, folder / name).report
         values = [[measure["values"][-1]] for measure in alone["measures"]]
         (step,) = alone["steps"]
         spent = {"seconds": step["seconds"], "peak_bytes": step["peak_bytes"]}
@@ -215,9 +215,9 @@ if __name__ == "__main__":
         chosen: list[Entry] = []
         for seed in (TUNING_SEED, *SEEDS):
             with tempfile.TemporaryDirectory() as place:
-                world = compared(seed, Path(place))
+                setup = compared(seed, Path(place))
                 if seed == TUNING_SEED:
-                    chosen = tuned(world, Path(place))
+                    chosen = tuned(setup, Path(place))
                 else:
-                    reports.append(measured(world, Path(place), chosen))
+                    reports.append(measured(setup, Path(place), chosen))
         write_json(STORED / f"{compared.__name__}.json", merged(reports))

@@ -95,7 +95,7 @@ def forgetting_page() -> str:
 
 
 def _settings(report: Mapping[str, Any]) -> str:
-    """What was set for each method, where that is not its default."""
+    """What was set for each method; all else is its default."""
     steps = [step for row in report["rows"] if (step := row["step"])]
     said = {name: ", ".join(f"{k}: {v}" for k, v in knobs.items()) for step in steps for name, knobs in step.items()}
     return "; ".join(f"`{name}: {{{knobs}}}`" for name, knobs in said.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -169,6 +170,9 @@ def test_markdown_has_a_table_for_each_block_and_an_arrow_for_each_column(table:
         (head,) = [line for line in text.splitlines() if line.startswith(f"| {block} |")]
         assert all(any(arrow in cell for arrow in "↑↓→") for cell in head.split("|")[2:-1])
     assert text.count(f"| {NULL} |") == 5
+    # a number that means nothing is a missing one
+    undefined = [replace(row, values={**row.values, "forgetting.prob": math.nan}) for row in table.rows]
+    assert f"| {NULL} | – |" in replace(table, rows=undefined).to_markdown()
 
 
 def test_the_report_has_the_schemas_keys_and_is_json(table: Table) -> None:

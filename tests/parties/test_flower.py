@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conftest import tiny_vit
+from dealing import dealt, network
 from overhaul.errors import RequestError, RunError
 from overhaul.forget.vertical import Unlearning, unlearn
 from overhaul.models import open_model, save
@@ -29,7 +30,7 @@ from overhaul.parties.flower import (
     to_records,
 )
 from overhaul.parties.messages import NOTHING, InProcess, Message, PartyLost
-from overhaul.parties.model import Part, PartConfig, VerticalConfig, VerticalModel
+from overhaul.parties.model import Part, PartConfig
 from overhaul.parties.party import ActiveParty, Rates
 
 LABELS = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
@@ -37,30 +38,9 @@ RATES = {"lr": 0.1, "momentum": 0.9, "clip": 1.0}
 FORGET, RECOVERY = torch.arange(4), torch.arange(4, 8)
 
 
-def network() -> VerticalModel:
-    torch.manual_seed(0)
-    return VerticalModel(
-        VerticalConfig(columns=[[0, 3], [3, 8]], bottoms=[{"widths": [6, 5]}, {"widths": [10, 4]}], top=[9, 3])
-    )
-
-
-def features() -> Tensor:
-    return torch.randn(8, 1, 2, 8, generator=torch.Generator().manual_seed(1))
-
-
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Each party's own files: its part of the network and its columns."""
-    folder, model = tmp_path_factory.mktemp("parties"), network()
-    found: list[dict[str, Any]] = []
-    for k, (part, block) in enumerate(zip(model.bottoms, model.blocks(features()), strict=True)):
-        own = folder / str(k)
-        own.mkdir()
-        save(part, None, own / "part")
-        save_file({"features": block.contiguous()}, own / "features.safetensors")
-        files = {"part": own / "part", "features": own / "features.safetensors", "into": own / "after"}
-        found.append({"party": k, **{name: str(path) for name, path in files.items()}, **RATES})
-    return found
+    return dealt(tmp_path_factory.mktemp("parties"), RATES)
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,12 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from dealing import dealt, network
 from overhaul.forget.vertical import Unlearning, unlearn
 from overhaul.models import open_model, save
 from overhaul.parties.flower import party_from
 from overhaul.parties.messages import InProcess
-from overhaul.parties.model import VerticalConfig, VerticalModel
 from overhaul.parties.party import ActiveParty, Rates
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -93,30 +92,12 @@ def main(grid, context):
 '''
 
 
-def network() -> VerticalModel:
-    torch.manual_seed(0)
-    return VerticalModel(
-        VerticalConfig(columns=[[0, 3], [3, 8]], bottoms=[{"widths": [6, 5]}, {"widths": [10, 4]}], top=[9, 3])
-    )
-
-
-def features() -> Tensor:
-    return torch.randn(8, 1, 2, 8, generator=torch.Generator().manual_seed(1))
-
-
 @pytest.fixture
 def configs(tmp_path: Path) -> list[dict[str, Any]]:
     """Node configs of the passive parties, a folder each; beside them lies the active party's folder."""
-    model, found = network(), []
-    for k, (part, block) in enumerate(zip(model.bottoms, model.blocks(features()), strict=True)):
-        own = tmp_path / f"party-{k}"
-        save(part, None, own / "part")
-        save_file({"features": block.contiguous()}, own / "features.safetensors")
-        files = {"part": own / "part", "features": own / "features.safetensors", "into": own / "after"}
-        found.append({"party": k, **{name: str(path) for name, path in files.items()}, **RATES})
-    save(model.top, None, tmp_path / "active" / "top")
+    save(network().top, None, tmp_path / "active" / "top")
     save_file({"labels": LABELS}, tmp_path / "active" / "labels.safetensors")
-    return found
+    return dealt(tmp_path, RATES)
 
 
 def free_ports(count: int) -> list[int]:

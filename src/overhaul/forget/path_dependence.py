@@ -227,11 +227,10 @@ def unlearn(
         "forget", lambda logits, batch: cross_entropy_sum(logits.detach(), batch), answer_tokens, 0.0, WATCHED
     )
     state, curve = TrainingState(), list[float]()
-    part = every or steps
+    part, name = every or steps, f"{label}, {term.name}" if label else term.name
     for done in range(0, steps, part):
         if watch:
             watch()
-        name = f"{label}, {term.name}" if label else term.name
         ran = fit(
             model,
             [term, watched],

@@ -22,8 +22,8 @@ from overhaul.stack.calls import Calls, State
 from overhaul.trace.streams import as_rows
 
 
-def checked(examples: Examples) -> Examples:
-    """The same examples.
+def check(examples: Examples) -> None:
+    """Refuse examples of which nothing can be read.
 
     Raises:
         RequestError: there are none, or one of them has no answer.
@@ -35,7 +35,6 @@ def checked(examples: Examples) -> Examples:
             raise RequestError(
                 f"Example {place} has no token that carries loss, so there is no answer to look for; leave it out."
             )
-    return examples
 
 
 def batches(model: nn.Module, examples: Examples) -> Iterator[tuple[list[int], Batch]]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from overhaul.data.examples import Examples
-from overhaul.errors import OverhaulError
+from overhaul.errors import RequestError
 from overhaul.judge.evidence import Evidence, truth_ratios
 from overhaul.judge.generation import generates, rouge_l
 from overhaul.judge.likelihood import (
@@ -200,7 +200,7 @@ def _representation(row: Row, evidence: Evidence) -> None:
         return
     try:
         seen = lens(evidence.model, evidence.examples)
-    except OverhaulError:  # an ensemble has no stack of its own, and some blocks cannot be run by hand
+    except RequestError:  # an ensemble has no stack of its own, and some blocks cannot be run by hand
         return
     _note(row, "representation.lens", list(map(math.exp, seen.logp[seen.best])))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -123,7 +123,7 @@ class Evidence:
         """
         if self.kind == "answers":
             return [str(row["answer"]) for row in self.examples.rows]
-        tokenizer = self._tokenizer("Reading a text's tokens back")
+        tokenizer = tokenizer_of(self.examples, "Reading a text's tokens back")
         labels = [item["labels"] for item in self.examples.items]
         return [tokenizer.decode(each[each != IGNORED], skip_special_tokens=True) for each in labels]
 
@@ -170,22 +170,10 @@ class Evidence:
 
     def _ask(self, pairs: list[tuple[str, str]]) -> list[Scored]:
         """Prompts with answers, encoded as the role is; each distinct pair is scored once."""
-        first = self.examples.rows[0]
-        as_it_was = self._encode([(str(first["prompt"]), str(first["answer"]))])
-        if not torch.equal(as_it_was.items[0]["input_ids"], self.examples.items[0]["input_ids"]):
-            raise RequestError("A paraphrase or a wrong answer can only be put to a role that is read `as: qa`.")
         if new := [pair for pair in dict.fromkeys(pairs) if pair not in self._asked]:
-            self._asked |= zip(new, score(self.model, self._encode(new)), strict=True)
+            rows = [{"prompt": prompt, "answer": answer} for prompt, answer in new]
+            self._asked |= zip(new, score(self.model, asked_anew(self.examples, rows)), strict=True)
         return [self._asked[pair] for pair in pairs]
-
-    def _encode(self, pairs: Sequence[tuple[str, str]]) -> Examples:
-        rows = [{"question": prompt, "answer": answer} for prompt, answer in pairs]
-        return encode_qa(rows, self._tokenizer("Asking another question"), prompt="{question}")
-
-    def _tokenizer(self, what: str) -> Any:
-        if self.examples.processor is None:
-            raise RequestError(f"{what} needs the tokenizer that encoded the examples; they carry none.")
-        return self.examples.processor
 
     @cached_property
     def order(self) -> list[int]:
@@ -205,7 +193,7 @@ class Evidence:
         return [answer for answer in self.answered if answer.place in chosen]
 
     def _answer(self, places: list[int]) -> list[Answered]:
-        tokenizer = self._tokenizer("Generating answers")
+        tokenizer = tokenizer_of(self.examples, "Generating answers")
         prompts = [self._split(i) for i in places]
         stops = stop_tokens(self.model, tokenizer)
         tokens = generate(self.model, [prompt for prompt, _ in prompts], self._new_tokens, stops)
@@ -239,8 +227,43 @@ class Evidence:
 
 def _prompt(row: Mapping[str, Any]) -> str:
     """The row's prompt with its paraphrase, where it has one, in place of the question."""
+    return prompt_with(row, row.get("paraphrase") or row["question"])
+
+
+def prompt_with(row: Mapping[str, Any], question: object) -> str:
+    """The row's prompt with another question in place of its own."""
     before, _, after = str(row["prompt"]).rpartition(str(row["question"]))
-    return f"{before}{row.get('paraphrase') or row['question']}{after}"
+    return f"{before}{question}{after}"
+
+
+def asked_anew(examples: Examples, rows: Sequence[Mapping[str, Any]]) -> Examples:
+    """Rows with another `prompt` or `answer`, encoded as the examples are.
+
+    Raises:
+        RequestError: the examples carry no tokenizer, or were not encoded as question and answer (a chat, say).
+    """
+    tokenizer = tokenizer_of(examples, "Asking another question")
+
+    def encoded(rows: Sequence[Mapping[str, Any]]) -> Examples:
+        asked = [{"question": row["prompt"], "answer": row["answer"]} for row in rows]
+        return replace(encode_qa(asked, tokenizer, prompt="{question}"), rows=rows)
+
+    if not torch.equal(encoded(examples.rows[:1]).items[0]["input_ids"], examples.items[0]["input_ids"]):
+        raise RequestError(
+            "Other words, another language, a wrong answer and shots can only be put to a role that is read `as: qa`."
+        )
+    return encoded(rows)
+
+
+def tokenizer_of(examples: Examples, what: str) -> Any:
+    """The tokenizer that encoded the examples.
+
+    Raises:
+        RequestError: they carry none; it begins with what was to be done.
+    """
+    if examples.processor is None:
+        raise RequestError(f"{what} needs the tokenizer that encoded the examples; they carry none.")
+    return examples.processor
 
 
 def truth_ratios(evidence: Evidence, mean: Literal["geometric", "arithmetic"] = "geometric") -> list[float]:

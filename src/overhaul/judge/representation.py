@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from overhaul.data.examples import IGNORED, Examples
 from overhaul.errors import RequestError
-from overhaul.judge._layers import Products, answers, batches, checked, moved, predicting, states, summaries
+from overhaul.judge._layers import Products, answers, batches, check, moved, predicting, states, summaries
 from overhaul.judge.measure import at_rest
 from overhaul.stack import LayerStack
 from overhaul.stack.calls import Calls, State
@@ -118,7 +118,7 @@ def lens(model: nn.Module, examples: Examples) -> Lens:
             be run by hand.
         RunError: a layer's output is not finite.
     """
-    checked(examples)
+    check(examples)
     stack = LayerStack.of(model)
     if len(stack.lists) > 1:
         raise RequestError(
@@ -197,7 +197,7 @@ def cka(model: nn.Module, other: nn.Module, examples: Examples) -> list[float]:
         RequestError: the models differ in depth, an example has no answer, or blocks cannot be found or run by hand.
         RunError: a state is not finite.
     """
-    checked(examples)
+    check(examples)
     stacks = _pair(model, other)
     products: dict[int, Products] = {}
     with at_rest(model), at_rest(other):
@@ -227,7 +227,7 @@ def depth(unlearned: nn.Module, original: nn.Module, examples: Examples) -> Dept
             hand.
         RunError: an output is not finite.
     """
-    checked(examples)
+    check(examples)
     stack, own = _pair(unlearned, original)
     sums = [0.0] * (len(own) + 2)
     with at_rest(unlearned), at_rest(original):
@@ -254,7 +254,7 @@ def _onwards(calls: Calls, layer: int, state: State) -> float:
 
 def _labels(examples: Examples, by: str | None) -> list[Any]:
     """The label of every example, all of which have a prompt or are images."""
-    checked(examples)
+    check(examples)
     if not examples.is_image and any(int(item["labels"][0]) != IGNORED for item in examples.items):
         raise RequestError("A probe reads the state behind a prompt, and texts have none: encode them as qa or chat.")
     if by is None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,11 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from overhaul import session
-from overhaul.data.encode import encode_qa
 from overhaul.data.examples import IGNORED, Encoded, Examples
 from overhaul.errors import RequestError
 from overhaul.fit import TrainingState, fit
-from overhaul.judge.evidence import SPARE_TOKENS, kind_of
+from overhaul.judge.evidence import SPARE_TOKENS, asked_anew, kind_of, prompt_with
 from overhaul.judge.generation import generate, generates, rouge_l, stop_tokens
 from overhaul.judge.likelihood import score
 from overhaul.judge.measure import at_rest
@@ -228,10 +227,9 @@ def reworded(examples: Examples, column: str, answer: str = "answer") -> Example
         raise RequestError(f"A question has no {column!r} to be put in its place: {dict(lacking[0])!r}.")
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for row in examples.rows:
-        before, _, after = str(row["prompt"]).rpartition(str(row["question"]))
-        prompt, expected = f"{before}{row[column]}{after}", str(row.get(answer) or row["answer"])
+        prompt, expected = prompt_with(row, row[column]), str(row.get(answer) or row["answer"])
         rows.setdefault((prompt, expected), {**row, "prompt": prompt, "answer": expected})
-    return _asked(examples, list(rows.values()))
+    return asked_anew(examples, list(rows.values()))
 
 
 def shown(examples: Examples, shots: Examples, count: int = SHOTS) -> Examples:
@@ -252,24 +250,11 @@ def shown(examples: Examples, shots: Examples, count: int = SHOTS) -> Examples:
     limit = getattr(examples.processor, "model_max_length", math.inf)
     while order:
         above = "".join(f"{shots.rows[i]['prompt']} {shots.rows[i]['answer']}\n\n" for i in order)
-        made = _asked(examples, [{**row, "prompt": above + str(row["prompt"])} for row in examples.rows])
+        made = asked_anew(examples, [{**row, "prompt": above + str(row["prompt"])} for row in examples.rows])
         if max(len(item["input_ids"]) for item in made.items) <= limit:
             return made
         order.pop()
     raise RequestError(f"No question with its answer fits above another: the tokenizer's model_max_length is {limit}.")
-
-
-def _asked(examples: Examples, rows: Sequence[Mapping[str, Any]]) -> Examples:
-    """Rows with another `prompt` or `answer`, encoded as the examples are."""
-    tokenizer = _tokenizer(examples)
-
-    def encoded(rows: Sequence[Mapping[str, Any]]) -> Examples:
-        asked = [{"question": row["prompt"], "answer": row["answer"]} for row in rows]
-        return replace(encode_qa(asked, tokenizer, prompt="{question}"), rows=rows)
-
-    if not torch.equal(encoded(examples.rows[:1]).items[0]["input_ids"], examples.items[0]["input_ids"]):
-        raise RequestError("Other words, another language and shots can only be put to a role that is read `as: qa`.")
-    return encoded(rows)
 
 
 def draws(

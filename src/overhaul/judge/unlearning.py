@@ -142,7 +142,7 @@ class Table:
             heads = [f"{LABELS[c][0]} {ARROWS[self.direction(c)]}" for c in columns]
             lines = [f"| {block} | {' | '.join(heads)} |", f"|---|{'---:|' * len(columns)}"]
             for row in self.rows:
-                cells = [f"{row.values[c]:.3g}" if c in row.values else MISSING for c in columns]
+                cells = [_cell(row.values.get(c, math.nan)) for c in columns]
                 lines.append(f"| {row.name.replace('|', chr(92) + '|')} | {' | '.join(cells)} |")
             parts.append("\n".join(lines))
         anchor = "→ towards the retrained model" if self.retrained else "no retrained model: the target is not known"
@@ -241,6 +241,10 @@ def unlearning_table(
     sizes: dict[str, Any] = {f"{role}_n": len(part) for role, part in data.items()}
     hashes = {role: part.digest() for role, part in data.items()}
     return Table(rows, original, retrained, {**sizes, "hashes": hashes})
+
+
+def _cell(value: float) -> str:
+    return MISSING if math.isnan(value) else f"{value:.3g}"
 
 
 def opened(source: Source) -> nn.Module:

@@ -85,11 +85,11 @@ def client_app() -> Any:
 
     @client.query("parties")
     def answer(message: Any, context: Any) -> Any:
-        own = party_from(context.node_config)
+        own, into = party_from(context.node_config), context.node_config.get("into")
         if "party" in context.state.array_records:
             tensors = {name: torch.from_numpy(a.numpy()) for name, a in context.state.array_records["party"].items()}
             own.resume(tensors, int(context.state.config_records["party at"]["round"]))
-        elif Path(into := str(context.node_config.get("into", ""))).exists() and into:
+        elif into and Path(into).exists():
             raise RequestError(f"{into!r} exists already, and party {own.number} is to be saved there: name another.")
         reply = own.handle(from_records(message.content))
         tensors = {name: app.Array(tensor.cpu().numpy()) for name, tensor in own.state().items()}
@@ -315,9 +315,9 @@ def serve() -> None:
     app, serde = flower("flwr.app"), flower("flwr.common.serde")
     torch.set_num_threads(1)
     config = json.loads(sys.argv[1])
-    _identify(int(config["party"]) + 1)
-    channel, sys.stdout = sys.stdout.buffer, sys.stderr  # what else is printed must not get between messages
     node = int(config["party"]) + 1
+    _identify(node)
+    channel, sys.stdout = sys.stdout.buffer, sys.stderr  # what else is printed must not get between messages
     context = app.Context(run_id=0, node_id=node, node_config=config, state=app.RecordDict(), run_config={})
     client = client_app()
     while frame := _read(sys.stdin.buffer):
