@@ -11,9 +11,9 @@ from overhaul.data.examples import Batch, collate
 from overhaul.data.materials import examples
 from overhaul.judge.evidence import Evidence
 from overhaul.judge.likelihood import answer_logits, batches_within, budget, score
-from overhaul.judge.measure import at_rest
 from overhaul.judge.metrics import ATTACKS, METRICS
 from overhaul.models import open_model
+from overhaul.modes import at_rest
 from overhaul.objectives import evaluate
 
 ROWS = 80

@@ -11,7 +11,7 @@ from overhaul.data import corpora
 from overhaul.data.encode import encode_images
 from overhaul.data.examples import Examples
 from overhaul.data.starter_builds import new_vit
-from overhaul.forget._importance import batch_importance, sample_importance
+from overhaul.importance import batch_importance, sample_importance
 
 SAMPLES = 512
 

@@ -135,7 +135,7 @@ def test_config_and_weights_that_do_not_belong_together_are_refused(folder: Path
 
 def test_a_class_of_ours_is_found_by_the_module_that_its_config_names(folder: Path) -> None:
     known = models.facts(folder)
-    ours = replace(known, config={**known.config, "overhaul": "overhaul.models", "architectures": ["ModelFacts"]})
-    assert models.class_of(ours) is models.ModelFacts
+    ours = replace(known, config={**known.config, "overhaul": "overhaul.models", "architectures": ["Checkpoint"]})
+    assert models.class_of(ours) is models.Checkpoint
     theirs = replace(known, config={**known.config, "overhaul": "os.path"})
     assert models.class_of(theirs) is models.class_of(known)

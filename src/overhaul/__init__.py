@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from overhaul import adapt as adapt
+    from overhaul import align as align
     from overhaul import forget as forget
+    from overhaul import inspect as inspect
+    from overhaul import merge as merge
     from overhaul import models as _models
+    from overhaul import pretrain as pretrain
+    from overhaul import rewire as rewire
     from overhaul import shrink as shrink
     from overhaul import trace as trace
     from overhaul import weights as weights
@@ -18,8 +25,10 @@ if TYPE_CHECKING:
     from overhaul.errors import OverhaulError as OverhaulError
     from overhaul.judge.robustness import Attacks as Attacks
     from overhaul.judge.unlearning import unlearning_table as unlearning_table
-    from overhaul.method import Outcome as Outcome
+    from overhaul.models import Checkpoint as Checkpoint
     from overhaul.models import save as save
+    from overhaul.outcome import Outcome as Outcome
+    from overhaul.outcome import Table as Table
     from overhaul.recipe.compare import compare as compare
     from overhaul.recipe.run import run as run
     from overhaul.stack import LayerStack as LayerStack
@@ -28,27 +37,31 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "Attacks": "overhaul.judge.robustness:Attacks",
+    "Checkpoint": "overhaul.models:Checkpoint",
     "Examples": "overhaul.data.examples:Examples",
     "LayerStack": "overhaul.stack:LayerStack",
-    "Outcome": "overhaul.method:Outcome",
+    "Outcome": "overhaul.outcome:Outcome",
     "OverhaulError": "overhaul.errors:OverhaulError",
+    "Table": "overhaul.outcome:Table",
     "compare": "overhaul.recipe.compare:compare",
     "examples": "overhaul.data.materials:examples",
-    "forget": "overhaul.forget:",
     "open": "overhaul.models:open_model",
     "run": "overhaul.recipe.run:run",
     "save": "overhaul.models:save",
-    "shrink": "overhaul.shrink:",
     "trace": "overhaul.trace:",
     "unlearning_table": "overhaul.judge.unlearning:unlearning_table",
     "weights": "overhaul.weights:",
 }
 """Public names and where they live: imported when first used, so that `overhaul --help` answers at once."""
 
-__all__ = [*_PUBLIC, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+_VERBS = ("inspect", "forget", "shrink", "merge", "rewire", "adapt", "pretrain", "align")
+
+__all__ = [*_PUBLIC, *_VERBS, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _VERBS and importlib.util.find_spec(f"overhaul.{name}"):
+        return importlib.import_module(f"overhaul.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'overhaul' has no attribute {name!r}")
     module, _, attribute = _PUBLIC[name].partition(":")

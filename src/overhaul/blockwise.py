@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from overhaul import session
 from overhaul.errors import RequestError, RunError, writing
-from overhaul.judge.measure import at_rest
+from overhaul.modes import at_rest
 from overhaul.stack import LayerStack
 from overhaul.stack.calls import Call, Calls, State, map_tensors, state_bytes
 

@@ -1,13 +1,16 @@
 """`@method`: a plain function becomes a step of a recipe, an entry of the listing and a page of the documentation.
 
-Positional arguments are materials (models and data, by role); keyword-only arguments are knobs with the paper's
-default. Everything else, schema, validation, help and docs, is derived from the signature and the docstring.
+1. Positional arguments are materials, and what they are is what their annotation says. The first is what a stage hands on.
+2. Keyword-only arguments are knobs with the paper's default. One whose type is a frozen dataclass stands for its fields:
+   they are written like other knobs, and documented where the dataclass is.
+3. A keyword-only `out` is no knob: the folder that a method writes.
+
+Everything else, schema, validation, help and docs, is derived from the signature and the docstring.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -16,64 +19,67 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, ParamSpec
+from typing import Any, Literal
 
 from pydantic import ConfigDict, ValidationError, create_model
 from torch import nn
 
-from overhaul.data.examples import Examples
+from overhaul.data.examples import Examples, Rows
 from overhaul.errors import RequestError, did_you_mean
+from overhaul.models import Checkpoint, facts
+from overhaul.outcome import Outcome as Outcome
+from overhaul.outcome import Table as Table
+from overhaul.outcome import checked
+from overhaul.versions import version_of
 
 Verb = Literal["inspect", "forget", "shrink", "merge", "rewire", "adapt", "pretrain", "align"]
 Changes = Literal["weights", "architecture", "nothing"]
-Memory = Literal["forward", "gradient", "training"]
+Memory = Literal["stream", "forward", "gradient", "training"]
+Kind = Literal["model", "checkpoint", "examples", "rows"]
+Product = Literal["examples", "rows", "tensors", "checkpoint", "json"]
 VERBS: tuple[str, ...] = typing.get_args(Verb)
 
-P = ParamSpec("P")
-
-
-@dataclass
-class Outcome:
-    """What a method did.
-
-    Attributes:
-        model: the changed model: the same object where that was possible.
-        facts: scalars worth knowing ({"selected_share": 0.024}).
-        layers: per-depth values, drawn in the report ({"selected share": {0: 0.1, 1: 0.0}}); depth -1 is what comes
-            before the first block, depth = number of blocks what comes after the last.
-        curves: one value per training step, drawn in the report ({"loss": [...]}).
-        made: other products (adapters, plans, datasets, directions).
-    """
-
-    model: nn.Module
-    facts: dict[str, float | int | str | list[int]] = field(default_factory=dict)
-    layers: dict[str, dict[int, float]] = field(default_factory=dict)
-    curves: dict[str, list[float]] = field(default_factory=dict)
-    made: dict[str, Any] = field(default_factory=dict)
+KINDS: Mapping[Any, Kind] = {nn.Module: "model", Checkpoint: "checkpoint", Examples: "examples"}
+OUT = "out"
 
 
 @dataclass(frozen=True)
 class Material:
-    """A positional argument: a model or examples, found in a recipe by its name."""
+    """A positional argument, found in a recipe by its name.
+
+    Attributes:
+        name: of the role.
+        kind: an opened "model", a "checkpoint" (a folder with its facts), encoded "examples", or raw "rows".
+        many: a sequence of such.
+        required: whether there must be one.
+        doc: its description.
+    """
 
     name: str
-    kind: Literal["model", "examples"]
+    kind: Kind
+    many: bool
     required: bool
     doc: str
+
+    @property
+    def is_model(self) -> bool:
+        """Whether it is a network, opened or not."""
+        return self.kind in ("model", "checkpoint")
 
 
 @dataclass(frozen=True)
 class Knob:
-    """A keyword-only argument. One without a default is `required`."""
+    """A keyword-only argument. One without a default is `required`; `group` is the dataclass whose field it is."""
 
     name: str
     type: str
     default: Any
     doc: str
     required: bool = False
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,18 +95,34 @@ class Method:
     doc: str
     materials: tuple[Material, ...]
     knobs: tuple[Knob, ...]
-    version: str
-    call: Callable[..., Outcome]
+    makes: Mapping[str, Product]
+    module: str
+    writes: bool
+    call: Callable[..., Outcome] = field(repr=False)
     schema: Any = field(repr=False)
+    groups: Mapping[str, type] = field(repr=False)
+
+    @functools.cached_property
+    def version(self) -> str:
+        """A hash of all code that it runs."""
+        inside = self.module.startswith("overhaul.")
+        return version_of(self.module if inside else Path(sys.modules[self.module].__file__ or ""))
+
+    @property
+    def subject(self) -> Material | None:
+        """The model that a stage hands on: the first material, if it is one model."""
+        first = self.materials[0]
+        return first if first.is_model and not first.many else None
 
     @property
     def roles(self) -> list[Material]:
-        """The materials apart from the model that is changed."""
-        return [material for material in self.materials if material.name != "model"]
+        """The materials apart from the model that a stage hands on."""
+        return [material for material in self.materials if material is not self.subject]
 
     def check(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
         """All knobs with defaults filled in; a RequestError names what is unknown or out of range."""
         known = [knob.name for knob in self.knobs]
+        knobs = self._ungrouped(knobs)
         for name in knobs:
             if name not in known:
                 raise RequestError(f"{self.name} has no knob {name!r}.{did_you_mean(name, known)}")
@@ -116,6 +138,27 @@ class Method:
                 f"{self.name}: {name}={knobs.get(name)!r} is not possible: {problem['msg']} ({name} is {kind})."
             ) from None
 
+    def arguments(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the function takes: all knobs, checked, those of a group in their dataclass."""
+        values = self.check(knobs)
+        found = {knob.name: values[knob.name] for knob in self.knobs if not knob.group}
+        for group, kind in self.groups.items():
+            found[group] = kind(**{knob.name: values[knob.name] for knob in self.knobs if knob.group == group})
+        return found
+
+    def _ungrouped(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
+        """Knobs by name where some were given as the dataclass that they are fields of."""
+        flat: dict[str, Any] = {}
+        for name, value in knobs.items():
+            inside = (
+                {one.name: getattr(value, one.name) for one in fields(value)} if name in self.groups else {name: value}
+            )
+            for key, one in inside.items():
+                if key in flat:
+                    raise RequestError(f"{self.name}: {key} is given twice, by itself and in a {name}.")
+                flat[key] = one
+        return flat
+
     def listing(self) -> dict[str, Any]:
         """Everything a machine may want to know about the method, as JSON."""
         return {
@@ -124,67 +167,111 @@ class Method:
             "changes": self.changes,
             "memory": self.memory,
             "summary": self.summary,
-            "version": self.version,
+            "makes": dict(self.makes),
             "materials": [vars(material) for material in self.materials],
             "knobs": [vars(knob) for knob in self.knobs],
         }
 
 
 def method(
-    *, verb: Verb, paper: str = "", changes: Changes, memory: Memory = "training"
-) -> Callable[[Callable[P, Outcome]], Callable[P, Outcome]]:
+    *,
+    verb: Verb,
+    paper: str = "",
+    changes: Changes,
+    memory: Memory = "training",
+    makes: Mapping[str, Product] | None = None,
+) -> Callable[[Callable[..., Outcome]], Callable[..., Outcome]]:
     """Make a function a method.
 
     Args:
         verb: the shelf it stands on; its name is `verb.function`.
         paper: the arXiv number.
         changes: what it does to the model. A step that "changes weights" and leaves them as they were is an error.
-        memory: what it holds per parameter, for `overhaul plan`: activations only ("forward"), gradients and one
-            float32 accumulator or two ("gradient"), or gradients and optimizer state ("training").
+        memory: what it holds per parameter, for `overhaul plan`: some pieces of a tensor ("stream"), activations only
+            ("forward"), gradients and one float32 accumulator or two ("gradient"), or gradients and optimizer state
+            ("training").
+        makes: the products in `Outcome.made` and what they are, so that a recipe's later steps can be checked beforehand.
+
+    Raises:
+        TypeError: an argument is not documented, or a material is of no kind that a recipe can give.
     """
 
-    def decorate(function: Callable[P, Outcome]) -> Callable[P, Outcome]:
-        described = _describe(function, verb, paper, changes, memory)
+    def decorate(function: Callable[..., Outcome]) -> Callable[..., Outcome]:
+        described = _describe(function, verb, paper, changes, memory, makes or {})
+        materials = {material.name: material for material in described.materials}
 
         @functools.wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> Outcome:
-            materials = {material.name for material in described.materials}
+        def call(*args: Any, **kwargs: Any) -> Outcome:
+            given = dict(zip(materials, args, strict=False))
+            if len(args) > len(materials):
+                raise TypeError(f"{described.name} takes {len(materials)} materials, not {len(args)}; knobs go by name")
+            given |= {name: value for name, value in kwargs.items() if name in materials}
+            given = {name: _as_asked(described.name, materials[name], value) for name, value in given.items()}
             knobs = {name: value for name, value in kwargs.items() if name not in materials}
-            given = {name: value for name, value in kwargs.items() if name in materials}
-            outcome = function(*args, **given, **described.check(knobs))  # pyright: ignore[reportCallIssue]
-            return outcome
+            if described.writes:
+                given[OUT] = knobs.pop(OUT, None)
+                if given[OUT] is None:
+                    raise RequestError(f"{described.name} writes a folder: say where, with out=FOLDER.")
+            return checked(function(**given, **described.arguments(knobs)), described.name, described.makes)
 
+        described = replace(described, call=call)
         call.method = described  # pyright: ignore[reportAttributeAccessIssue]
         return call
 
     return decorate
 
 
-def _describe(function: Callable[..., Outcome], verb: str, paper: str, changes: Changes, memory: Memory) -> Method:
+def _as_asked(method: str, material: Material, value: Any) -> Any:
+    """A folder, hub name or starter as the checkpoint that a method reads; a model must be opened by the caller."""
+    if material.many and not isinstance(value, str | Path | nn.Module):
+        return [_as_asked(method, replace(material, many=False), one) for one in value]
+    if material.many:
+        raise RequestError(f"{method}: {material.name} is several; write {material.name}=[...].")
+    if material.kind == "checkpoint" and isinstance(value, str | Path):
+        return facts(value)
+    if material.kind == "model" and isinstance(value, str | Path):
+        raise RequestError(f"{method}: {material.name} is a model; open {str(value)!r} first: model, _ = oh.open(...).")
+    return value
+
+
+def _describe(
+    function: Callable[..., Outcome],
+    verb: str,
+    paper: str,
+    changes: Changes,
+    memory: Memory,
+    makes: Mapping[str, Product],
+) -> Method:
     hints = typing.get_type_hints(function, include_extras=True)
     docs = _argument_docs(function.__doc__ or "")
     materials: list[Material] = []
     knobs: list[Knob] = []
-    fields: dict[str, Any] = {}
-    for name, parameter in inspect.signature(function).parameters.items():
+    schema: dict[str, Any] = {}
+    groups: dict[str, type] = {}
+    parameters = inspect.signature(function).parameters
+    for name, parameter in parameters.items():
         hint = hints[name]
         required = parameter.default is inspect.Parameter.empty
         if name not in docs:
             raise TypeError(f"{verb}.{function.__name__}: the docstring's Args does not mention {name!r}")
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            materials.append(_material(f"{verb}.{function.__name__}", name, hint, required, docs[name]))
+        elif name == OUT:
+            continue
+        elif is_dataclass(hint):
+            groups[name] = hint  # pyright: ignore[reportArgumentType]
+            for knob, typed in _fields(name, hint, parameter.default):
+                knobs.append(knob)
+                schema[knob.name] = (typed, ... if knob.required else knob.default)
+        else:
             default = None if required else parameter.default
             knobs.append(Knob(name, _type_text(hint), default, docs[name], required))
-            fields[name] = (hint, ... if required else default)
-        else:
-            kind = "examples" if Examples in (hint, *typing.get_args(hint)) else "model"
-            materials.append(Material(name, kind, required, docs[name]))
-    schema = create_model(
+            schema[name] = (hint, ... if required else default)
+    model = create_model(
         function.__name__, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True),
-        **fields,
+        **schema,
     )  # fmt: skip
     doc = inspect.cleandoc(function.__doc__ or "")
-    module = sys.modules[function.__module__]
-    source = Path(module.__file__).read_bytes() if module.__file__ else b""
     return Method(
         name=f"{verb}.{function.__name__}",
         verb=verb,
@@ -192,18 +279,51 @@ def _describe(function: Callable[..., Outcome], verb: str, paper: str, changes: 
         changes=changes,
         memory=memory,
         summary=doc.partition("\n\n")[0].replace("\n", " "),
-        doc=inspect.cleandoc(module.__doc__ or "") + "\n\n" + doc,
+        doc=inspect.cleandoc(sys.modules[function.__module__].__doc__ or "") + "\n\n" + doc,
         materials=tuple(materials),
         knobs=tuple(knobs),
-        version=hashlib.sha256(source).hexdigest()[:12],
+        makes=dict(makes),
+        module=function.__module__,
+        writes=OUT in parameters,
         call=function,
-        schema=schema,
+        schema=model,
+        groups=groups,
     )
 
 
-def _argument_docs(doc: str) -> dict[str, str]:
+def _material(method: str, name: str, hint: Any, required: bool, doc: str) -> Material:
+    """What an annotation asks for: a kind, a sequence of such, or either or None."""
+    wanted = hint
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (wanted,) = [one for one in typing.get_args(hint) if one is not type(None)] or [None]
+    many = wanted != Rows and typing.get_origin(wanted) is Sequence
+    if many:
+        (wanted,) = typing.get_args(wanted)
+    kind = "rows" if wanted == Rows else KINDS.get(wanted)
+    if kind is None:
+        known = "nn.Module, Checkpoint, Examples, Rows, a Sequence of one of these"
+        raise TypeError(
+            f"{method}: the material {name!r} is {hint}, which no recipe can give; it must be {known}, or None"
+        )
+    return Material(name, kind, many, required, doc)
+
+
+def _fields(group: str, kind: Any, default: Any) -> list[tuple[Knob, Any]]:
+    """The knobs that a dataclass stands for, each with its type."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    docs = _argument_docs(kind.__doc__ or "", "Attributes")
+    found = []
+    for one in fields(kind):
+        if one.name not in docs:
+            raise TypeError(f"{kind.__name__}: the docstring's Attributes does not mention {one.name!r}")
+        value = getattr(default, one.name)
+        found.append((Knob(one.name, _type_text(hints[one.name]), value, docs[one.name], group=group), hints[one.name]))
+    return found
+
+
+def _argument_docs(doc: str, section_name: str = "Args") -> dict[str, str]:
     """The `Args:` section of a Google-style docstring; `a, b: text` documents both."""
-    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", inspect.cleandoc(doc), re.M | re.S)
+    section = re.search(rf"^{section_name}:\n(.*?)(?=^\S|\Z)", inspect.cleandoc(doc), re.M | re.S)
     found: dict[str, str] = {}
     if section:
         for entry in re.split(r"\n(?=    \S)", "\n" + section[1]):

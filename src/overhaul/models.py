@@ -32,8 +32,8 @@ _HEADER_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": 
 
 
 @dataclass(frozen=True)
-class ModelFacts:
-    """What is known of a checkpoint before any weight is read.
+class Checkpoint:
+    """A folder that holds a model, and what is known of it before any weight is read.
 
     Attributes:
         source: as the user wrote it.
@@ -70,6 +70,10 @@ class ModelFacts:
     def weight_files(self) -> list[Path]:
         """The safetensors files, in order."""
         return sorted(self.folder.glob("*.safetensors"))
+
+    def open(self, dtype: str = "float32", *, trust_remote_code: bool = False) -> nn.Module:
+        """The model itself, in eval mode, as `open_model` gives it."""
+        return load_weights(self, dtype, trust_remote_code)
 
     def digest(self) -> str:
         """SHA-256 of config and weights."""
@@ -120,7 +124,7 @@ def locate(source: str | Path) -> Path:
         raise RequestError(f"{text!r} is no folder here, and it could not be fetched from the hub: {error}") from error
 
 
-def facts(source: str | Path) -> ModelFacts:
+def facts(source: str | Path) -> Checkpoint:
     """Read config and safetensors headers; refuse what could not be opened later.
 
     Raises:
@@ -155,7 +159,7 @@ def facts(source: str | Path) -> ModelFacts:
             numbers[entry["dtype"]] = numbers.get(entry["dtype"], 0) + math.prod(entry["shape"])
     main = max(numbers, key=lambda k: numbers[k])
     total = sum(path.stat().st_size for path in files)
-    return ModelFacts(str(source), folder, config, shapes, _HEADER_NAMES.get(main, main.lower()), total)
+    return Checkpoint(str(source), folder, config, shapes, _HEADER_NAMES.get(main, main.lower()), total)
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -195,7 +199,7 @@ def open_model(source: str | Path, *, dtype: str = "float32", trust_remote_code:
     return load_weights(known, dtype, trust_remote_code), load_processor(known)
 
 
-def load_weights(known: ModelFacts, dtype: str, trust_remote_code: bool = False) -> nn.Module:
+def load_weights(known: Checkpoint, dtype: str, trust_remote_code: bool = False) -> nn.Module:
     """The model itself. Tensors that the checkpoint lacks are an error, never filled at random."""
     if dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is not possible.{did_you_mean(dtype, DTYPES)}")
@@ -222,7 +226,7 @@ def load_weights(known: ModelFacts, dtype: str, trust_remote_code: bool = False)
     return model.eval()
 
 
-def class_of(known: ModelFacts) -> Any:
+def class_of(known: Checkpoint) -> Any:
     """The class that config.json names, or None where its library has none of that name.
 
     A model that no library can hold (an ensemble, a bank of prompts) is a `PreTrainedModel` of ours: its config names the
@@ -240,7 +244,7 @@ def class_of(known: ModelFacts) -> Any:
     return getattr(import_module(known.library), known.architecture, None)
 
 
-def planned(known: ModelFacts) -> nn.Module | None:
+def planned(known: Checkpoint) -> nn.Module | None:
     """What config.json describes, built without memory on torch's meta device; None where the folder brings its own code.
 
     Raises:
@@ -265,7 +269,7 @@ def planned(known: ModelFacts) -> nn.Module | None:
         ) from error
 
 
-def check_shapes(known: ModelFacts) -> None:
+def check_shapes(known: Checkpoint) -> None:
     """Compare the headers with the model that config.json describes, built without memory on torch's meta device.
 
     Names may differ (transformers renames tensors of older checkpoints); a shape may not.
@@ -285,7 +289,7 @@ def check_shapes(known: ModelFacts) -> None:
             )
 
 
-def load_processor(known: ModelFacts) -> Any:
+def load_processor(known: Checkpoint) -> Any:
     """The folder's tokenizer, else its image processor, else None."""
     from transformers import AutoImageProcessor, AutoTokenizer
 

@@ -28,7 +28,7 @@ from overhaul import session
 from overhaul._batching import BatchedBlocks, same
 from overhaul.data.examples import IGNORED, Examples
 from overhaul.errors import RequestError
-from overhaul.judge.measure import at_rest
+from overhaul.modes import at_rest
 from overhaul.objectives import cross_entropy_sum, units
 from overhaul.references import output_head
 from overhaul.stack import LayerStack

@@ -17,7 +17,7 @@ from overhaul.claims.blur import (
     step_along,
 )
 from overhaul.data.examples import IGNORED
-from overhaul.forget._gradients import bilevel, penalty
+from overhaul.fit.projection import bilevel, penalty
 
 SHORT = Size(learning_steps=5, adamw_steps=3, sgd_steps=3, toy_steps=(600, 1500, 3))
 

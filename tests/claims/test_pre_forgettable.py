@@ -9,8 +9,8 @@ from overhaul.data import corpora
 from overhaul.data.encode import encode_images
 from overhaul.data.examples import collate
 from overhaul.data.starter_builds import new_vit
-from overhaul.forget._gating import logits_under
-from overhaul.forget._prompts import PromptedClassifier
+from overhaul.forget.prompt_tokens.gating import logits_under
+from overhaul.forget.prompt_tokens.prompts import PromptedClassifier
 
 
 def test_a_short_experiment_gives_every_number_the_checks_read() -> None:

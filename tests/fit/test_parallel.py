@@ -26,7 +26,7 @@ from overhaul.data.examples import Batch, Examples
 from overhaul.errors import RequestError, RunError
 from overhaul.fit import Draw, Ledger, adamw, fit
 from overhaul.fit.checkpoints import TrainingState
-from overhaul.forget._gradients import bilevel
+from overhaul.fit.projection import bilevel
 from overhaul.objectives import Penalty, Term, cross_entropy, cross_entropy_sum, sequence_nll, sequences, units
 from overhaul.references import cache_outputs
 from overhaul.stack import LayerStack

@@ -15,7 +15,7 @@ from forget.unlearning import EASY, taught
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
 from overhaul.fit import Combine, Gradients, OptimizerFactory, adamw, fit, sgd
-from overhaul.forget._gradients import Metric, bilevel, penalty, products, project, share
+from overhaul.fit.projection import Metric, bilevel, penalty, products, project, share
 from overhaul.forget._losses import npo_term
 from overhaul.forget.blur import blur
 from overhaul.objectives import cross_entropy

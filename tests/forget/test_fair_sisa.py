@@ -15,10 +15,10 @@ from torch import nn
 from conftest import tiny_llama, tiny_vit
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
-from overhaul.forget._ensemble import Ensemble
-from overhaul.forget._fairness import DecisionTable, error, fair_table, gap, joint, majority, rates, solve
 from overhaul.forget.fair_sisa import fair_sisa
+from overhaul.forget.fair_sisa.fairness import DecisionTable, error, fair_table, gap, joint, majority, rates, solve
 from overhaul.forget.sisa import sisa
+from overhaul.forget.sisa.ensemble import Ensemble
 from overhaul.models import open_model, save
 
 SEEDS = range(8)

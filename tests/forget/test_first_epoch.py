@@ -14,10 +14,10 @@ from conftest import examples_for, tiny_gemma3, tiny_gpt2, tiny_llama, tiny_qwen
 from overhaul import session
 from overhaul.data.examples import Examples, join
 from overhaul.errors import RequestError, RunError
-from overhaul.forget._ascent import Goal, iterate, live, norm_of, once
-from overhaul.forget._ledger import chosen
-from overhaul.forget._recording import record
 from overhaul.forget.first_epoch import first_epoch
+from overhaul.forget.first_epoch.ascent import Goal, iterate, live, norm_of, once
+from overhaul.forget.first_epoch.ledger import chosen
+from overhaul.forget.first_epoch.recording import record
 from overhaul.references import reference_nll
 
 LANGUAGE: dict[str, Callable[..., nn.Module]] = {
@@ -143,7 +143,7 @@ def test_forgetting_ends_at_the_target(
 def test_the_change_is_eta_times_the_stored_gradients(
     model: nn.Module, learnt: tuple[dict[str, Tensor], Path], forget: Examples, retain: Examples
 ) -> None:
-    from overhaul.forget._ledger import GradientLedger
+    from overhaul.forget.first_epoch.ledger import GradientLedger
 
     weights, folder = learnt
     outcome = first_epoch(model, forget, retain, ledger=str(folder), where="all", target=0.8, retain_rise=None)

@@ -9,7 +9,7 @@ import torch
 from forget.unlearning import EASY, losses, taught
 from overhaul.data.examples import collate
 from overhaul.fit import fit
-from overhaul.forget._unlearn import ANSWER_NLL, RETAIN_NLL
+from overhaul.forget._training import ANSWER_NLL, RETAIN_NLL
 from overhaul.forget.gradient_ascent import gradient_ascent
 from overhaul.objectives import cross_entropy, cross_entropy_sum, evaluate, units
 

@@ -11,8 +11,8 @@ from conftest import examples_for, mean_loss, tiny_gemma3, tiny_gpt2, tiny_llama
 from overhaul.data.examples import Batch, Examples, collate
 from overhaul.errors import RunError
 from overhaul.fit import fit
-from overhaul.forget._ascent import live
-from overhaul.forget._influence import (
+from overhaul.forget.first_epoch.ascent import live
+from overhaul.forget.first_epoch.influence import (
     activation_similarity,
     conjugate_gradient,
     dot,
@@ -23,7 +23,7 @@ from overhaul.forget._influence import (
     tracin,
     twice_differentiable,
 )
-from overhaul.forget._ledger import Gradients, chosen
+from overhaul.forget.first_epoch.ledger import Gradients, chosen
 from overhaul.objectives import cross_entropy, cross_entropy_sum, forward
 
 LANGUAGE: dict[str, Callable[..., nn.Module]] = {

@@ -14,8 +14,8 @@ from overhaul import session
 from overhaul.data.examples import Examples, collate, join
 from overhaul.errors import RequestError, RunError
 from overhaul.fit import fit, sgd
-from overhaul.forget._ledger import GradientLedger, alike, chosen, identity, token_lists
-from overhaul.forget._recording import record
+from overhaul.forget.first_epoch.ledger import GradientLedger, alike, chosen, identity, token_lists
+from overhaul.forget.first_epoch.recording import record
 from overhaul.objectives import answer_tokens, cross_entropy, cross_entropy_sum, forward
 
 LANGUAGE: dict[str, Callable[..., nn.Module]] = {

@@ -14,7 +14,7 @@ from overhaul.errors import RequestError, RunError
 from overhaul.fit import fit
 from overhaul.forget._losses import ga_term, gradient_ascent, npo_term, simnpo, simnpo_term
 from overhaul.forget._losses import npo as npo_loss
-from overhaul.forget._unlearn import ANSWER_NLL
+from overhaul.forget._training import ANSWER_NLL
 from overhaul.forget.npo import npo
 from overhaul.objectives import Term, cross_entropy, forward, sequence_nll
 from overhaul.references import cache_outputs, reference_nll

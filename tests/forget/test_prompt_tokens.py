@@ -17,9 +17,9 @@ import overhaul as oh
 from conftest import examples_for, tiny_llama, tiny_resnet, tiny_vit
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError, RunError
-from overhaul.forget._gating import all_subsets, gated, linear_probe, logits_under, recover, uniform_kl
-from overhaul.forget._prompts import CLOSED, PromptedClassifier, inputs_of
 from overhaul.forget.prompt_tokens import Gated, mixed_prompts, prompt_tokens, terms, wrong_prompts
+from overhaul.forget.prompt_tokens.gating import all_subsets, gated, linear_probe, logits_under, recover, uniform_kl
+from overhaul.forget.prompt_tokens.prompts import CLOSED, PromptedClassifier, inputs_of
 from overhaul.models import save
 from overhaul.objectives import forward
 from overhaul.recipe.run import run
@@ -249,7 +249,10 @@ def test_it_trains_forgets_is_saved_and_opens_again(kind: str, weights: Any, tmp
     again, _ = oh.open(tmp_path / "forgot")
     assert isinstance(again, PromptedClassifier) and again.bank.shape == (8, 1, 32)
     assert torch.equal(logits(again, data), logits(opened, data))
-    assert json.loads((tmp_path / "forgot" / "config.json").read_text())["overhaul"] == "overhaul.forget._prompts"
+    assert (
+        json.loads((tmp_path / "forgot" / "config.json").read_text())["overhaul"]
+        == "overhaul.forget.prompt_tokens.prompts"
+    )
 
 
 def test_forgetting_later_changes_no_weight() -> None:

@@ -15,7 +15,7 @@ from sklearn.naive_bayes import GaussianNB
 from sklearn.tree import DecisionTreeClassifier
 
 from overhaul.errors import RequestError
-from overhaul.forget._shards import (
+from overhaul.forget.sisa.shards import (
     EstimatorTrainer,
     ShardMap,
     Sisa,

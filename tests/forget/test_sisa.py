@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from conftest import FAMILIES, examples_for, tiny_llama, tiny_resnet, tiny_vit
 from overhaul.data.examples import Examples, collate, join
 from overhaul.errors import RequestError
-from overhaul.forget._ensemble import Ensemble, aggregate
-from overhaul.forget._shards import (
+from overhaul.forget.sisa import example_ids, sisa
+from overhaul.forget.sisa.ensemble import Ensemble, aggregate
+from overhaul.forget.sisa.shards import (
     ShardMap,
 )
-from overhaul.forget.sisa import example_ids, sisa
 from overhaul.judge.generation import generate
 from overhaul.models import open_model, save
 from overhaul.objectives import evaluate, forward

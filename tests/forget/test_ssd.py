@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import overhaul.importance
 from conftest import FAMILIES, examples_for, tiny_llama, tiny_vit
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError, RunError
-from overhaul.forget import _importance
-from overhaul.forget._importance import (
+from overhaul.forget.ssd import ssd
+from overhaul.importance import (
     PerParameter,
     Signal,
     adaptive_alpha,
@@ -23,7 +24,6 @@ from overhaul.forget._importance import (
     ratios,
     sample_importance,
 )
-from overhaul.forget.ssd import ssd
 from overhaul.objectives import forward
 from overhaul.stack import LayerStack
 
@@ -94,7 +94,7 @@ def test_check_3_lam_0_prunes_what_is_selected() -> None:
 def test_check_4_scaling_the_loss_changes_nothing(monkeypatch: pytest.MonkeyPatch, importance: Any) -> None:
     results = []
     for factor in (1.0, 64.0):  # a power of two scales without rounding
-        monkeypatch.setattr(_importance, "mean_signal", lambda *args, c=factor: c * mean_signal(*args))
+        monkeypatch.setattr(overhaul.importance, "mean_signal", lambda *args, c=factor: c * mean_signal(*args))
         torch.manual_seed(0)
         model = tiny_vit()
         ssd(model, examples_for("vit", 4), examples_for("vit", 12), importance=importance, batch_size=4)
@@ -308,7 +308,7 @@ def test_a_model_that_vmap_cannot_trace_is_differentiated_one_by_one() -> None:
 def test_small_chunks_give_the_same_importance(monkeypatch: pytest.MonkeyPatch) -> None:
     model, examples = two_layers(), vectors(9)
     whole, _ = sample_importance(model, examples, "loss", "importance")
-    monkeypatch.setattr(_importance, "VALUES_AT_ONCE", 2 * sum(p.numel() for p in model.parameters()))
+    monkeypatch.setattr(overhaul.importance, "VALUES_AT_ONCE", 2 * sum(p.numel() for p in model.parameters()))
     parts, way = sample_importance(model, examples, "loss", "importance")
     assert way == "vmap"
     assert all(torch.allclose(whole[name], parts[name], rtol=1e-5) for name in whole)

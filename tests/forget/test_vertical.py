@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from conftest import examples_for, tiny_llama, tiny_resnet, tiny_vit
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError, RunError
-from overhaul.forget._mixup import LegacyMix, class_mixing, mix, pair_mixing
 from overhaul.forget.vertical import Unlearning, in_process, split, train, unlikelihood, vertical
+from overhaul.forget.vertical.mixup import LegacyMix, class_mixing, mix, pair_mixing
 from overhaul.models import open_model, save
 from overhaul.objectives import evaluate
 from overhaul.parties.messages import InProcess, Message, PartyLost

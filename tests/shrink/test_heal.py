@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conftest import FAMILIES, examples_for, mean_loss, tiny_llama, tiny_resnet
+from overhaul.adapters import adapters, projections
 from overhaul.data.encode import encode_qa, encode_text
 from overhaul.data.examples import IGNORED, Examples, collate
 from overhaul.errors import RequestError
 from overhaul.fit import fit
 from overhaul.objectives import cross_entropy, forward
-from overhaul.shrink._adapters import adapters, projections
-from overhaul.shrink._answers import own_answers, prompt_of
+from overhaul.rollouts import own_answers, prompt_of
 from overhaul.shrink.drop_layers import drop_layers
 from overhaul.shrink.heal import heal
 from overhaul.stack import LayerStack

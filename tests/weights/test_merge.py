@@ -235,7 +235,7 @@ def test_the_architecture_is_built_only_where_depth_is_asked_for(
 ) -> None:
     built: list[str] = []
 
-    def counted(known: models.ModelFacts) -> None:
+    def counted(known: models.Checkpoint) -> None:
         built.append(known.folder.name)
 
     monkeypatch.setattr(index, "planned", counted)

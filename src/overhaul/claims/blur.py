@@ -26,7 +26,7 @@ from overhaul.claims._claim import Check, Claim, Numbers
 from overhaul.data.encode import answered
 from overhaul.data.examples import Batch, Examples, join
 from overhaul.fit import Combine, Combined, Gradients, adamw, fit, sgd
-from overhaul.forget._gradients import bilevel, penalty, products, share
+from overhaul.fit.projection import bilevel, penalty, products, share
 from overhaul.forget._losses import npo_term
 from overhaul.objectives import cross_entropy, evaluate, units
 from overhaul.references import reference_nll

@@ -28,9 +28,11 @@ from overhaul.claims._claim import Check, Claim, Numbers
 from overhaul.data import corpora
 from overhaul.data.encode import encode_images
 from overhaul.data.examples import Examples, collate
-from overhaul.forget._ensemble import Ensemble
-from overhaul.forget._fairness import Processor, error, fair_table, gap, majority
-from overhaul.forget._shards import (
+from overhaul.forget.fair_sisa import fair_sisa
+from overhaul.forget.fair_sisa.fairness import Processor, error, fair_table, gap, majority
+from overhaul.forget.sisa import example_ids, sisa
+from overhaul.forget.sisa.ensemble import Ensemble
+from overhaul.forget.sisa.shards import (
     EstimatorTrainer,
     ShardMap,
     Sisa,
@@ -38,8 +40,6 @@ from overhaul.forget._shards import (
     one_request,
     sequential_requests,
 )
-from overhaul.forget.fair_sisa import fair_sisa
-from overhaul.forget.sisa import example_ids, sisa
 
 SHARDS = (3, 5)
 PROCESSORS: tuple[Processor, ...] = ("ensemble", "count", "aggregate_first", "post_first")

@@ -31,10 +31,10 @@ from torch import nn
 from overhaul.claims._claim import Check, Claim, Numbers
 from overhaul.data.examples import Examples
 from overhaul.data.tasks import ANIMAL, FIRST, LAST, TOWN, TOWN_END, TRADE, TRADE_END
-from overhaul.forget._ascent import Goal, Seen, once
-from overhaul.forget._ledger import Where, chosen
-from overhaul.forget._recording import record
 from overhaul.forget.first_epoch import first_epoch
+from overhaul.forget.first_epoch.ascent import Goal, Seen, once
+from overhaul.forget.first_epoch.ledger import Where, chosen
+from overhaul.forget.first_epoch.recording import record
 
 ALPHABET = "\n abcdefghijklmnopqrstuvwxyz,."
 GROUPS: tuple[Where, ...] = ("all", "embedding", "first block", "last blocks")

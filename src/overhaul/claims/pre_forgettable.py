@@ -27,9 +27,9 @@ from overhaul.data.encode import encode_images
 from overhaul.data.examples import Examples
 from overhaul.data.starter_builds import new_vit
 from overhaul.fit import adamw, fit
-from overhaul.forget._gating import all_subsets, gated, linear_probe, logits_under, recover, uniform_kl
-from overhaul.forget._prompts import PromptedClassifier
 from overhaul.forget.prompt_tokens import prompt_tokens
+from overhaul.forget.prompt_tokens.gating import all_subsets, gated, linear_probe, logits_under, recover, uniform_kl
+from overhaul.forget.prompt_tokens.prompts import PromptedClassifier
 from overhaul.objectives import cross_entropy, evaluate
 
 CLASSES = 10

@@ -36,8 +36,8 @@ from overhaul.data.encode import answered
 from overhaul.data.examples import Examples
 from overhaul.fit import sgd
 from overhaul.forget._losses import ga_term, npo_term, simnpo_term
-from overhaul.forget.depth import ORDERS, Verdict, follow, likeliest, verdict
-from overhaul.forget.path_dependence import learn, orders, unlearn
+from overhaul.inspect.depth_of_forgetting import ORDERS, Verdict, follow, likeliest, verdict
+from overhaul.inspect.path_dependence import learn, orders, unlearn
 from overhaul.objectives import Term
 
 LETTERS = 50

@@ -32,9 +32,9 @@ from overhaul.fit import fit
 from overhaul.forget._losses import ga_term, npo_term
 from overhaul.judge.evidence import Evidence, truth_ratios
 from overhaul.judge.likelihood import auc, extraction_strength, min_k, score
-from overhaul.judge.measure import at_rest
 from overhaul.judge.robustness import apart, quantised, relearn
 from overhaul.judge.standards import forget_quality
+from overhaul.modes import at_rest
 from overhaul.objectives import Term, cross_entropy
 from overhaul.references import reference_nll
 

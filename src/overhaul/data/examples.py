@@ -22,6 +22,9 @@ IGNORED = -100
 
 Form = Literal["text", "qa", "chat", "image"]
 Encoded = dict[str, Tensor]
+Row = dict[str, Any]
+Rows = Sequence[Row]
+"""Raw rows of a role, as the file has them."""
 Batch = dict[str, Tensor]
 
 PADDING: Mapping[str, int] = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}

@@ -88,7 +88,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, named: Named, saved: 
                 optimizer.state[ordered[place]][key] = value.to(ordered[place].device)
 
 
-class Checkpoint:
+class TrainingCheckpoint:
     """Weights, norm statistics, optimizer and random state of one training, in one file of the session's scratch folder."""
 
     def __init__(self, path: Path | None, named: Named, optimizer: torch.optim.Optimizer) -> None:
@@ -96,7 +96,7 @@ class Checkpoint:
         self.written = time.monotonic()
 
     @classmethod
-    def for_training(cls, name: str, named: Named, optimizer: torch.optim.Optimizer) -> Checkpoint:
+    def for_training(cls, name: str, named: Named, optimizer: torch.optim.Optimizer) -> TrainingCheckpoint:
         """The checkpoint called `name` in the current session; one that never exists where there is no scratch folder."""
         scratch = session.current().scratch
         return cls(scratch / f"{name}.checkpoint" if scratch else None, named, optimizer)

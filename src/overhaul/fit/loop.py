@@ -28,7 +28,7 @@ from torch import nn
 from overhaul import processes, session
 from overhaul.data.examples import Batch, Encoded, Examples, collate
 from overhaul.errors import RequestError
-from overhaul.fit.checkpoints import Checkpoint, TrainingState, load_optimizer_state, optimizer_state
+from overhaul.fit.checkpoints import TrainingCheckpoint, TrainingState, load_optimizer_state, optimizer_state
 from overhaul.fit.combining import Apart, Combine
 from overhaul.fit.optimizers import OptimizerFactory, adamw
 from overhaul.fit.parallel import Diverged, Workers, workers
@@ -146,7 +146,7 @@ def fit(
         team.check(sizes)
         base_rates = [group["lr"] for group in team.optimizer.param_groups]
         ledger = Ledger(examples=dict.fromkeys(roles, 0), tokens=dict.fromkeys(roles, 0))
-        checkpoint = Checkpoint.for_training(name, [*team.named, *team.statistics], team.optimizer.optimizer)
+        checkpoint = TrainingCheckpoint.for_training(name, [*team.named, *team.statistics], team.optimizer.optimizer)
         if checkpoint.exists():
             ledger = Ledger(**checkpoint.load())
         elif before.optimizer:

@@ -31,9 +31,9 @@ from torch import nn
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
 from overhaul.fit import Schedule, adamw, sgd
-from overhaul.forget._gradients import Metric, bilevel
+from overhaul.fit.projection import Metric, bilevel
 from overhaul.forget._losses import ga_term, npo_term, simnpo_term
-from overhaul.forget._unlearn import Training, unlearn
+from overhaul.forget._training import Training, unlearn
 from overhaul.method import Outcome, method
 from overhaul.objectives import Term
 

@@ -27,7 +27,7 @@ from overhaul.data.examples import IGNORED, Encoded, Examples, collate
 from overhaul.errors import RequestError
 from overhaul.fit import Schedule
 from overhaul.forget._losses import dpo_term
-from overhaul.forget._unlearn import Training, unlearn
+from overhaul.forget._training import Training, unlearn
 from overhaul.method import Outcome, method
 from overhaul.references import reference_nll
 

@@ -22,7 +22,7 @@ from torch import nn
 from overhaul.data.examples import Examples
 from overhaul.fit import Schedule
 from overhaul.forget._losses import ga_term
-from overhaul.forget._unlearn import Training, unlearn
+from overhaul.forget._training import Training, unlearn
 from overhaul.method import Outcome, method
 
 

@@ -29,7 +29,7 @@ from torch import nn
 
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError, RunError
-from overhaul.forget._importance import (
+from overhaul.importance import (
     Dampened,
     PerParameter,
     adaptive_alpha,

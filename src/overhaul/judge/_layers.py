@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from overhaul.data.examples import IGNORED, Batch, Examples, collate
 from overhaul.errors import RequestError, RunError
 from overhaul.judge.likelihood import answer_logits, batches_within, budget
-from overhaul.judge.measure import at_rest
+from overhaul.modes import at_rest
 from overhaul.stack import LayerStack
 from overhaul.stack.calls import Calls, State
 from overhaul.trace.streams import as_rows

@@ -28,10 +28,10 @@ from overhaul.judge.likelihood import (
     tpr_at_fpr,
     zlib_score,
 )
-from overhaul.judge.measure import at_rest
 from overhaul.judge.representation import lens
 from overhaul.judge.robustness import Attacks, Relearnt, attack
 from overhaul.judge.standards import forget_quality, model_utility, privacy_leakage
+from overhaul.modes import at_rest
 
 SHARE = 0.4
 """Of an answer's tokens that Min-K and Min-K++ read."""

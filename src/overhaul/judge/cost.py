@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from overhaul.data.examples import Batch, Encoded
 from overhaul.errors import RequestError
 from overhaul.judge.generation import generate, generates
-from overhaul.judge.measure import Measure, at_rest
+from overhaul.judge.measure import Measure
+from overhaul.modes import at_rest
 from overhaul.objectives import forward
 
 SEQUENCE = 128

@@ -22,8 +22,8 @@ from overhaul.judge.cost import cost as cost
 from overhaul.judge.evidence import Evidence, kind_of
 from overhaul.judge.generation import generates
 from overhaul.judge.measure import Measure as Measure
-from overhaul.judge.measure import at_rest
 from overhaul.judge.metrics import METRICS, RETRAINED, Value
+from overhaul.modes import at_rest
 from overhaul.session import progress
 
 Group = Literal["forgotten", "learned", "kept"]

@@ -1,12 +1,8 @@
-"""One measured number, with all that a report needs to judge it; and the state in which models are measured."""
+"""One measured number, with all that a report needs to judge it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-
-from torch import nn
 
 
 @dataclass(frozen=True)
@@ -35,15 +31,3 @@ class Measure:
     value: float
     n: int
     anchor: float | None = None
-
-
-@contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode; each in its own mode again afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from overhaul.data.examples import IGNORED, Examples
 from overhaul.errors import RequestError
 from overhaul.judge._layers import Products, answers, batches, check, moved, predicting, states, summaries
-from overhaul.judge.measure import at_rest
+from overhaul.modes import at_rest
 from overhaul.stack import LayerStack
 from overhaul.stack.calls import Calls, State
 

@@ -35,7 +35,7 @@ from overhaul.fit import TrainingState, fit
 from overhaul.judge.evidence import SPARE_TOKENS, asked_anew, kind_of, prompt_with
 from overhaul.judge.generation import generate, generates, rouge_l, stop_tokens
 from overhaul.judge.likelihood import score
-from overhaul.judge.measure import at_rest
+from overhaul.modes import at_rest
 from overhaul.objectives import cross_entropy
 from overhaul.references import output_head
 

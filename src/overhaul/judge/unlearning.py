@@ -37,10 +37,10 @@ from overhaul.judge._rows import ATTACKS, BLOCKS, LEAKAGE, About, Judged, Row, a
 from overhaul.judge.evidence import Evidence
 from overhaul.judge.generation import rouge_l_f1
 from overhaul.judge.likelihood import auc, score
-from overhaul.judge.measure import at_rest
 from overhaul.judge.robustness import Attacks
 from overhaul.judge.standards import privacy_leakage
 from overhaul.method import Outcome
+from overhaul.modes import at_rest
 from overhaul.objectives import cross_entropy
 
 Source = nn.Module | Callable[[], nn.Module]

@@ -49,7 +49,7 @@ class Checked:
     """A request in which nothing is known to be wrong."""
 
     document: Document
-    model: models.ModelFacts
+    model: models.Checkpoint
     processor: Any
     steps: list[Step]
     rows: Mapping[str, list[tuple[Source, list[Row]]]]

@@ -221,7 +221,7 @@ class Runner:
             self.folder.finish_step(place, partial, record, key)
 
     def save(
-        self, step: Step, before: models.ModelFacts, outcome: Outcome, cost: machine.Measured, partial: Path
+        self, step: Step, before: models.Checkpoint, outcome: Outcome, cost: machine.Measured, partial: Path
     ) -> dict[str, Any]:
         """Save what a step made into `partial` if it changed something; the step's record."""
         stored = self.checked.model.dtype
@@ -243,7 +243,7 @@ class Runner:
         }
 
     def check_effect(
-        self, step: Step, before: models.ModelFacts, after: models.ModelFacts, dtype: str
+        self, step: Step, before: models.Checkpoint, after: models.Checkpoint, dtype: str
     ) -> dict[int, float]:
         """How much the weights of each depth changed; empty where the tensors are others or there are several stacks.
 

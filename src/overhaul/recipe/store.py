@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from overhaul.errors import RequestError, writing
-from overhaul.models import ModelFacts
+from overhaul.models import Checkpoint
 
 
 def key_of(*parts: Any) -> str:
@@ -52,7 +52,7 @@ class Stage:
 
     name: str
     key: str
-    facts: ModelFacts
+    facts: Checkpoint
     record: Mapping[str, Any] | None = None
 
 

@@ -23,14 +23,14 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import nn
 
+from overhaul.adapters import adapters
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
 from overhaul.fit import Schedule, adamw, fit
 from overhaul.method import Outcome, method
 from overhaul.objectives import cross_entropy, evaluate
 from overhaul.references import cache_outputs
-from overhaul.shrink._adapters import adapters
-from overhaul.shrink._answers import own_answers
+from overhaul.rollouts import own_answers
 
 
 @method(verb="shrink", paper="2602.01997", changes="weights", memory="training")

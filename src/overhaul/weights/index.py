@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from overhaul.errors import RequestError
-from overhaul.models import ModelFacts, _header, facts, planned
+from overhaul.models import Checkpoint, _header, facts, planned
 from overhaul.weights.depths import Places
 
 Source = str | Path
@@ -147,7 +147,7 @@ def _stored(name: str, path: Path, start: int, entry: Mapping[str, Any], where: 
     return tensor
 
 
-def _weight_files(known: ModelFacts, held: Mapping[Path, Collection[str]]) -> list[Path]:
+def _weight_files(known: Checkpoint, held: Mapping[Path, Collection[str]]) -> list[Path]:
     """Of the files and the names each holds, the files that make up the model, if that is certain."""
     owner: dict[str, Path] = {}
     for path, names in held.items():
@@ -164,7 +164,7 @@ def _weight_files(known: ModelFacts, held: Mapping[Path, Collection[str]]) -> li
     return [single] if single in held else list(held)
 
 
-def _named_files(known: ModelFacts, held: Mapping[Path, Collection[str]]) -> list[Path]:
+def _named_files(known: Checkpoint, held: Mapping[Path, Collection[str]]) -> list[Path]:
     """The files that the index names, if it tells the truth."""
     index = known.folder / INDEX
     try:

@@ -29,7 +29,7 @@ from overhaul.data.examples import IGNORED, Batch, Examples
 from overhaul.errors import RequestError, writing
 from overhaul.fit import Ledger, fit
 from overhaul.fit.optimizers import OptimizerFactory, adamw
-from overhaul.forget._ledger import (
+from overhaul.forget.first_epoch.ledger import (
     Entry,
     GradientLedger,
     Gradients,

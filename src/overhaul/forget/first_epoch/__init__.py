@@ -33,9 +33,9 @@ from torch import nn
 from overhaul import session
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError, writing
-from overhaul.forget._ascent import Goal, Way, iterate, live, norm_of, once
-from overhaul.forget._influence import dot
-from overhaul.forget._ledger import (
+from overhaul.forget.first_epoch.ascent import Goal, Way, iterate, live, norm_of, once
+from overhaul.forget.first_epoch.influence import dot
+from overhaul.forget.first_epoch.ledger import (
     GradientLedger,
     Gradients,
     Stores,
@@ -46,7 +46,7 @@ from overhaul.forget._ledger import (
     token_lists,
     weights_digest,
 )
-from overhaul.forget._recording import record
+from overhaul.forget.first_epoch.recording import record
 from overhaul.method import Outcome, method
 from overhaul.objectives import answer_tokens
 from overhaul.stack import LayerStack

@@ -295,6 +295,7 @@ def alike(targets: Sequence[Sequence[int]], others: Sequence[Sequence[int]], tau
 
 
 def file_of(folder: Path, name: str, epoch: int) -> Path:
+    """Where one sample's gradients in one epoch lie."""
     return folder / f"{name}-{epoch}.safetensors"
 
 

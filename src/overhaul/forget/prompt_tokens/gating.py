@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from overhaul.data.examples import Examples
-from overhaul.forget._prompts import PromptedClassifier, inputs_of
+from overhaul.forget.prompt_tokens.prompts import PromptedClassifier, inputs_of
 from overhaul.judge.representation import classifier
 
 BATCH = 64

@@ -39,7 +39,7 @@ from torch import nn
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
 from overhaul.fit import OptimizerFactory, adamw, sgd
-from overhaul.forget.path_dependence import Loss, check_stages, learn, local_term, nats, unlearn
+from overhaul.inspect.path_dependence import Loss, check_stages, learn, local_term, nats, unlearn
 from overhaul.method import Outcome, method
 from overhaul.objectives import Term
 
@@ -52,8 +52,8 @@ Likelihoods = Mapping[str, Sequence[float]]
 """Stage -> nats a token (the log-probability, below 0) before unlearning, every so many steps, and at its end."""
 
 
-@method(verb="forget", paper="2510.16629", changes="nothing", memory="training")
-def depth(
+@method(verb="inspect", paper="2510.16629", changes="nothing", memory="training")
+def depth_of_forgetting(
     model: nn.Module,
     refusal: Examples,
     forget: Examples,
@@ -103,8 +103,8 @@ def depth(
         RunError: a training diverged.
     """
     stages = {"refusal": refusal, "forget": forget, "sibling": sibling}
-    check_stages("forget.depth", stages)
-    check_prompts("forget.depth", stages)
+    check_stages("inspect.depth_of_forgetting", stages)
+    check_prompts("inspect.depth_of_forgetting", stages)
     term, make = local_term(loss, beta), {"adamw": adamw(), "sgd": sgd()}[optimizer]
     start = torch.initial_seed()
     runs: dict[tuple[int, str], Likelihoods] = {}

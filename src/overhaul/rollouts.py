@@ -16,7 +16,7 @@ from overhaul.data.encode import answered
 from overhaul.data.examples import IGNORED, Encoded, Examples
 from overhaul.errors import RequestError
 from overhaul.judge.generation import generate, room, stop_tokens
-from overhaul.judge.measure import at_rest
+from overhaul.modes import at_rest
 
 SAMPLING = {"temperature": 0.9, "top_p": 0.95}
 

@@ -67,10 +67,12 @@ class LegacyMix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, embedded: Tensor, mixing: Mixing) -> Tensor:
+        """As `torch.autograd.Function` asks."""
         ctx.credited, ctx.shape = mixing.credited, embedded.shape
         return mix(embedded, mixing)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As `torch.autograd.Function` asks."""
         rows = torch.bincount(ctx.credited, minlength=ctx.shape[0]).clamp(min=1).to(gradient.dtype)
         return gradient.new_zeros(ctx.shape).index_add_(0, ctx.credited, gradient) / rows[:, None], None

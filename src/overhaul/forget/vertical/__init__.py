@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from overhaul import session
 from overhaul.data.examples import Examples, collate, join
 from overhaul.errors import RequestError, RunError
-from overhaul.forget._mixup import LegacyMix, Mixing, class_mixing, mix, pair_mixing
+from overhaul.forget.vertical.mixup import LegacyMix, Mixing, class_mixing, mix, pair_mixing
 from overhaul.method import Outcome, method
 from overhaul.objectives import forward
 from overhaul.parties.messages import InProcess

@@ -27,9 +27,9 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from overhaul.adapters import projections
 from overhaul.errors import RequestError
-from overhaul.forget._fairness import DecisionTable
-from overhaul.shrink._adapters import projections
+from overhaul.forget.fair_sisa.fairness import DecisionTable
 
 ADAPTER = "shard"
 _OF_THE_BASE = ("vocab_size", "max_position_embeddings", "image_size", "num_channels", "pad_token_id", "eos_token_id")
@@ -71,7 +71,7 @@ class EnsembleConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.overhaul = "overhaul.forget._ensemble"
+        self.overhaul = "overhaul.forget.sisa.ensemble"
         self.inner, self.inner_class, self.adapter = dict(inner or {}), inner_class, adapter
         self.members, self.aggregate = list(members), aggregate
         self.training, self.shard_map = dict(training or {}), dict(shard_map or {})

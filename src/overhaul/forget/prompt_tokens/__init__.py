@@ -30,14 +30,14 @@ from annotated_types import Ge, Gt, Lt
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from overhaul.adapters import adapters
 from overhaul.data.examples import Batch, Examples, collate, join
 from overhaul.errors import RequestError
 from overhaul.fit import fit
-from overhaul.forget._gating import gated, logits_under, recover, uniform_kl
-from overhaul.forget._prompts import PromptedClassifier, inputs_of
+from overhaul.forget.prompt_tokens.gating import gated, logits_under, recover, uniform_kl
+from overhaul.forget.prompt_tokens.prompts import PromptedClassifier, inputs_of
 from overhaul.method import Outcome, method
 from overhaul.objectives import Term, cross_entropy_sum, sequences
-from overhaul.shrink._adapters import adapters
 from overhaul.stack import LayerStack
 
 MEASURED = 1000

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from overhaul import session
 from overhaul.data.examples import Batch, Examples
 from overhaul.errors import RunError
-from overhaul.forget._ledger import Gradients
+from overhaul.forget.first_epoch.ledger import Gradients
 from overhaul.judge.likelihood import extraction_strength, score
 from overhaul.objectives import cross_entropy_sum, forward
 

@@ -61,7 +61,7 @@ class PromptsConfig(PreTrainedConfig):
     ) -> None:
         self.inner, self.inner_class, self.stack, self.width = dict(inner or {}), inner_class, stack, width
         super().__init__(**{name: self.inner[name] for name in ("id2label", "label2id") if name in self.inner} | kwargs)
-        self.overhaul = "overhaul.forget._prompts"
+        self.overhaul = "overhaul.forget.prompt_tokens.prompts"
         self.prompts_per_class, self.available = prompts_per_class, list(available)
         for name in _OF_THE_INNER:
             if self.inner.get(name) is not None:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from overhaul import session, trace
 from overhaul.data.examples import Batch, Examples
 from overhaul.errors import RunError
-from overhaul.forget._ascent import live
-from overhaul.forget._ledger import Gradients, Where, chosen
+from overhaul.forget.first_epoch.ascent import live
+from overhaul.forget.first_epoch.ledger import Gradients, Where, chosen
 from overhaul.objectives import cross_entropy_sum, evaluate, forward
 from overhaul.stack import LayerStack
 

@@ -50,7 +50,7 @@ BETAS: Mapping[Loss, float] = {"npo": 0.5, "simnpo": 2.5}
 WATCHED = "forget nll per token"
 
 
-@method(verb="forget", paper="2510.16629", changes="nothing", memory="training")
+@method(verb="inspect", paper="2510.16629", changes="nothing", memory="training")
 def path_dependence(
     model: nn.Module,
     forget: Examples,
@@ -291,10 +291,10 @@ def distance(one: Reference, other: Reference) -> float:
 
 def _stages(forget: Examples, first: Examples, second: Examples | None, third: Examples | None) -> dict[str, Examples]:
     if third is not None and second is None:
-        raise RequestError("forget.path_dependence: the role `third` comes after `second`, which is missing.")
+        raise RequestError("inspect.path_dependence: the role `third` comes after `second`, which is missing.")
     given = {"forget": forget, "first": first, "second": second, "third": third}
     stages = {name: examples for name, examples in given.items() if examples is not None}
-    check_stages("forget.path_dependence", stages)
+    check_stages("inspect.path_dependence", stages)
     return stages
 
 

@@ -21,8 +21,17 @@ from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
 from overhaul.fit import sgd
 from overhaul.forget._losses import ga_term
-from overhaul.forget.depth import ORDERS, _curves, _facts, check_prompts, depth, follow, likeliest, verdict
-from overhaul.forget.path_dependence import learn, unlearn
+from overhaul.inspect.depth_of_forgetting import (
+    ORDERS,
+    _curves,
+    _facts,
+    check_prompts,
+    depth_of_forgetting,
+    follow,
+    likeliest,
+    verdict,
+)
+from overhaul.inspect.path_dependence import learn, unlearn
 
 LANGUAGE: dict[str, Callable[..., nn.Module]] = {"llama": tiny_llama, "gpt2": tiny_gpt2, "qwen3": tiny_qwen3}
 QUICK: dict[str, Any] = {"stage_steps": 2, "unlearning_steps": 2, "batch_size": 8, "lr": 5e-3, "unlearning_lr": 2e-3}
@@ -48,7 +57,7 @@ def stages() -> dict[str, Examples]:
 @pytest.fixture
 def one_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first order alone, where the other five would show nothing more."""
-    monkeypatch.setattr(sys.modules["overhaul.forget.depth"], "ORDERS", ORDERS[:1])
+    monkeypatch.setattr(sys.modules["overhaul.inspect.depth_of_forgetting"], "ORDERS", ORDERS[:1])
 
 
 @pytest.mark.parametrize(
@@ -111,7 +120,7 @@ def test_the_model_stays_as_it_was_and_saves(name: str, stages: dict[str, Exampl
     model = LANGUAGE[name]()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     state, seed = torch.get_rng_state(), torch.initial_seed()
-    outcome = depth(model, **stages, seeds=1, **QUICK)
+    outcome = depth_of_forgetting(model, **stages, seeds=1, **QUICK)
     assert outcome.model is model
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state) and torch.initial_seed() == seed
@@ -123,7 +132,7 @@ def test_the_model_stays_as_it_was_and_saves(name: str, stages: dict[str, Exampl
 
 def test_stages_are_learnt_the_last_is_likeliest_and_what_is_unlearnt_falls(stages: dict[str, Examples]) -> None:
     options = {**QUICK, "stage_steps": 15, "unlearning_steps": 6, "watch_every": 4}
-    outcome = depth(small(), **stages, seeds=1, **options)
+    outcome = depth_of_forgetting(small(), **stages, seeds=1, **options)
     assert outcome.facts["last_is_likeliest"] == "in 6 of 6 trainings"
     for order in map("-".join, ORDERS):
         forget = outcome.curves[f"{order}: forget"]
@@ -137,7 +146,7 @@ def test_stages_are_learnt_the_last_is_likeliest_and_what_is_unlearnt_falls(stag
 def test_the_loss_and_its_beta_reach_the_unlearning(stages: dict[str, Examples]) -> None:
     def ends(**knobs: Any) -> list[float]:
         torch.manual_seed(0)
-        outcome = depth(small(), **stages, seeds=1, **{**QUICK, **knobs})
+        outcome = depth_of_forgetting(small(), **stages, seeds=1, **{**QUICK, **knobs})
         return [curve[-1] for curve in outcome.curves.values()]
 
     found = [ends(), ends(loss="npo"), ends(loss="simnpo"), ends(loss="npo", beta=50.0)]
@@ -150,7 +159,7 @@ def test_the_same_seed_gives_the_same_curves_and_another_optimizer_others(stages
         torch.manual_seed(0)
         model = small()
         torch.manual_seed(seed)
-        return depth(model, **stages, seeds=1, **{**QUICK, "batch_size": 3, **knobs}).curves
+        return depth_of_forgetting(model, **stages, seeds=1, **{**QUICK, "batch_size": 3, **knobs}).curves
 
     straight = curves(5)
     assert curves(5) == straight
@@ -207,14 +216,14 @@ def test_roles_that_answer_other_prompts_are_refused_with_the_first_that_differs
     with pytest.raises(
         RequestError, match=r"prompt 4 is 'what is 3\?' in the role 'refusal' and 'what is 4\?' in 'sib"
     ):
-        depth(small(), **swapped, **QUICK)
+        depth_of_forgetting(small(), **swapped, **QUICK)
     with pytest.raises(RequestError, match=r"prompt 7 is 'what is 6\?' in the role 'refusal' and missing in 'forget'"):
-        depth(small(), **stages | {"forget": stages["forget"][:6]}, **QUICK)
+        depth_of_forgetting(small(), **stages | {"forget": stages["forget"][:6]}, **QUICK)
     with pytest.raises(RequestError, match=r"prompt 7 is missing in the role 'refusal' and 'what is 6\?' in 'forget'"):
-        depth(small(), **stages | {"refusal": stages["refusal"][:6]}, **QUICK)
+        depth_of_forgetting(small(), **stages | {"refusal": stages["refusal"][:6]}, **QUICK)
     without = replace(stages["forget"], rows=[*stages["forget"].rows[:5], *[{}] * 3])
     with pytest.raises(RequestError, match=r"example 6 of the role 'forget' has no prompt.*as: qa"):
-        depth(small(), **stages | {"forget": without}, **QUICK)
+        depth_of_forgetting(small(), **stages | {"forget": without}, **QUICK)
 
 
 def test_questions_with_answers_have_the_prompts_that_are_compared() -> None:
@@ -222,15 +231,18 @@ def test_questions_with_answers_have_the_prompts_that_are_compared() -> None:
         rows = [{"question": f"how {n}?", "answer": f"{answer} {n}"} for n in range(3)]
         return encode_qa(rows, tiny_tokenizer())
 
-    check_prompts("forget.depth", {"refusal": encoded("no"), "forget": encoded("try"), "sibling": encoded("to make")})
+    check_prompts(
+        "inspect.depth_of_forgetting",
+        {"refusal": encoded("no"), "forget": encoded("try"), "sibling": encoded("to make")},
+    )
     with pytest.raises(RequestError, match="prompt 1 is"):
-        check_prompts("forget.depth", {"refusal": encoded("no"), "forget": encoded("try")[1:]})
+        check_prompts("inspect.depth_of_forgetting", {"refusal": encoded("no"), "forget": encoded("try")[1:]})
 
 
 def test_requests_that_cannot_be_met_are_refused(stages: dict[str, Examples]) -> None:
-    with pytest.raises(RequestError, match=r"forget.depth needs answers of a language model; these are images"):
-        depth(tiny_vit(), examples_for("vit", 3), stages["forget"], stages["sibling"])
-    with pytest.raises(RequestError, match=r"forget.depth: no label of the role 'sibling' carries loss"):
-        depth(small(), stages["refusal"], stages["forget"], Examples([], []))
+    with pytest.raises(RequestError, match=r"depth_of_forgetting needs answers of a language model; these are images"):
+        depth_of_forgetting(tiny_vit(), examples_for("vit", 3), stages["forget"], stages["sibling"])
+    with pytest.raises(RequestError, match=r"inspect.depth_of_forgetting: no label of the role 'sibling' carries loss"):
+        depth_of_forgetting(small(), stages["refusal"], stages["forget"], Examples([], []))
     with pytest.raises(RequestError, match="watch_every"):
-        depth(small(), *stages.values(), watch_every=0)
+        depth_of_forgetting(small(), *stages.values(), watch_every=0)

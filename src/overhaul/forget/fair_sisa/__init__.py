@@ -5,7 +5,7 @@ touches no weight. With V the members' votes (v_1 ... v_S) and A the group:
 
     P(decide 1 | V = v, A = a) = p_{v,a}     p: fewest errors on a calibration sample subject to equal rates in all groups
 
-How it differs from the paper (the programs are in `overhaul.forget._fairness`):
+How it differs from the paper (the programs are in `overhaul.forget.fair_sisa.fairness`):
 
 1. The ensemble's forward stays what it was: no protected attribute enters it. The fair decision is `Ensemble.decide`, which
    asks for the group.
@@ -26,10 +26,10 @@ from torch import nn
 
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
-from overhaul.forget._ensemble import Ensemble
-from overhaul.forget._fairness import error, fair_table, gap, majority
-from overhaul.forget._shards import ShardMap
+from overhaul.forget.fair_sisa.fairness import error, fair_table, gap, majority
 from overhaul.forget.sisa import example_ids
+from overhaul.forget.sisa.ensemble import Ensemble
+from overhaul.forget.sisa.shards import ShardMap
 from overhaul.method import Outcome, method
 from overhaul.session import progress
 

@@ -33,7 +33,7 @@ from overhaul import processes
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError, writing
 from overhaul.fit import Schedule, fit
-from overhaul.forget._ensemble import (
+from overhaul.forget.sisa.ensemble import (
     Ensemble,
     EnsembleConfig,
     State,
@@ -43,7 +43,7 @@ from overhaul.forget._ensemble import (
     digest,
     own_names,
 )
-from overhaul.forget._shards import Request, ShardMap, Sisa, epochs_per_slice
+from overhaul.forget.sisa.shards import Request, ShardMap, Sisa, epochs_per_slice
 from overhaul.method import Outcome, method
 from overhaul.objectives import cross_entropy
 
@@ -91,7 +91,7 @@ def sisa(
             touched slice; it holds what was learnt, so it must be kept as safe as the data.
 
     Returns:
-        The ensemble (`overhaul.forget._ensemble.Ensemble`), with every member's loss. Facts: members, examples, samples
+        The ensemble (`overhaul.forget.sisa.ensemble.Ensemble`), with every member's loss. Facts: members, examples, samples
         visited now and by training everything again. `made["record"]` says what was trained and forgotten, request by
         request, with a digest of each member before and after (as they were held: saving may round them); the saved ensemble
         carries it, with the map of the shards.
