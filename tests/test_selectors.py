@@ -232,9 +232,11 @@ def test_blocks_are_named_by_places_ends_and_runs() -> None:
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [
-        ("12", r"has the blocks 0 to 3; '12' asks for others"),
-        ("2-1", r"'2-1' asks for others"),
-        ("first:9", r"'first:9' asks for others"),
+        ("12", r"has the blocks 0 to 3; there is no block 12"),
+        ("2-1", r"'2-1' asks for none, or for others"),
+        ("first:9", r"'first:9' asks for none, or for others"),
+        ("last:0", r"'last:0' asks for none, or for others"),
+        ("last:5", r"'last:5' asks for none, or for others"),
         ("frist:2", r"Did you mean 'first'"),
         ([-1], r"'-1' names no blocks"),
         ("1.5", r"'1.5' names no blocks"),

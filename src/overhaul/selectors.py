@@ -179,21 +179,21 @@ def blocks_of(stack: LayerStack, blocks: str | Sequence[int]) -> list[int]:
         edge = re.fullmatch(r"(first|last):(\d+)", text)
         run = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
         if text == "all":
-            found |= set(range(count))
-        elif edge and 1 <= int(edge[2]) <= count:
-            found |= set(range(int(edge[2])) if edge[1] == "first" else range(count - int(edge[2]), count))
-        elif run and int(run[1]) <= int(run[2] or run[1]) < count:
-            found |= set(range(int(run[1]), int(run[2] or run[1]) + 1))
-        elif edge or run:
-            raise RequestError(
-                f"blocks={blocks!r}: {stack.path} has the blocks 0 to {count - 1}; {text!r} asks for others."
-            )
+            asked = range(count)
+        elif edge:
+            asked = range(int(edge[2])) if edge[1] == "first" else range(count - int(edge[2]), count)
+        elif run:
+            asked = range(int(run[1]), int(run[2] or run[1]) + 1)
         else:
             near = did_you_mean(text.partition(":")[0], ["all", "first", "last"]) if text[:1].isalpha() else ""
             raise RequestError(
                 f'blocks={blocks!r}: {text!r} names no blocks.{near} Write "all", "3", "1-4", "first:10", "last:2", several '
                 "with commas between them, or a list of numbers."
             )
+        if not asked or asked[0] < 0 or asked[-1] >= count:
+            none = f"there is no block {text}" if text.isdecimal() else f"{text!r} asks for none, or for others"
+            raise RequestError(f"blocks={blocks!r}: {stack.path} has the blocks 0 to {count - 1}; {none}.")
+        found |= set(asked)
     if not found:
         raise RequestError(f"blocks={blocks!r} names no block of {stack.path}, which has {count}.")
     return sorted(found)
