@@ -95,8 +95,8 @@ CLAIM = Claim(
     title="Pruning by inputs, and making up for what goes, costs less than pruning by magnitude",
     statement=(
         "Pruning a language model to half of its weights at once raises perplexity least with SparseGPT, then Wanda, then "
-        "magnitude; the gaps widen with a 2:4 pattern and with more zeros. (That retraining well under 1% of the parameters "
-        "then makes up for most of it, the paper's own part, is not tried here.)"
+        "magnitude; the gaps widen with a 2:4 pattern and with more zeros. That retraining well under 1% of the parameters "
+        "then makes up for most of it, the paper's own part, is not tried here."
     ),
     checks=(
         Check(
