@@ -9,7 +9,7 @@ from overhaul.shrink.prune import Rule
 
 
 def test_a_short_experiment_gives_every_number_the_checks_read() -> None:
-    found = experiment(0, Size(samples=2, judged=4))
+    found = experiment(0, Size(samples=2, judged=4, blocks="0"))
     assert all(value > 1 for name, value in found.items() if not name.endswith("zeros"))
     assert len(found) == 1 + len(PATTERNS) * (2 * len(CRITERIA) + 1)
     for check in CLAIM.checks:

@@ -40,6 +40,7 @@ class Size:
 
     samples: int = 128
     judged: int | None = None
+    blocks: str = "all"
 
 
 def run(seed: int) -> Numbers:
@@ -57,7 +58,7 @@ def experiment(seed: int, size: Size) -> Numbers:
         for criterion in CRITERIA:
             torch.manual_seed(seed)
             model = _dense()
-            outcome = prune(model, text, criterion=criterion, samples=size.samples, **knobs)
+            outcome = prune(model, text, criterion=criterion, samples=size.samples, blocks=size.blocks, **knobs)
             found[f"{criterion}, {pattern}"] = perplexity(model, judged)
             found[f"{criterion}, {pattern}, share of zeros"] = outcome.facts["sparsity"]
         model = _dense()
