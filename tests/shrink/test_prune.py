@@ -26,6 +26,8 @@ CASE = {
         "scope": ("row", "matrix"), "targets": ("attention", "mlp"), "blocks": ("0", "last:2"), "samples": (2, 6),
         "dampening": (0.01, 1.0), "columns": (8, 16),
     },
+    "idle": {"batch_size": "what enters a layer is summed over tokens, however they are batched"},
+    "moves": r"_proj\.weight$",
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ prose from Python's reference, judged by the perplexity of held-out prose.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -50,25 +51,21 @@ def run(seed: int) -> Numbers:
 
 def experiment(seed: int, size: Size) -> Numbers:
     """Perplexity on held-out prose by criterion and pattern ("wanda, 2:4"), and the share of zeros."""
-    _, tokenizer = models.open_model("starter:docs-llama")
+    dense, tokenizer = models.open_model("starter:docs-llama")
     text = encode_text(corpora.docs("train"), tokenizer)
     judged = encode_text(corpora.docs("validation"), tokenizer)[: size.judged]
-    found: Numbers = {"dense": perplexity(_dense(), judged)}
+    found: Numbers = {"dense": perplexity(dense, judged)}
     for pattern, knobs in PATTERNS.items():
         for criterion in CRITERIA:
             torch.manual_seed(seed)
-            model = _dense()
+            model = copy.deepcopy(dense)
             outcome = prune(model, text, criterion=criterion, samples=size.samples, blocks=size.blocks, **knobs)
             found[f"{criterion}, {pattern}"] = perplexity(model, judged)
             found[f"{criterion}, {pattern}, share of zeros"] = outcome.facts["sparsity"]
-        model = _dense()
+        model = copy.deepcopy(dense)
         _randomly(model, Rule(**knobs), seed)
         found[f"random mask, {pattern}"] = perplexity(model, judged)
     return found
-
-
-def _dense() -> nn.Module:
-    return models.open_model("starter:docs-llama")[0]
 
 
 @torch.no_grad()
