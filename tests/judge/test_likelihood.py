@@ -332,7 +332,9 @@ def test_a_model_that_reads_its_logits_together_is_run_whole() -> None:
         with torch.no_grad():
             logp = model(item["input_ids"][None])[0].log_softmax(-1)
         count = len(one.targets)
-        torch.testing.assert_close(one.logp, logp[-count - 1 : -1].gather(1, one.targets[:, None])[:, 0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            one.logp, logp[-count - 1 : -1].gather(1, one.targets[:, None])[:, 0], atol=1e-4, rtol=0
+        )
 
 
 def test_an_example_without_an_answer_is_an_error() -> None:

@@ -173,7 +173,9 @@ def answers_of(
 
 def _trial(examples: Examples) -> int | None:
     """The shortest example with a prompt before its answer: it tells whether logits depend on where they stand."""
-    prompted = (i for i in reversed(examples.by_length()) if not bool((examples.items[i]["labels"][:2] != IGNORED).any()))
+    prompted = (
+        i for i in reversed(examples.by_length()) if not bool((examples.items[i]["labels"][:2] != IGNORED).any())
+    )
     return next(prompted, None)
 
 

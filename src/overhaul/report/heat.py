@@ -66,7 +66,7 @@ def heat(
             middle, base + depth + 13, across
         )
     )
-    parts.append(_bar(shade, unit, left + cell * len(column_names) + 14, top, max(60.0, base - top)))
+    parts.append(_bar(shade, unit, left + cell * len(column_names) + 14, top, max(60.0, base - top), width))
     note = f"each cell is the mean of up to {by_rows} × {by_columns} values" if by_rows * by_columns > 1 else ""
     missing = sum(not finite(value) for line in values for value in line)
     note = "; ".join(part for part in (note, "grey: no value" if missing else "") if part)
@@ -142,15 +142,19 @@ def _feet(names: Sequence[str], left: float, base: float, cell: float) -> tuple[
         if j % every:
             continue
         x, y = left + (j + 0.5) * cell, base + (10 if slanted else 14)
-        how = Markup('text-anchor="end" transform="rotate(-50 {:.1f} {:.1f})"').format(x, y) if slanted else Markup('text-anchor="middle"')  # fmt: skip
+        how = Markup('text-anchor="middle"')
+        if slanted:
+            how = Markup('text-anchor="end" transform="rotate(-50 {:.1f} {:.1f})"').format(x, y)
         parts.append(Markup('<text x="{:.1f}" y="{:.1f}" {}>{}</text>').format(x + 3 * slanted, y, how, name))
     return parts, 16 + 0.78 * longest if slanted else 18.0
 
 
-def _bar(shade: _Shade, unit: str, x: float, top: float, height: float) -> Markup:
+def _bar(shade: _Shade, unit: str, x: float, top: float, height: float, right: float) -> Markup:
     """The colours from the highest value down to the lowest, with the unit above."""
     steps, height = 32, min(height, 220.0)
-    parts = [Markup('<text class="name" x="{:.1f}" y="11">{}</text>').format(x, unit)]
+    parts = [
+        Markup('<text class="name" x="{:.1f}" y="11" text-anchor="end">{}</text>').format(right, clipped(unit, 30))
+    ]
     for n in range(steps):
         hue, opacity = shade(shade.high - (n + 0.5) / steps * (shade.high - shade.low))
         parts.append(

@@ -1,7 +1,7 @@
 """What a step found, beside what it did: its tables, heat maps and scatter plots, and the products that it left.
 
-    "tables": {title: {"columns": [...], "rows": [[...], ...], "drawn": "table" | "heat" | "points", "along", "across", "unit"}}
-    "made":   {name: {"kind": "rows", "path": "made/kept.jsonl", "count": 1204}}
+"tables": {title: {"columns": [...], "rows": [[...], ...], "drawn": "table" | "heat" | "points", "along", "across", "unit"}}
+"made":   {name: {"kind": "rows", "path": "made/kept.jsonl", "count": 1204}}
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ def _figure(step: str, title: str, table: Table) -> Markup:
     caption = f"{step}: {title}"
     if table["drawn"] == "heat":
         names, values = [str(row[0]) for row in table["rows"]], [row[1:] for row in table["rows"]]
-        return heat.heat(
-            caption, values, names, table["columns"][1:], table["along"], table["across"], table["unit"]
-        )
+        return heat.heat(caption, values, names, table["columns"][1:], table["along"], table["across"], table["unit"])
     if table["drawn"] == "points":
         _, x_name, y_name = table["columns"]
         points: dict[str, list[tuple[float | None, float | None]]] = {}

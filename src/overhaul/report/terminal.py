@@ -83,7 +83,9 @@ def _print_findings(steps: Sequence[Mapping[str, Any]], console: Console, text: 
             console.print(text(f"\n{step['name']}: {title}", "bold"))
             console.print(table)
     if larger:
-        console.print(text(f"{larger} {'table or figure is' if larger == 1 else 'tables and figures are'} on the page.", "dim"))
+        console.print(
+            text(f"{larger} {'table or figure is' if larger == 1 else 'tables and figures are'} on the page.", "dim")
+        )
     for step, what, path in tables.products(steps):
         console.print(text(f"{step} left {what} ({path})"))
 
