@@ -125,7 +125,7 @@ def test_the_page_and_the_tables_name_every_model(folder: Path, tmp_path: Path) 
             assert label in text
     header, _, *lines = markdown(done.report).splitlines()
     assert all(line.count("|") == header.count("|") for line in lines)
-    assert re.search(r"probability of the answer on forget ↓", header)
+    assert re.search(r"answer probability on forget ↓", header)
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,9 @@ class _Comparison:
                 continue
             anchored = runner.anchored
             if not rows:
-                measures = [{k: v for k, v in one.items() if k != "value"} for one in judged[0]["measures"]]
+                measures = [
+                    {k: v for k, v in one.items() if k not in ("value", "runs")} for one in judged[0]["measures"]
+                ]
                 rows["before"] = [_row(judged[0], None, variant.checked.recipe.model)]
                 if RETRAINED in self.base.references:
                     anchor = self.retrained(runner, stages)

@@ -295,8 +295,9 @@ class Runner:
         first = judged[0]
         measures = []
         for n, measure in enumerate(first["measures"]):
-            common = {name: value for name, value in measure.items() if name != "value"}
-            measures.append({**common, "values": [one["measures"][n]["value"] for one in judged]})
+            common = {name: value for name, value in measure.items() if name not in ("value", "runs")}
+            runs = {"runs": [one["measures"][n]["runs"] for one in judged]} if measure["runs"] else {}
+            measures.append({**common, "values": [one["measures"][n]["value"] for one in judged], **runs})
         samples = [
             {
                 **{k: v for k, v in sample.items() if k != "output"},
