@@ -23,12 +23,13 @@ from torch import nn
 from overhaul import __version__, models, processes, session
 from overhaul.data.examples import Examples
 from overhaul.errors import OverhaulError, RequestError, RunError, writing
+from overhaul.files import write_json, write_text
 from overhaul.judge import judge as judging
 from overhaul.method import Outcome
 from overhaul.recipe import lineage, machine
 from overhaul.recipe.check import RETRAINED, Checked, Step, check
 from overhaul.recipe.spec import read
-from overhaul.recipe.store import RunFolder, Stage, code_version, key_of, write_json, write_text
+from overhaul.recipe.store import RunFolder, Stage, code_version, key_of
 from overhaul.report.html import write_html
 from overhaul.weights import relative_change
 

@@ -168,15 +168,20 @@ def paper_address(paper: str | None) -> str | None:
 
 def subject(measure: Measure) -> str:
     """What was measured, on what: "accuracy on retain"."""
-    return str(measure["label"]) if measure["group"] == "cost" else f"{measure['label']} on {measure['on']}"
+    said = str(measure["label"])
+    return said if measure["group"] == "cost" or not measure["on"] else f"{said} on {measure['on']}"
 
 
 def aim(measure: Measure) -> str:
     """What was wanted of a measure; of a cost, which way is better."""
     if measure["group"] == "cost":
         return "less is better" if measure["better"] == "down" else "more is better"
-    wanted = WANTED[measure["wanted"]]
-    return f"{wanted}: {humanise(measure['anchor'], measure['unit'])}" if measure["wanted"] == "anchor" else wanted
+    wanted, anchor = WANTED[measure["wanted"]], measure.get("anchor")
+    return (
+        f"{wanted}: {humanise(anchor, measure['unit'])}"
+        if measure["wanted"] == "anchor" and anchor is not None
+        else wanted
+    )
 
 
 def small_print(measure: Measure) -> str:
@@ -184,7 +189,9 @@ def small_print(measure: Measure) -> str:
     n, plainly = count(measure), measure.get("help", "")
     if measure["group"] == "cost":
         return " · ".join(part for part in (plainly, f"fastest of {n}" if n else "", aim(measure)) if part)
-    return " · ".join(part for part in (plainly, measure["on"], f"n\u00a0=\u00a0{n}", aim(measure)) if part)
+    return " · ".join(
+        part for part in (plainly, measure["on"], f"n\u00a0=\u00a0{n}" if n else "", aim(measure)) if part
+    )
 
 
 def count(measure: Measure) -> str:
