@@ -40,7 +40,7 @@ def found(root: Path, document: Document) -> dict[str, Any] | None:
 
 def remember(root: Path, checked: Checked) -> None:
     """Write down what the finished run in `root` depended on; not where some of it is no file and no code of ours."""
-    from overhaul.recipe.store import write_json
+    from overhaul.files import write_json
 
     if any(not step.method.module.startswith("overhaul.") for step in checked.steps):
         return

@@ -25,6 +25,7 @@ from torch import nn
 from overhaul import __version__, models, processes, session
 from overhaul.data.examples import Examples
 from overhaul.errors import OverhaulError, RequestError, RunError, writing
+from overhaul.files import write_json, write_text
 from overhaul.judge import judge as judging
 from overhaul.method import Material
 from overhaul.outcome import OutcomeError
@@ -32,7 +33,7 @@ from overhaul.recipe import finished, lineage, machine, products, results
 from overhaul.recipe.check import RETRAINED, Checked, Step, check, encode_made, maker_of
 from overhaul.recipe.materials import Reference
 from overhaul.recipe.spec import Document
-from overhaul.recipe.store import RunFolder, Stage, code_version, key_of, write_json, write_text
+from overhaul.recipe.store import RunFolder, Stage, code_version, key_of
 from overhaul.report.html import write_html
 
 
@@ -296,8 +297,9 @@ class Runner:
         judged = [one for one, stage in zip(judged, stages, strict=True) if stage.changed]
         measures = []
         for n, measure in enumerate(first["measures"]):
-            common = {name: value for name, value in measure.items() if name != "value"}
-            measures.append({**common, "values": [one["measures"][n]["value"] for one in judged]})
+            common = {name: value for name, value in measure.items() if name not in ("value", "runs")}
+            runs = {"runs": [one["measures"][n]["runs"] for one in judged]} if measure["runs"] else {}
+            measures.append({**common, "values": [one["measures"][n]["value"] for one in judged], **runs})
         samples = [
             {
                 **{k: v for k, v in sample.items() if k != "output"},
