@@ -21,8 +21,8 @@ from overhaul.errors import RequestError
 from overhaul.models import Checkpoint, _header, facts, planned
 from overhaul.weights.depths import Places
 
-Source = str | Path
-"""A checkpoint: a folder, a hub name, or `starter:NAME`."""
+Source = str | Path | Checkpoint
+"""A checkpoint: a folder, a hub name, `starter:NAME`, or one whose facts are known already."""
 
 DTYPE_CODES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -95,8 +95,8 @@ class TensorIndex:
     tensors: Mapping[str, TensorFacts]
 
     @classmethod
-    def of(cls, source: str | Path | nn.Module) -> TensorIndex:
-        """Index a checkpoint (folder, hub name, `starter:NAME`) by its headers, or a live model by its state dict.
+    def of(cls, source: Source | nn.Module) -> TensorIndex:
+        """Index a checkpoint by its headers, or a live model by its state dict.
 
         Raises:
             RequestError: files are missing, damaged or contradict each other, or a dtype is one to copy and not to count
@@ -104,7 +104,7 @@ class TensorIndex:
         """
         if isinstance(source, nn.Module):
             return _of_model(source)
-        known = facts(source)
+        known = source if isinstance(source, Checkpoint) else facts(source)
         headers = {path: _header(path) for path in known.weight_files}
         found: dict[str, tuple[Path, int, dict[str, Any]]] = {}
         for path in _weight_files(known, headers):
