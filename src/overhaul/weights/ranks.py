@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -119,7 +119,7 @@ def _of_group(group: Sequence[Sequence[TensorFacts]], sizes: Sizes, ranks: Calla
         return [math.inf if rank <= 0 else 0.0] * len(sample)
     searches = [_Search(rank, first=_bracket(taken, rank / numbers)) for taken in sample]
     while not all(search.done for search in searches):
-        _pass(group, sizes, [search for search in searches if not search.done], searches)
+        _pass(group, sizes, {place: search for place, search in enumerate(searches) if not search.done})
     return [_number(search.low) for search in searches]
 
 
@@ -156,26 +156,23 @@ def _sizes_of(group: Sequence[Sequence[TensorFacts]], sizes: Sizes) -> Iterator[
     return run(group, work, False, "sampling")
 
 
-def _pass(
-    group: Sequence[Sequence[TensorFacts]], sizes: Sizes, wanted: Sequence[_Search], searches: Sequence[_Search]
-) -> None:
-    """Count once, for all searches that are not done."""
-    numbers = [place for place, search in enumerate(searches) if search in wanted]
+def _pass(group: Sequence[Sequence[TensorFacts]], sizes: Sizes, searches: Mapping[int, _Search]) -> None:
+    """Count once, for every search by the place of what it ranks."""
 
     def work(piece: Piece, space: Workspace) -> list[tuple[int, Tensor]]:
         made = sizes(piece.inputs[0], space.floats(piece))
-        return [_count(_bits(made[place]), *searches[place].bracket) for place in numbers]
+        return [_count(_bits(made[place]), *search.bracket) for place, search in searches.items()]
 
-    for search in wanted:
+    for search in searches.values():
         search.begin()
-    waiting: list[list[Tensor]] = [[] for _ in wanted]
+    waiting: list[list[Tensor]] = [[] for _ in searches]
     for counted in run(group, work, False, "ranking"):
-        for search, kept, (above, inside) in zip(wanted, waiting, counted, strict=True):
+        for search, kept, (above, inside) in zip(searches.values(), waiting, counted, strict=True):
             search.above += above
             kept.append(inside)
             if sum(map(len, kept)) > BINS:
                 _add(search, kept)
-    for search, kept in zip(wanted, waiting, strict=True):
+    for search, kept in zip(searches.values(), waiting, strict=True):
         _add(search, kept)
         search.narrow()
 
