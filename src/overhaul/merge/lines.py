@@ -33,10 +33,10 @@ from torch import Tensor
 
 from overhaul.errors import RequestError
 from overhaul.merge._writing import by_depth, some, written
-from overhaul.merge.ties import elect
+from overhaul.merge.ties import Election, elect
 from overhaul.method import Outcome, method
 from overhaul.models import Checkpoint
-from overhaul.weights import TensorFacts, weighted_deltas
+from overhaul.weights import TensorFacts, totals, weighted_deltas
 
 Outside = Literal["alpha", "by_position"]
 
@@ -79,21 +79,35 @@ def lines(
     count = some("merge.lines", tuned)
     check_given(count, alpha, beta)
     assert out is not None
-    elected = elect(base, tuned, density, "size", "model", "released") if merge == "ties" else None
-    first = alpha if alpha is not None else (elected.ratio if elected else 1.0) / count
-    rise = beta if beta is not None else 1.0 - first
-    factor = ramp(first, rise, outside)
+    election = elect(base, tuned, density, "size", "model", "released") if merge == "ties" else None
+    if alpha is None:
+        alpha = (ratio(election, base, tuned) if election else 1.0) / count
+    if beta is None:
+        beta = 1.0 - alpha
+    factor = ramp(alpha, beta, outside)
 
     def scaled(tensor: TensorFacts, models: list[Tensor]) -> Tensor:
-        assert elected is not None
-        return torch.add(models[0], elected.election.change(tensor, models), alpha=factor(tensor))
+        assert election is not None
+        return torch.add(models[0], election.change(tensor, models), alpha=factor(tensor))
 
-    combine = scaled if elected else weighted_deltas([factor] * count)
-    facts = written("merge.lines", base, tuned, combine, out)
-    more, layers = (elected.facts, elected.layers) if elected else ({}, {})
+    facts = written("merge.lines", base, tuned, scaled if election else weighted_deltas([factor] * count), out)
+    more, layers = (election.facts, election.layers) if election else ({}, {})
     return Outcome(
-        out, facts={"alpha": first, "beta": rise, **facts, **more}, layers={**layers, **by_depth(base, factor)}
+        out, facts={"alpha": alpha, "beta": beta, **facts, **more}, layers={**layers, **by_depth(base, factor)}
     )
+
+
+def ratio(election: Election, base: Checkpoint, tuned: Sequence[Checkpoint]) -> float:
+    """||sum_t tau_t||_1 / ||tau||_1; 0 where nothing is merged."""
+
+    def sums(tensor: TensorFacts, models: list[Tensor]) -> Tensor:
+        whole = models[1] - models[0]
+        for model in models[2:]:
+            whole += model - models[0]
+        return torch.stack([whole.abs_().sum(), election.change(tensor, models).abs_().sum()])
+
+    whole, merged = totals([base, *tuned], sums).total.tolist()
+    return whole / merged if merged else 0.0
 
 
 def ramp(alpha: float, beta: float, outside: Outside) -> Callable[[TensorFacts], float]:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -179,8 +180,9 @@ def _pass(group: Sequence[Sequence[TensorFacts]], sizes: Sizes, searches: Mappin
 
 def _count(bits: Tensor, low: int, high: int) -> tuple[int, Tensor]:
     """How many lie above a bracket, and those inside, from its lower end on."""
-    reached, beyond = bits >= low, bits >= high
-    return int(beyond.sum()), bits[reached ^ beyond] - low
+    held = bits.numpy()  # whose comparisons and choices are several times as fast as torch's
+    reached, beyond = held >= low, held >= high
+    return int(numpy.count_nonzero(beyond)), torch.from_numpy(held[reached ^ beyond] - numpy.int32(low))
 
 
 def _add(search: _Search, kept: list[Tensor]) -> None:
