@@ -1,5 +1,6 @@
 """Weights: checkpoints as vectors, streamed; see `merge` for what is written and `compare` for what is measured."""
 
+from overhaul.weights.agreement import differences as differences
 from overhaul.weights.compare import Reduction as Reduction
 from overhaul.weights.compare import Totals as Totals
 from overhaul.weights.compare import cosine as cosine
@@ -23,4 +24,3 @@ from overhaul.weights.merge import weighted_sum as weighted_sum
 from overhaul.weights.output import Combine as Combine
 from overhaul.weights.output import Storage as Storage
 from overhaul.weights.ranks import kth_largest as kth_largest
-from overhaul.weights.agreement import differences as differences

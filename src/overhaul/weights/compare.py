@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from overhaul.weights.index import Source, TensorFacts, check_alike, indexed
+from overhaul.weights.agreement import aligned
+from overhaul.weights.index import Source, TensorFacts, check_alike
 from overhaul.weights.pieces import Piece, Workspace, run
 
 
@@ -52,7 +53,7 @@ def totals(
         RequestError: as in `stream`.
         RunError: a number is not finite.
     """
-    indexes = indexed(sources)
+    indexes = aligned(sources)
     check_alike(indexes, lambda tensor: tensor.dtype.is_floating_point)
     inputs = [
         [index.tensors[name] for index in indexes]

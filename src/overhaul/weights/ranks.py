@@ -15,7 +15,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from overhaul.weights.index import Source, TensorFacts, check_alike, indexed
+from overhaul.weights.agreement import aligned
+from overhaul.weights.index import Source, TensorFacts, check_alike
 from overhaul.weights.pieces import Piece, Workspace, run
 
 SAMPLE = 1 << 20
@@ -98,7 +99,7 @@ def kth_largest(
         RequestError: the checkpoints do not correspond.
         RunError: a number is not finite.
     """
-    indexes = indexed(sources)
+    indexes = aligned(sources)
     check_alike(indexes, lambda tensor: tensor.dtype.is_floating_point)
     inputs = [
         [index.tensors[name] for index in indexes]
