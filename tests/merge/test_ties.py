@@ -125,7 +125,9 @@ def test_disagreement_is_counted_by_depth(tmp_path: Path) -> None:
     changed = (kept[0] != 0) | (kept[1] != 0)
     assert done.facts["disagreement"] == pytest.approx(float(conflict.sum() / changed.sum()))
     assert done.facts["merged_share"] == pytest.approx(float(changed.float().mean()))
-    by_name = {name: (c, a) for (name, c), a in zip(unflat(conflict, b).items(), unflat(changed, b).values(), strict=True)}
+    by_name = {
+        name: (c, a) for (name, c), a in zip(unflat(conflict, b).items(), unflat(changed, b).values(), strict=True)
+    }
     block = [pair for name, pair in by_name.items() if name.startswith("model.layers.2.")]
     share = sum(int(c.sum()) for c, _ in block) / sum(int(a.sum()) for _, a in block)
     assert done.layers["disagreement"][2] == pytest.approx(share)
@@ -142,7 +144,9 @@ def test_pieces_and_samples_do_not_change_the_result(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("rank", [-1, 1, 2, 1000, 12_345, 10**9])
-def test_the_rank_is_exact_even_if_the_sample_misleads(rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rank_is_exact_even_if_the_sample_misleads(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     models_ = [make("llama", tmp_path / f"m{seed}", seed) for seed in range(2)]
     monkeypatch.setattr(ranks, "SAMPLE", 64)
     monkeypatch.setattr(ranks, "SPREAD", 0.001)

@@ -4,8 +4,8 @@ The paper's CLIP models and image tasks, at the size of a laptop: the starter's 
 characters and once on differences; prose is the task that nobody trains on (the control). All losses are held-out, in nats
 a token.
 
-1. Undoing forgetting: one alpha, stated beforehand. Null controls: the same ramp upside down, and a constant coefficient that
-   leaves a change of the same length, so that only the place of what is taken away differs.
+1. Undoing forgetting: one alpha, stated beforehand. Null controls: the same ramp upside down, and a constant coefficient
+   that leaves a change of the same length, so that only the place of what is taken away differs.
 2. Merging: LiNeS chooses beta, task arithmetic chooses its scale, among as many values on one half of the held-out texts;
    both are judged on the other half. A merge's score is the mean share of what the single trainings gained.
 """
@@ -133,9 +133,7 @@ def undo(base: Path, tuned: Path, held: Mapping[str, Examples], folder: Path) ->
     return found
 
 
-def merge(
-    base: Path, tuned: Mapping[str, Path], held: Mapping[str, Examples], folder: Path, size: Size
-) -> Numbers:
+def merge(base: Path, tuned: Mapping[str, Path], held: Mapping[str, Examples], folder: Path, size: Size) -> Numbers:
     """Two trainings merged both ways, each with the best of equally many coefficients."""
     ends = {
         (task, half): (loss(base, examples), loss(path, examples))

@@ -1,6 +1,7 @@
 """LiNeS: scale what training changed by a factor that grows with depth, and get back what the base could do.
 
-Wang et al., "LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging", ICLR 2025, arXiv:2410.17146.
+Wang et al., "LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging", ICLR 2025,
+arXiv:2410.17146.
 
     tau       = theta_1 - theta_0, or what merges several models (task arithmetic or TIES)
     lambda(l) = alpha + beta l / (L - 1)                for block l = 0 .. L-1

@@ -60,10 +60,14 @@ def task_arithmetic(
     count = some(name, tuned)
     factors = [1.0] * count if weights is None else weights
     if len(factors) != count:
-        raise RequestError(f"{name}: there are {count} tuned checkpoints and {len(factors)} weights. Give one for each.")
+        raise RequestError(
+            f"{name}: there are {count} tuned checkpoints and {len(factors)} weights. Give one for each."
+        )
     coefficients = [scale * factor for factor in factors]
     if not any(coefficients) or not all(map(math.isfinite, coefficients)):
-        raise RequestError(f"{name}: scale {scale} and weights {factors} would change nothing, or are not finite numbers.")
+        raise RequestError(
+            f"{name}: scale {scale} and weights {factors} would change nothing, or are not finite numbers."
+        )
     assert out is not None
     facts = written(name, base, tuned, weighted_deltas(coefficients), out)
     return Outcome(out, facts=facts, layers=by_depth(base, lambda _: sum(coefficients)))

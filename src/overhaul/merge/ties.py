@@ -189,8 +189,11 @@ def elect(
 
 
 def _census(election: Election, tensor: TensorFacts, models: list[Tensor]) -> Tensor:
-    """Of a piece: weights, those with a sign above less those below 0, weights that some model moves up, down, or either
-    way, and entries that are kept of each model."""
+    """Counts of a piece.
+
+    Returns:
+        Weights; signs above 0 less those below; weights that some model moves up, down, either way; entries kept by model.
+    """
     kept = election.trimmed(tensor, models)
     majority = election.votes(kept).sign_().sum()
     highest, lowest = torch.zeros_like(kept[0]), torch.zeros_like(kept[0])

@@ -1,7 +1,7 @@
 """Whether checkpoints mean the same by the same numbers: names of tensors, words, and what their configs say.
 
-1. Names are compared as the class reads them: with or without the prefix before a model's body, as older and newer versions of
-   the library write them, and with a tied tensor stored once or twice.
+1. Names are compared as the class reads them: with or without the prefix before a model's body, as older and newer versions
+   of the library write them, and with a tied tensor stored once or twice.
 2. A word's embedding is a row. Where two tokenizers give one row to different words, a blend of the rows means nothing.
 3. What else the configs say differently (the base of rotary positions, head counts, the class) changes no shape, so only the
    user can tell whether it matters: it is said.
@@ -120,8 +120,8 @@ def check_words(indexes: Sequence[TensorIndex], needed: Sequence[TensorFacts]) -
         if differing:
             number = differing[0]
             raise RequestError(
-                f"The tokenizers of {first.source} and {other.source} number {len(differing)} words differently: {number} is "
-                f"{ours[number]!r} in one and {theirs[number]!r} in the other, so their embeddings do not correspond. Leave "
+                f"The tokenizers of {first.source} and {other.source} number {len(differing)} words differently: {number} "
+                f"is {ours[number]!r} in one and {theirs[number]!r} in the other, so their embeddings do not correspond. Leave "
                 "these tensors as the first model has them (`only=lambda t: 0 <= t.depth < t.blocks`), or write "
                 "`any_words=True` to merge them all the same."
             )
@@ -137,7 +137,9 @@ def words(folder: Path) -> dict[int, str]:
     if (folder / "tokenizer.json").exists():
         content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         listed = (content.get("model") or {}).get("vocab") or {}
-        found = {n: w for w, n in listed.items()} if isinstance(listed, dict) else {n: w[0] for n, w in enumerate(listed)}
+        found = (
+            {n: w for w, n in listed.items()} if isinstance(listed, dict) else {n: w[0] for n, w in enumerate(listed)}
+        )
         return found | {token["id"]: token["content"] for token in content.get("added_tokens") or []}
     if (folder / "vocab.json").exists():
         return {n: w for w, n in json.loads((folder / "vocab.json").read_text(encoding="utf-8")).items()}

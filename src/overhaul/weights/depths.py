@@ -137,7 +137,7 @@ def built_names(model: nn.Module, names: Collection[str]) -> dict[str, str]:
 
 
 def _renaming(model: Any) -> Callable[[str], str]:
-    """transformers' renaming of stored tensors; none for models of other libraries."""
+    """How transformers renames stored tensors; not at all for models of other libraries."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):

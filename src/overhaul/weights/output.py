@@ -31,7 +31,11 @@ are float32 and must not be changed; they are flat pieces, or have their own sha
 
 _CODES = {dtype: code for code, dtype in DTYPE_CODES.items()}
 _COPIED = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"}
-_NOT_COPIED = {INDEX, "lineage.json", "adapter_config.json"}  # they speak of the old weights, or of an adapter beside them
+_NOT_COPIED = {
+    INDEX,
+    "lineage.json",
+    "adapter_config.json",
+}  # they speak of the old weights, or of an adapter beside them
 _PARTS = "modules.json"  # where sentence-transformers lists the folders of what follows the network
 _COUNTER = "num_batches_tracked"
 

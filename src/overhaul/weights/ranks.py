@@ -143,9 +143,7 @@ def _sampled(group: Sequence[Sequence[TensorFacts]], numbers: int) -> list[list[
         count = math.ceil(total * min(1.0, SAMPLE / numbers) / STRETCHES)
         for start in range(0, total, max(count, math.ceil(total / STRETCHES))):
             length = min(count, total - start)
-            stretches.append(
-                [replace(t, shape=(length,), offset=t.offset + start * t.dtype.itemsize) for t in tensors]
-            )
+            stretches.append([replace(t, shape=(length,), offset=t.offset + start * t.dtype.itemsize) for t in tensors])
     return stretches
 
 
