@@ -121,8 +121,8 @@ def check_words(indexes: Sequence[TensorIndex], needed: Sequence[TensorFacts]) -
             number = differing[0]
             raise RequestError(
                 f"The tokenizers of {first.source} and {other.source} number {len(differing)} words differently: {number} "
-                f"is {ours[number]!r} in one and {theirs[number]!r} in the other, so their embeddings do not correspond. Leave "
-                "these tensors as the first model has them (`only=lambda t: 0 <= t.depth < t.blocks`), or write "
+                f"is {ours[number]!r} in one and {theirs[number]!r} in the other, so their embeddings do not correspond. "
+                "Leave these tensors as the first model has them (`only=lambda t: 0 <= t.depth < t.blocks`), or write "
                 "`any_words=True` to merge them all the same."
             )
 
