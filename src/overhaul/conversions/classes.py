@@ -124,7 +124,8 @@ class _OfDiffusers:
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As the plain class's, with the records replayed."""
         found: Any = super()
-        model, unused = found.from_config(config, return_unused_kwargs=True, **kwargs)
+        known = {name: value for name, value in config.items() if name != "overhaul"}
+        model, unused = found.from_config(known, return_unused_kwargs=True, **kwargs)
         mark(model, config["overhaul"]["conversions"])
         _replay(model)
         return (model, unused) if return_unused_kwargs else model
