@@ -32,6 +32,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 CONVERTED = "converted"
 """The variant under which the weights of a converted model are stored, so that no class opens half of them."""
 
+_NOT_BUILT = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "_diffusers_version"}
 _HEADER_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 _ANOTHER_COPY = re.compile(r"consolidated|adapter_model|[^.]+\.[^.]+\.safetensors$")
 _STEMS = ("model", "diffusion_pytorch_model")
@@ -78,6 +79,11 @@ class Checkpoint:
         """Number of stored scalars; tied tensors count once, and an adapter's base with the adapter."""
         own = sum(math.prod(shape) for shape in self.shapes.values())
         return own + (self.base.parameters if self.base else 0)
+
+    @property
+    def built(self) -> dict[str, Any]:
+        """What the model is apart from its weights: its config, with what was built onto it and the paths that it follows."""
+        return {key: value for key, value in self.config.items() if key not in _NOT_BUILT}
 
     @property
     def is_adapter(self) -> bool:
