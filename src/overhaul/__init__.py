@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from overhaul import _auto
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -71,3 +73,6 @@ def __getattr__(name: str) -> Any:
     value = getattr(found, attribute) if attribute else found
     globals()[name] = value
     return value
+
+
+_auto.register()
