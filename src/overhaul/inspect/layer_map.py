@@ -150,7 +150,9 @@ class _Batches:
             raise RequestError("inspect.layer_map reads text, and the role `text` holds images.")
         kept = max(1, round(len(text) * held_out))
         if len(text) < 2 or kept >= len(text):
-            raise RequestError("inspect.layer_map: give at least two texts, so that some are fitted to and some held out.")
+            raise RequestError(
+                "inspect.layer_map: give at least two texts, so that some are fitted to and some held out."
+            )
         self.parts = {"fitted": text[: len(text) - kept], "held out": text[len(text) - kept :]}
         self.skip_first, self.size = skip_first, size
         self.device = next(model.parameters()).device
@@ -199,7 +201,7 @@ def _errors(
 
 def _rounds(stack: LayerStack, theirs: LayerStack, batches: _Batches, budget: int) -> list[list[int]]:
     """Layers of the model whose sums fit into the budget together."""
-    batch, mask = next(batches.of("held out"))
+    batch, _ = next(batches.of("held out"))
     width, other = (
         stream(calls, calls.entering).shape[-1] for calls in (Calls.record(stack, batch), Calls.record(theirs, batch))
     )
@@ -257,6 +259,6 @@ def _check_tokenizer(text: Examples, other: Checkpoint) -> None:
         return
     if own.get_vocab() != theirs.get_vocab():
         raise RequestError(
-            f"inspect.layer_map: {other.source} has another tokenizer than the text was encoded with, so its states belong to "
-            "other words. Choose two models of one family."
+            f"inspect.layer_map: {other.source} has another tokenizer than the text was encoded with, so its states belong "
+            "to other words. Choose two models of one family."
         )

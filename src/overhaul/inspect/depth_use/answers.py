@@ -188,10 +188,7 @@ def _onwards(calls: Calls, layer: int, state: State) -> State:
 
 def _answers(logits: Tensor, item: Encoded) -> Float[Tensor, "r a v"]:
     """Log-probabilities where the answer's tokens are predicted (or the class of an image), of every copy."""
-    if logits.ndim == 3:
-        logits = logits[:, :-1][:, item["labels"][1:] != IGNORED]
-    else:
-        logits = logits[:, None]
+    logits = logits[:, :-1][:, item["labels"][1:] != IGNORED] if logits.ndim == 3 else logits[:, None]
     return logits.float().log_softmax(dim=-1)
 
 

@@ -130,7 +130,9 @@ def profile(stack: LayerStack, found: Sequence[BlockSites], batches: Iterable[Ba
     pairs: dict[str, dict[int, tuple[str, str]]] = {
         "attention": {n: (f"entering.{n}", c.module) for n, c in parts_of(found, "attention").items()},
         "MLP": {n: (c.module, f"leaving.{n}") for n, c in parts_of(found, "mlp").items() if not found[n].parallel},
-        "MLP, parallel": {n: (f"entering.{n}", c.module) for n, c in parts_of(found, "mlp").items() if found[n].parallel},
+        "MLP, parallel": {
+            n: (f"entering.{n}", c.module) for n, c in parts_of(found, "mlp").items() if found[n].parallel
+        },
         "block": {n: (f"entering.{n}", f"leaving.{n}") for n in range(len(stack))},
     }
     reductions = {

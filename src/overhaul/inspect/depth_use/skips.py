@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from overhaul import session
-from overhaul.data.examples import Batch, Encoded, collate
+from overhaul.data.examples import IGNORED, Batch, Encoded, collate
 from overhaul.inspect.depth_use.contributions import SMALLEST
 from overhaul.modes import at_rest
 from overhaul.stack import LayerStack
@@ -206,9 +206,7 @@ def _walk(stack: LayerStack, found: Sequence[BlockSites], laid: _Rows) -> tuple[
     return later, output
 
 
-def _without(
-    calls: Calls, known: BlockSites, laid: _Rows, place: int, entering: State, leaving: State
-) -> State:
+def _without(calls: Calls, known: BlockSites, laid: _Rows, place: int, entering: State, leaving: State) -> State:
     """What leaves a block of which each row leaves out its part."""
     edits = {
         contribution.module: Zero(Where(region.expand(*stream(calls, entering).shape[:2])))
@@ -255,11 +253,11 @@ def futures(labels: Tensor, stride: int, first: int, in_answer: bool) -> list[in
         labels: of an example, [t].
         stride: positions between two of them.
         first: positions at the start at which nothing is left out; before a future there must be one more.
-        in_answer: they lie in the answer, from its first token on, and not anywhere in the text.
+        in_answer: they lie in the answer, from where its first token is predicted, and not anywhere in the text.
     """
     if in_answer:
-        start = int((labels[1:] >= 0).int().argmax()) + 1
-        found = list(range(start, max(start + 1, len(labels) - 4), stride))
+        start = int((labels[1:] != IGNORED).int().argmax())
+        found = list(range(start, max(start + 1, len(labels) - 5), stride))
     else:
         found = list(range(stride, len(labels) - 4, stride))
     return [position for position in found if position > first]
