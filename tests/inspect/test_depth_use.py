@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import families
 from conftest import examples_for, tiny_gemma3, tiny_llama, tiny_qwen3, tiny_resnet, tiny_tokenizer, tiny_vit
 from overhaul.data.encode import encode_qa
 from overhaul.data.examples import Examples
@@ -264,12 +264,25 @@ def test_images_have_no_future() -> None:
     assert len(outcome.tables["example 1: change of the answer when a position is erased"].columns) == 1 + 5
 
 
-def test_blocks_whose_parts_are_not_known_are_measured_as_wholes() -> None:
-    import families
+@torch.no_grad()
+def test_in_a_parallel_block_the_mlp_stands_beside_what_attention_read() -> None:
+    model, text = awake(families.FAMILIES["GPT-NeoX"].build()), texts(18)
+    layers = depth_use(model, text, **{**QUICK, "maps": 0}).layers
+    seen: list[Tensor] = []
+    block = model.gpt_neox.layers[2]
+    with ExitStack() as undo:
+        undo.callback(block.register_forward_pre_hook(lambda _, args: seen.append(args[0])).remove)
+        undo.callback(block.mlp.register_forward_hook(lambda *call: seen.append(call[2])).remove)
+        model(input_ids=text[0]["input_ids"][None], use_cache=False)
+    h, m = seen
+    expected = float((m.norm(dim=-1) / h.norm(dim=-1)).mean())
+    assert layers["relative contribution, MLP"][2] == pytest.approx(expected, rel=1e-4)
 
-    outcome = depth_use(families.FAMILIES["GPT-NeoX"].build(), texts(18), **QUICK)  # parallel: m is beside h
-    assert "relative contribution, MLP" in outcome.layers
-    assert all(math.isfinite(value) for value in outcome.layers["relative contribution, MLP"].values())
+
+def test_post_norm_blocks_are_measured_as_wholes() -> None:
+    outcome = depth_use(families.FAMILIES["BERT"].build(), texts(18), **QUICK)
+    assert [name for name in outcome.layers if name.startswith("relative")] == ["relative contribution, block"]
+    assert not any("attention" in name for name in [*outcome.layers, *outcome.tables])
 
 
 @pytest.mark.parametrize(

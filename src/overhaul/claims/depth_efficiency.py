@@ -201,8 +201,8 @@ CLAIM = Claim(
     title="Later blocks refine the prediction at hand and compute little that is new",
     statement=(
         "In the second half of a language model, blocks write less, later tokens no longer depend on them, and the output "
-        "distribution is refined step by step; harder questions do not use more of the depth, and a deeper model spreads the "
-        "computation of a shallower one over more blocks."
+        "distribution is refined step by step; harder questions do not use more of the depth, and a deeper model spreads "
+        "the computation of a shallower one over more blocks."
     ),
     checks=(
         Check(
