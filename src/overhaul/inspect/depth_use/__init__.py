@@ -111,7 +111,7 @@ def depth_use(
         maps: for the first so many examples, layer by position, what the answer depends on: by erasure and gradients.
         gradient_steps: points of integrated gradients; 0 for none.
         gradients_of: of the sum of the "probability" or "log_probability" of the answer's tokens.
-        batch_size: copies of an example that run together; does not change the values.
+        batch_size: copies that run together (all skips of an example always do); does not change the values.
 
     Returns:
         No model. Facts: the depth of the last turn of c_l's cosine from below 0, depths at which the lens has decided, mean
