@@ -199,7 +199,7 @@ def _walk(stack: LayerStack, found: Sequence[BlockSites], laid: _Rows) -> tuple[
             before = torch.where((direct & laid.left_out)[..., None], clean - missing, before)
             before = torch.where((direct & ~laid.left_out)[..., None], clean, before)
             state = calls.run(block, with_stream(calls, state, before))
-            added = (stream(calls, state) - before).float()
+            added = stream(calls, state).float() - before.float()
             later[place, block] = _largest(_relative(added, laid.clean), laid.seen).cpu()
         output[place] = _largest(_shift(calls.finish(state), laid.clean), laid.seen).cpu()
         entering = leaving
