@@ -48,8 +48,8 @@ class Size:
     length: int = 64
     pieces: int = 10
     sums: int = 20
-    steps: int = 250
-    batch: int = 16
+    steps: int = 200
+    batch: int = 8
     mapped: int = 120
 
 
