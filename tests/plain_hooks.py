@@ -21,7 +21,7 @@ LANGUAGE: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def awake(model: nn.Module) -> nn.Module:
+def awake(model: Any) -> Any:
     """With weights so large that every block says something."""
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -42,7 +42,7 @@ def texts(*lengths: int, prompt: int = 0) -> Examples:
     return Examples(items, rows, tiny_tokenizer())
 
 
-def parts(model: nn.Module) -> tuple[Any, str, str]:
+def parts(model: Any) -> tuple[Any, str, str]:
     """Blocks, and the names of what adds to the stream in them, as the released code names them."""
     if hasattr(model, "transformer"):
         return model.transformer.h, "attn", "mlp"
@@ -56,7 +56,7 @@ def first(output: Any) -> Tensor:
 
 
 @torch.no_grad()
-def plainly(model: nn.Module, ids: Tensor, place: int, part: str, end: int | None) -> tuple[list[Tensor], Tensor]:
+def plainly(model: Any, ids: Tensor, place: int, part: str, end: int | None) -> tuple[list[Tensor], Tensor]:
     """What every block adds, and the probabilities, in a whole forward in which positions 1 to `end` lose a part."""
     blocks, attention, mlp = parts(model)
     added: list[Tensor] = []

@@ -119,6 +119,7 @@ def test_integrated_gradients_are_those_of_whole_forwards() -> None:
         with intervene(stack, {module: Replace(point)}):
             logp = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)[0, 3:8]
         logp.gather(-1, ids[0, 4:, None]).sum().backward()
+        assert point.grad is not None
         total += point.grad / 3 * (x - baseline)
     model.zero_grad()
     assert found.values[1].tolist() == pytest.approx(total.sum(-1)[0].tolist(), rel=1e-3, abs=1e-6)

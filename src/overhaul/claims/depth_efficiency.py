@@ -79,14 +79,14 @@ def _pieces(rows: Sequence[dict[str, Any]], tokenizer: Any, length: int) -> Exam
     return encoded.select([n for n, item in enumerate(encoded.items) if len(item["input_ids"]) == length])
 
 
-def _new(like: nn.Module, blocks: int) -> nn.Module:
+def _new(like: Any, blocks: int) -> nn.Module:
     """A model of the starter's shape with random weights."""
     config = copy.deepcopy(like.config)
     config.num_hidden_layers = blocks
     return type(like)(config).eval()
 
 
-def _taught(like: nn.Module, blocks: int, prose: Examples, size: Size) -> nn.Module:
+def _taught(like: Any, blocks: int, prose: Examples, size: Size) -> nn.Module:
     """A model with fewer blocks, trained for a while on all prose but what the map is judged on."""
     model = _new(like, blocks)
     fit(model, [cross_entropy("prose")], {"prose": prose[: -size.mapped]}, steps=size.steps, batch_size=size.batch,
