@@ -14,6 +14,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from overhaul.errors import RequestError
 
@@ -122,7 +123,7 @@ def collate(items: Sequence[Encoded]) -> Batch:
     """Stack examples, padding sequences on the right.
 
     Sequences get an `attention_mask` [b, t]. One-dimensional columns are padded with the value in `PADDING` (0 if not
-    named there); columns of more dimensions are padded with zeros along their first.
+    named there); columns of more dimensions, and of other lengths than the sequences', with zeros along their first.
     """
     batch: Batch = {}
     is_text = "input_ids" in items[0]
@@ -135,7 +136,8 @@ def collate(items: Sequence[Encoded]) -> Batch:
             and all(value.shape[0] == item["input_ids"].shape[0] for value, item in zip(values, items, strict=True))
         )
         if not along_time:
-            batch[name] = torch.stack(values)
+            ragged = len({value.shape for value in values}) > 1  # a value for each position that carries loss
+            batch[name] = pad_sequence(values, batch_first=True) if ragged else torch.stack(values)
             continue
         padded = values[0].new_full((len(values), width, *values[0].shape[1:]), PADDING.get(name, 0))
         for row, value in zip(padded, values, strict=True):

@@ -106,7 +106,7 @@ def dpo_term(role: str, beta: float) -> Term:
         nll, refusal = pair_nll(logits, batch)
         return dpo(nll, batch["reference_nll"], refusal, batch["other_reference_nll"], beta).sum()
 
-    return Term(role, summed, sequences, name="DPO")
+    return Term(role, summed, sequences, name="DPO", answers_only=True)
 
 
 def _lengths(batch: Batch) -> Int[Tensor, " b"]:
@@ -118,4 +118,4 @@ def _per_sequence(role: str, loss: Callable[[Tensor, Batch], Tensor], name: str)
     def summed(logits: Tensor, batch: Batch) -> Tensor:
         return torch.sum(loss(sequence_nll(logits, batch["labels"]), batch))
 
-    return Term(role, summed, sequences, name=name)
+    return Term(role, summed, sequences, name=name, answers_only=True)

@@ -19,9 +19,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from overhaul import fit
 from overhaul.data.examples import Batch, Examples
 from overhaul.errors import RequestError, RunError
-from overhaul.fit import Combine, Ledger, OptimizerFactory, Schedule, adamw, fit
+from overhaul.fit import Combine, Draw, Ledger, OptimizerFactory, Schedule, adamw
 from overhaul.method import Outcome
 from overhaul.objectives import Term, cross_entropy, cross_entropy_sum, evaluate, units
 from overhaul.references import cache_outputs, reference_nll
@@ -105,28 +106,24 @@ def unlearn(
     data = {"forget": forget.with_column("reference_nll", known)}
     for column, values in (columns or {}).items():
         data["forget"] = data["forget"].with_column(column, values)
-    terms = [term, Term("forget", _watched, units, 0.0, ANSWER_NLL)]
+    terms = [term, Term("forget", _watched, units, 0.0, ANSWER_NLL, answers_only=True)]
     kept_before = None
     if retain:
         kept_before = _nats(model, retain, training.batch_size)
-        terms += _retaining(model, retain, data, retain_term, retain_weight, training)
+        terms += _retaining(model, forget, retain, data, retain_term, retain_weight, training)
     per_epoch = math.ceil(len(forget) / training.batch_size)
-    total = training.steps or math.ceil(training.epochs * per_epoch)
+    total = _steps(forget, training)
     stop = _Stop(limit, kept_before, training.retain_drop, "retain" if retain_term == "gdr" else RETAIN_NLL, per_epoch)
-    ledger = fit(
-        model,
-        terms,
-        data,
-        steps=total,
-        batch_size=training.batch_size,
-        lr=training.lr,
-        warmup=round(training.warmup * total) if training.warmup < 1 else int(training.warmup),
-        schedule=training.schedule,
-        optimizer=optimizer or adamw(weight_decay=training.weight_decay),
-        should_stop=lambda ledger: stop.reason(ledger) is not None,
-        combine=combine,
-        name=name,
-    )
+    loop = fit.Training(
+        model, data, steps=total, lr=training.lr, warmup=training.warmup, schedule=training.schedule,
+        optimizer=optimizer or adamw(weight_decay=training.weight_decay), name=name,
+    )  # fmt: skip
+    with loop:
+        for step in loop:
+            if step.number and stop.reason(loop.ledger):
+                break
+            step.take(terms, training.batch_size, combine=combine)
+    ledger = loop.ledger
     facts: dict[str, float | int | str | list[int]] = {
         "steps": ledger.step,
         "stopped_early": "yes" if ledger.step < total else "no",
@@ -193,6 +190,7 @@ def _check(name: str, forget: Examples, retain: Examples | None, retain_term: st
 
 def _retaining(
     model: nn.Module,
+    forget: Examples,
     retain: Examples,
     data: dict[str, Examples],
     retain_term: RetainTerm,
@@ -200,17 +198,27 @@ def _retaining(
     training: Training,
 ) -> list[Term]:
     """The terms on `retain`, whose data is put beside the rest; the watch where the retain term is not the watch itself."""
-    watch = [Term("retain", _watched, units, 0.0, RETAIN_NLL)] if training.retain_drop is not None else []
+    watch = (
+        [Term("retain", _watched, units, 0.0, RETAIN_NLL, answers_only=True)]
+        if training.retain_drop is not None
+        else []
+    )
     if retain_term == "gdr":
         data["retain"] = retain
         return [cross_entropy("retain", weight, "retain")]
     if retain_term == "klr":
-        reference = cache_outputs(model, retain, training.batch_size)
+        draws = Draw("retain", len(retain), torch.initial_seed())
+        drawn = set(draws.indices(0, min(len(retain), _steps(forget, training) * training.batch_size)))
+        reference = cache_outputs(model, retain, training.batch_size, drawn)
         data["retain"] = reference.examples
         return [reference.kl_term("retain", weight, "retain"), *watch]
     if watch:
         data["retain"] = retain
     return watch
+
+
+def _steps(forget: Examples, training: Training) -> int:
+    return training.steps or math.ceil(training.epochs * math.ceil(len(forget) / training.batch_size))
 
 
 def _watched(logits: Tensor, batch: Batch) -> Tensor:
