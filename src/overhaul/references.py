@@ -95,7 +95,7 @@ def cache_outputs(model: nn.Module, examples: Examples, batch_size: int) -> Refe
     Returns:
         A Reference. It takes t * d values an example (t * vocabulary, or the number of classes, without a head).
     """
-    head = None if examples.is_image else output_head(model)
+    head = None if examples.kind == "images" else output_head(model)
     seen: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) if head is not None else None
     order = examples.by_length()
