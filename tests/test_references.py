@@ -69,7 +69,7 @@ def test_language_keeps_the_heads_input_and_images_keep_logits(family: str) -> N
     model, examples = FAMILIES[family](), examples_for(family, 3)
     reference = cache_outputs(model, examples, batch_size=2)
     kept = reference.examples.items[0][COLUMN]
-    if examples.is_image:
+    if examples.kind == "images":
         assert reference.head is None
         assert kept.shape == (10,)
     else:

@@ -137,9 +137,8 @@ def _of_one_length(examples: Examples, size: int) -> list[list[Encoded]]:
     if size < 2:
         return []
 
-    def shape(place: int) -> tuple[int, ...]:
-        item = examples.items[place]
-        return tuple(item["input_ids" if "input_ids" in item else "pixel_values"].shape)
+    def shape(place: int) -> list[tuple[str, tuple[int, ...]]]:
+        return [(name, tuple(value.shape)) for name, value in sorted(examples.items[place].items())]
 
     chunks: list[list[Encoded]] = []
     for _, places in groupby(sorted(range(len(examples)), key=shape), key=shape):

@@ -13,11 +13,12 @@ How it differs from keeping the reference model (as most preference and distilla
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from overhaul import session
@@ -68,7 +69,7 @@ class Reference:
         return self.logits_of(self.kept(batch))
 
     def kept(self, batch: Batch) -> Tensor:
-        """What is cached for a batch where labels count, one example after the other: [n, d], [n, vocabulary] or [b, classes].
+        """What is cached for a batch where labels count: [n, d], [n, vocabulary] or [b, classes], by example.
 
         Raises:
             ValueError: the batch holds examples whose outputs were not asked for.
@@ -117,7 +118,7 @@ def cache_outputs(
         A Reference. It takes k * d values an example with k loss-carrying positions (k * vocabulary, or the number of
         classes, without a head).
     """
-    head = None if examples.is_image else output_head(model)
+    head = None if examples.kind == "images" else output_head(model)
     seen: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) if head is not None else None
     order = [place for place in examples.by_length() if places is None or place in places]
@@ -143,6 +144,16 @@ def cache_outputs(
         column[place] = column[order[0]][:0] if order else column[place]
     frozen = None if head is None else copy.deepcopy(head).requires_grad_(False)
     return Reference(examples.with_column(COLUMN, column), frozen)
+
+
+@contextmanager
+def head_only_at(head: nn.Module, keep: Bool[Tensor, "b t-1"]) -> Iterator[None]:
+    """The output head, and what follows it, see these positions alone, as one sequence: logits are [1, n, v]."""
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][:, : keep.shape[1]][keep][None], *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -38,7 +38,7 @@ def own_answers(teacher: nn.Module, examples: Examples, new_tokens: int | None =
         RequestError: the examples are images or have no tokenizer, or the teacher cannot generate.
     """
     tokenizer = examples.processor
-    if examples.is_image or tokenizer is None:
+    if examples.kind == "images" or tokenizer is None:
         raise RequestError(
             'shrink.heal: target="own_answers" lets the teacher continue prompts, so `text` must be questions or texts '
             'with their tokenizer. For images take target="teacher".'

@@ -39,12 +39,14 @@ def test_resuming_gives_the_same_weights_bit_for_bit(family: str, way: str, tmp_
     def train(scratch: Path | None, stop: Any = None, report: session.Report = lambda *_: None) -> tuple[Any, Ledger]:
         torch.manual_seed(3)
         model = FAMILIES[family](**dropout)
-        with session.using(scratch=scratch, checkpoint_seconds=0.0, report=report):
-            with Training(model, data, steps=8, lr=1e-2, warmup=2, schedule="cosine") as training:
-                for step in training:
-                    if stop and stop(training.ledger):
-                        break
-                    step.take(terms, {"a": 4, "b": 3})
+        with (
+            session.using(scratch=scratch, checkpoint_seconds=0.0, report=report),
+            Training(model, data, steps=8, lr=1e-2, warmup=2, schedule="cosine") as training,
+        ):
+            for step in training:
+                if stop and stop(training.ledger):
+                    break
+                step.take(terms, {"a": 4, "b": 3})
         return weights(model), training.ledger
 
     straight, whole = train(None)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
+
+from overhaul.outcome import Table
 
 STAGES = ["before", "forget.npo", "shrink.drop_layers", "shrink.heal"]
 
@@ -38,6 +41,29 @@ def falling(start: float, end: float, steps: int) -> list[float]:
     return [end + (start - end) * math.exp(-4 * i / steps) + noise[i] for i in range(steps)]
 
 
+def tables() -> dict[str, dict[str, Any]]:
+    """One of each kind: a grid of one sign with holes, a wide grid of both signs, a plain table, points."""
+    effects = [[abs(math.sin(3 * i + j)) * 0.4 if j > i else None for j in range(8)] for i in range(8)]
+    wide = [[math.sin(i / 3 + j / 7) for j in range(80)] for i in range(32)]
+    parts = ["attention.out", "mlp.down", "embeddings"]
+    found = {
+        "effect on later blocks": Table.grid(
+            effects, range(8), range(8), along="block left out", across="block that reads it", unit="relative change"
+        ),
+        "logit lens": Table.grid(wide, range(32), range(80), along="layer", across="position", unit="nats"),
+        "accuracy by task": Table.grid(
+            [[0.9, 0.5], [None, 0.8], [0.1, 0.2]], parts, ["after the first task", "after the second"], unit="share"
+        ),
+        "candidates": Table(
+            ("path", "loss", "kept", "legal"), (("0-1-2-4", 1.234567, 6, True), ("0-2", None, 3, False))
+        ),
+        "criteria": Table.points(
+            [("magnitude", 0.2, 0.81), ("wanda", 0.5, 0.9), ("random", 0.01, 0.4)], x="rank correlation", y="accuracy"
+        ),
+    }
+    return {title: asdict(table) for title, table in found.items()}
+
+
 def language_report() -> dict[str, Any]:
     """Forget, shrink and heal: every group but `learned`, every unit."""
     npo = {
@@ -65,6 +91,11 @@ def language_report() -> dict[str, Any]:
         "seconds": 1.9,
         "peak_bytes": 301_000_000,
         "facts": {"dropped": [5, 6]},
+        "tables": tables(),
+        "made": {
+            "kept": {"kind": "rows", "path": "made/kept.jsonl", "count": 1204},
+            "adapter": {"kind": "checkpoint", "path": "made/adapter", "count": None},
+        },
         "layers": {
             "block influence": {str(d): v for d, v in enumerate([0.41, 0.18, 0.12, 0.11, 0.08, 0.05, 0.06, 0.22])},
             "dropped": {str(d): float(d in (5, 6)) for d in range(8)},
@@ -197,6 +228,17 @@ def odd_report() -> dict[str, Any]:
             "one": [3.0],
         },
         roles={HOSTILE: 3},
+        tables={
+            HOSTILE: asdict(Table((HOSTILE, word), ((HOSTILE, word), (None, 1)), unit=HOSTILE)),
+            f"heat {HOSTILE}": asdict(
+                Table.grid([[1.0, None]], [HOSTILE], [word, HOSTILE], along=word, across=HOSTILE)
+            ),
+            "no value": asdict(Table.grid([[None, None]], ["a"], ["b", "c"])),
+            "one value": asdict(Table.grid([[2.0]], ["a"], ["b"], unit=HOSTILE)),
+            "no rows": asdict(Table(("a", "b"), ())),
+            f"points {HOSTILE}": asdict(Table.points([(HOSTILE, 1.0, 2.0)], x=word, y=HOSTILE)),
+        },
+        made={HOSTILE: {"kind": HOSTILE, "path": word, "count": 3}},
     )
     whole = language_report()
     return {

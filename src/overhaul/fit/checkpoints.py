@@ -174,7 +174,7 @@ def now(team: Workers, step: int, examples: dict[str, int], state: TrainingState
 
 
 class TrainingCheckpoint:
-    """Weights, norm statistics, optimizers, random state and what the loop keeps, in one file of the session's scratch folder.
+    """Weights, norm statistics, optimizers, random state and what the loop keeps, in one file of the scratch folder.
 
     Args:
         name: of the training.

@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from overhaul import processes, session
-from overhaul.data.examples import Batch, Examples, collate
+from overhaul.data.examples import Batch, Examples, collate, length
 from overhaul.fit.checkpoints import MAIN
 from overhaul.fit.combining import Apart, Combine
 from overhaul.fit.draws import Ledger, by_length
@@ -52,8 +53,9 @@ class Step:
         """
         draw, ledger, data = self.training.draw(role), self.training.ledger, self.training.data
         drawn = data[role].select(draw.indices(ledger.examples[role], count))
+        drawn = replace(drawn, items=list(drawn.items))  # of a large file, read once
         ledger.examples[role] += count
-        ledger.tokens[role] += sum(item["input_ids"].shape[0] if "input_ids" in item else 1 for item in drawn.items)
+        ledger.tokens[role] += sum(map(length, drawn.items))
         return drawn
 
     def backward(
@@ -109,6 +111,10 @@ class Step:
         self.losses |= losses
         self.total += sum(weights[name] * value for name, value in losses.items())
         return losses
+
+    def record(self, values: Mapping[str, float]) -> None:
+        """Numbers about this step, such as a mean reward, for the curves; before `apply`."""
+        self.said |= values
 
     def apply(self, optimizer: str = MAIN) -> None:
         """Let an optimizer step on the gradients of the parameters that are its own; gradients are used up by it.

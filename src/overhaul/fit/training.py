@@ -3,7 +3,7 @@
     with Training(model, data, steps=100, lr=1e-6, name="grpo") as training:
         for step in training:                          # goes on where an interrupted one stopped, `kept` included
             prompts = step.draw("prompts", 32)
-            answers = rollouts(model, prompts, 8, seed=step.seed)
+            answers = rollouts(training.live, prompts, 8, seed=step.seed)
             step.backward([grpo("answers")], {"answers": answers})
             step.apply()
             training.kept["buffer"] = buffer           # tensors and plain values, saved with the checkpoint
@@ -160,6 +160,11 @@ class Training:
             self.open = None
             if self.checkpoint.due():
                 self.checkpoint.save(self.team, asdict(self.ledger), self.kept)
+
+    @property
+    def live(self) -> nn.Module:
+        """What trains: the model, or this process's copy in shards. What is sampled between steps is asked of it."""
+        return self.team.model
 
     def draw(self, role: str) -> Draw:
         """The order of a role's examples.

@@ -11,8 +11,10 @@ How it differs from the released code:
 
 1. Both of its forms are here: gamma of BLUR-NPO, alpha of BLUR-RMU.
 2. "npo" is NPO, from log-likelihoods of the labels; the code for MUSE takes raw logits over the vocabulary.
-3. The gradients are combined after accumulation and after they were added up over processes, and clipped after that. The
-   code clips before there is a gradient (MUSE), or each gradient before it is combined (TOFU).
+3. The gradients are combined after accumulation and after they were added up over processes, and clipped after that. What
+   the code steps along is never clipped: its MUSE part clips when no parameter has a gradient, its TOFU part clips the
+   plain sum, which the combined gradient then replaces (and combines those of the last micro-batch alone), its WMDP part
+   does not clip.
 4. Where the forget gradient is nothing beside the retain gradient (a saturated NPO), nothing is projected out.
 
 What AdamW breaks: that the forget loss falls by rate * gamma <g_f, g_f>, whatever the retain gradient, holds for a step

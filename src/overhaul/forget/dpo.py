@@ -112,7 +112,7 @@ def refused(forget: Examples, refusals: Sequence[str]) -> Examples:
     Raises:
         RequestError: these are images or texts, or the tokenizer is not known.
     """
-    if forget.is_image:
+    if forget.kind == "images":
         raise RequestError(
             "forget.dpo writes a refusal as an answer, and these are images. Use forget.npo, forget.simnpo or "
             "forget.grad_diff."

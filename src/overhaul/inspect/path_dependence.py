@@ -303,7 +303,7 @@ def check_stages(method: str, stages: Mapping[str, Examples]) -> None:
         RequestError: a stage holds images or nothing that carries loss; it begins with the name of the method.
     """
     for name, examples in stages.items():
-        if examples.is_image:
+        if examples.kind == "images":
             raise RequestError(f"{method} needs answers of a language model; these are images.")
         if not len(examples) or not _tokens(examples):
             raise RequestError(f"{method}: no label of the role {name!r} carries loss: nothing to learn.")

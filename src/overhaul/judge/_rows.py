@@ -47,6 +47,7 @@ ATTACKS: Mapping[str, Callable[[Scored, str], float]] = {
     "min_k": lambda one, _: min_k(one.logp, SHARE),
     "min_k_plus_plus": lambda one, _: min_k_plus_plus(one, SHARE),
 }
+WITHOUT_EOS = ("min_k", "min_k_plus_plus")
 LEAKAGE = "min_k"
 """The attack behind privacy leakage (MUSE)."""
 
@@ -154,7 +155,11 @@ class Judged:
             if name == "zlib" and None in texts:
                 continue
             scores = [
-                [how(one, text) for one, text in zip(each.scored, said or [""] * len(each.scored), strict=True)]
+                # as the reference codes do, Min-K leaves the closing EOS out and the loss does not
+                [
+                    how(one.without(each.eos) if name in WITHOUT_EOS else one, text)
+                    for one, text in zip(each.scored, said or [""] * len(each.scored), strict=True)
+                ]
                 for each, said in zip((members, others), texts, strict=True)
             ]
             row.samples[f"privacy.{name}.forget"], row.samples[f"privacy.{name}.holdout"] = scores
@@ -211,10 +216,8 @@ def _note(row: Row, name: str, values: list[float]) -> None:
 
 
 def _texts(evidence: Evidence) -> list[str] | None:
-    """The answers as they are written, where they can be."""
-    if evidence.kind == "images" or (evidence.kind == "text" and evidence.examples.processor is None):
-        return None
-    return evidence.texts
+    """What was scored as text, where it can be read back."""
+    return None if evidence.kind == "images" or evidence.examples.processor is None else evidence.texts
 
 
 def against(row: Row, original: Row, retrained: Row | None) -> Row:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from overhaul.data.tasks import verify
+from overhaul.data.verifiers import verify
 from overhaul.judge import likelihood, standards
 from overhaul.judge.evidence import Evidence, Kind, truth_ratios
 from overhaul.judge.generation import repeated_share, rouge_l, rouge_l_f1
@@ -30,8 +30,8 @@ Better = Literal["up", "down"]
 Wanted = Literal["up", "down", "same", "chance", "anchor"]
 Value = tuple[float, int]
 
-NEXT_QUESTION = re.compile(r"\n\s*\n|\bQuestion\b")
-"""Where a model that does not stop goes on by itself: what follows is no part of its answer."""
+NEXT_QUESTION = re.compile(r"\n\s*\n|\nQuestion|Question:")
+"""Where a model that does not stop goes on by itself: what follows is no part of its answer (MUSE, Open-Unlearning)."""
 
 RETRAINED = "retrained_"
 """How the name of an argument begins that reads the retrained model."""
@@ -129,7 +129,7 @@ def verbatim_memorisation(role: Evidence) -> Value:
 
 @metric("known on being asked (KnowMem)", unit="share", reads=("answers",))
 def knowledge_memorisation(role: Evidence) -> Value:
-    """Mean ROUGE-L F1 of greedy answers, each cut at the first blank line or further question (MUSE)."""
+    """Mean ROUGE-L F1 of greedy answers, each cut at the first blank line, "Question" on a new line or "Question:" (MUSE)."""
     return _mean([rouge_l_f1(one.expected, NEXT_QUESTION.split(one.text)[0]) for one in role.answered])
 
 
@@ -171,8 +171,8 @@ def bits_per_byte(role: Evidence) -> Value:
 def truth_ratio(role: Evidence) -> Value:
     """Mean of min(R, 1/R), R = geometric mean probability of the row's `wrong` answers over that of the right one.
 
-    1 cannot tell them apart. The right answer is the row's `paraphrased_answer`, the question its `paraphrase`, where it
-    has them (TOFU as in its code).
+    1 cannot tell them apart. The question is the row's own, the right answer its `paraphrased_answer` where it has one (TOFU
+    as in its code).
     """
     return _mean([min(ratio, 1 / ratio) for ratio in truth_ratios(role)])
 
@@ -220,13 +220,13 @@ def by_zlib(role: Evidence) -> list[float]:
 
 
 def by_min_k(role: Evidence, share: float = 0.2) -> list[float]:
-    """The mean log-probability of the `share` of the tokens that is least likely (Min-K)."""
-    return [likelihood.min_k(one.logp, share) for one in role.scored]
+    """The mean log-probability of the `share` of the tokens that is least likely, the closing EOS left out (Min-K)."""
+    return [likelihood.min_k(one.without(role.eos).logp, share) for one in role.scored]
 
 
 def by_min_k_plus_plus(role: Evidence) -> list[float]:
     """As `by_min_k`, in deviations from what the model expected at each token (Min-K++)."""
-    return [likelihood.min_k_plus_plus(one) for one in role.scored]
+    return [likelihood.min_k_plus_plus(one.without(role.eos)) for one in role.scored]
 
 
 ATTACKS: Mapping[str, tuple[str, Attack, tuple[Kind, ...]]] = {

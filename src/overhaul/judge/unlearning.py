@@ -33,10 +33,11 @@ from overhaul import session
 from overhaul.data.examples import Examples, join
 from overhaul.errors import RequestError, did_you_mean, writing
 from overhaul.fit import fit
-from overhaul.judge._rows import ATTACKS, BLOCKS, LEAKAGE, About, Judged, Row, against, finite
+from overhaul.judge._rows import BLOCKS, SHARE, About, Judged, Row, against, finite
 from overhaul.judge.evidence import Evidence
 from overhaul.judge.generation import rouge_l_f1
-from overhaul.judge.likelihood import auc, score
+from overhaul.judge.likelihood import auc
+from overhaul.judge.metrics import by_min_k
 from overhaul.judge.robustness import Attacks
 from overhaul.judge.standards import privacy_leakage
 from overhaul.method import Outcome
@@ -305,7 +306,7 @@ def criteria(
 
     with at_rest(model):
         said = {"verbatim": f1(text)} if text is not None else {}
-        members, others = ([ATTACKS[LEAKAGE](one, "") for one in score(model, part)] for part in (forget, holdout))
+        members, others = (by_min_k(Evidence(model, part, limit), SHARE) for part in (forget, holdout))
         leakage = privacy_leakage(auc(members, others), retrained_auc)
         return {**said, "knowledge": f1(forget), "leakage": leakage, "utility": f1(retain)}
 

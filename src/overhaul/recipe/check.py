@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from overhaul import method as methods
 from overhaul import models
 from overhaul.data.examples import Examples, join
+from overhaul.data.forms import find_form
 from overhaul.data.materials import Row, Source, encode, form_of, load_rows
 from overhaul.errors import RequestError, did_you_mean
 from overhaul.judge import judge as judging
@@ -52,7 +53,7 @@ class Checked:
     model: models.Checkpoint
     processor: Any
     steps: list[Step]
-    rows: Mapping[str, list[tuple[Source, list[Row]]]]
+    rows: Mapping[str, list[tuple[Source, Sequence[Row]]]]
     references: Mapping[str, ModelReference]
     requests: list[judging.Request]
     used: list[str] = field(default_factory=list)
@@ -81,7 +82,7 @@ class Checked:
         for role, examples in data.items():
             if not len(examples):
                 raise RequestError(f"The material {role!r} has rows, but no example is left once they are encoded.")
-            if not examples.is_image:
+            if examples.kind in ("tokens", "pairs"):
                 _check_tokens(role, examples, self.model.config)
         return data
 
@@ -135,7 +136,8 @@ def check(document: Document, *, shapes: bool = True) -> Checked:
         models.check_shapes(known)
     processor = models.load_processor(known)
     for role in used:
-        if any(form_of(*source) != "image" for source in rows[role]) and not hasattr(processor, "encode"):
+        read = any(find_form(form_of(*source)).needs == "tokenizer" for source in rows[role])
+        if read and not hasattr(processor, "encode"):
             raise RequestError(
                 f"The material {role!r} is text, but {known.source} has no tokenizer. Put its tokenizer.json beside the "
                 "weights (`tokenizer.save_pretrained(folder)`)."
@@ -182,8 +184,10 @@ def _relative(source: str, document: Document) -> str:
     return str(beside) if beside.is_dir() else source
 
 
-def _load(recipe: Recipe, document: Document, references: Sequence[str]) -> dict[str, list[tuple[Source, list[Row]]]]:
-    loaded: dict[str, list[tuple[Source, list[Row]]]] = {}
+def _load(
+    recipe: Recipe, document: Document, references: Sequence[str]
+) -> dict[str, list[tuple[Source, Sequence[Row]]]]:
+    loaded: dict[str, list[tuple[Source, Sequence[Row]]]] = {}
     for role, value in recipe.materials.items():
         if role in references:
             continue

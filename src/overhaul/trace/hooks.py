@@ -119,10 +119,10 @@ def measure(
         stream: see `capture`.
     """
     device = next(stack.model.parameters()).device
-    with at_rest(stack.model), torch.no_grad():
-        with capture(stack, sites, reduce, skip_first=skip_first, stream=stream) as seen:
-            for batch in batches:
-                invoke(stack.model, map_tensors(dict(batch), lambda tensor: tensor.to(device)))
+    kept = capture(stack, sites, reduce, skip_first=skip_first, stream=stream)
+    with at_rest(stack.model), torch.no_grad(), kept as seen:
+        for batch in batches:
+            invoke(stack.model, map_tensors(dict(batch), lambda tensor: tensor.to(device)))
     return seen
 
 
