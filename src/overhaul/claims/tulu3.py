@@ -1,15 +1,15 @@
 """Claims of arXiv:2411.15124 (Tulu 3): length-normalised DPO does not reward length, and verifiable rewards raise success.
 
 The paper's stages at the size of a laptop: a character-level Llama of two blocks is taught sums of two-digit numbers, digits
-reversed, until it is right about half of the time when it is sampled. It may say a sum one to four times, as often each
+reversed, until half of what it says when it is sampled is right. It may say a sum one to four times, as often each
 ("570", "570+570", ...): so an answer has a length that has nothing to do with being right.
 
 1. DPO: the chosen answer of a pair is right and the rejected one wrong, and the rejected one is also shorter. Both losses
-   train on the same pairs, steps and rate, each with its usual beta (0.1 for sums, 5 for means). Null control: the same
-   pairs with both answers of one length.
+   train on the same pairs at one rate, each with its usual beta (0.1 for sums, 5 for means), until as many pairs are won.
+   Null control: the same pairs with both answers of one length.
 2. RLVR: GRPO with the exact verifier from the same start. Null control: the same rewards, shuffled over the answers of a
    step: chance is what a group earns by luck.
-3. Length and success are those of 500 answers sampled at temperature 1 to sums that no stage has seen.
+3. Length and success are those of 400 answers sampled at temperature 1 to sums that no stage has seen.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from torch import nn
 
 from overhaul.align.dpo import Loss, dpo_term, with_reference, won_term
 from overhaul.align.rlvr import learn_from
-from overhaul.claims._claim import Numbers
+from overhaul.claims._claim import Check, Claim, Numbers
 from overhaul.claims.layer_pruning_limits import Characters
 from overhaul.data.encode import answered
 from overhaul.data.examples import Examples
-from overhaul.fit import Regime, Training, fit
+from overhaul.fit import Regime, Training, TrainingState, fit
 from overhaul.objectives import cross_entropy
 from overhaul.rollouts import rollouts
 
 REPEATS = 4
 LONGEST = 4 * REPEATS
-WON = 0.85
+WON = 0.95
+TAUGHT = 0.5
 BETAS: Mapping[Loss, float] = {"sum": 0.1, "length_normalised": 5.0}
 
 
@@ -43,13 +44,15 @@ BETAS: Mapping[Loss, float] = {"sum": 0.1, "length_normalised": 5.0}
 class Size:
     """How much is trained and judged; the defaults are the experiment, a test takes less."""
 
-    teaching_steps: int = 500
+    teaching_parts: int = 24
+    steps_in_part: int = 50
     pairs: int = 3000
-    dpo_steps: int = 150
+    dpo_steps: int = 100
     rlvr_steps: int = 60
     rlvr_prompts: int = 24
     samples: int = 8
-    judged: int = 500
+    judged: int = 400
+    watched: int = 150
 
 
 def run(seed: int) -> Numbers:
@@ -64,13 +67,12 @@ def experiment(seed: int, size: Size) -> Numbers:
     sums = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     draw.shuffle(sums)
     judged, known = sums[: size.judged], sums[size.judged :]
-    start = _taught([_example(a, b, draw.randint(1, REPEATS)) for a, b in known], size)
+    watched, known = known[: size.watched], known[size.watched :]
+    start = _taught([_example(a, b, draw.randint(1, REPEATS)) for a, b in known], watched, size)
     found: Numbers = {}
 
     def note(label: str, model: nn.Module) -> None:
-        said = rollouts(model, _questions(judged), new_tokens=LONGEST, seed=seed, logprobs=False)
-        found[f"{label}: success"] = sum(right(row, row["rollout"]) * row["ended"] for row in said.rows) / len(said)
-        found[f"{label}: repeats"] = sum(row["rollout"].count("+") + 1 for row in said.rows) / len(said)
+        found[f"{label}: success"], found[f"{label}: repeats"] = sampled(model, judged, seed)
 
     note("start", start)
     for kind in ("length differs", "one length"):
@@ -81,10 +83,17 @@ def experiment(seed: int, size: Size) -> Numbers:
             note(label, model)
     for label, reward in (("RLVR", right), ("RLVR, shuffled rewards", Shuffled(seed, size))):
         model = copy.deepcopy(start)
-        regime = Regime(steps=size.rlvr_steps, batch_size=size.rlvr_prompts, lr=2e-4, warmup=0.0, schedule="constant")
+        regime = Regime(steps=size.rlvr_steps, batch_size=size.rlvr_prompts, lr=3e-4, warmup=0.0, schedule="constant")
         learn_from(reward, model, _questions(known), size.samples, 1, 0.01, 0.2, 1.0, LONGEST, regime)
         note(label, model)
     return found
+
+
+def sampled(model: nn.Module, sums: Sequence[tuple[int, int]], seed: int) -> tuple[float, float]:
+    """The share of sampled answers that are right, and how often they say the sum in the mean."""
+    said = rollouts(model, _questions(sums), new_tokens=LONGEST, seed=seed, logprobs=False)
+    success = sum(right(row, row["rollout"]) * row["ended"] for row in said.rows)
+    return success / len(said), sum(row["rollout"].count("+") + 1 for row in said.rows) / len(said)
 
 
 def _preferred(model: nn.Module, pairs: Examples, loss: Loss, beta: float, size: Size) -> tuple[float, float]:
@@ -106,13 +115,14 @@ def right(row: Mapping[str, Any], text: str) -> float:
 
 
 class Shuffled:
-    """The null control: each answer gets the reward of the answer that came a random number of answers before."""
+    """The null control: each answer gets the reward of one of the answers before it, whichever that is."""
 
     def __init__(self, seed: int, size: Size) -> None:
         self.draw, self.earlier = random.Random(seed), list[float]()
         self.window = size.rlvr_prompts * size.samples
 
     def __call__(self, row: Mapping[str, Any], text: str) -> float:
+        """A reward that has nothing to do with the answer, and is given as often."""
         self.earlier = [*self.earlier[-self.window :], right(row, text)]
         return self.draw.choice(self.earlier)
 
@@ -150,7 +160,7 @@ def _pairs(sums: Sequence[tuple[int, int]], length_differs: bool, draw: random.R
     return Examples([{**one, **two} for one, two in zip(good.items, beside, strict=True)], good.rows, good.processor)
 
 
-def _taught(examples: Sequence[tuple[str, str, str]], size: Size) -> nn.Module:
+def _taught(examples: Sequence[tuple[str, str, str]], watched: Sequence[tuple[int, int]], size: Size) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -159,15 +169,57 @@ def _taught(examples: Sequence[tuple[str, str, str]], size: Size) -> nn.Module:
         eos_token_id=Characters.eos_token_id,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    lessons = {"sums": _encode(examples)}
-    fit(
-        model,
-        [cross_entropy("sums")],
-        lessons,
-        steps=size.teaching_steps,
-        batch_size=48,
-        lr=3e-3,
-        warmup=50,
-        name="sft",
-    )
+    lessons, state = {"sums": _encode(examples)}, TrainingState()
+    for _ in range(size.teaching_parts):
+        fit(
+            model, [cross_entropy("sums")], lessons, steps=size.steps_in_part, batch_size=64, lr=2e-3, state=state,
+            name=f"sft {state.step}",
+        )  # fmt: skip
+        if sampled(model, watched, 0)[0] >= TAUGHT:
+            break
     return model
+
+
+def _longer(found: Mapping[str, float], loss: Loss, kind: str = "length differs") -> float:
+    return found[f"DPO {loss}, {kind}: repeats"] - found["start: repeats"]
+
+
+CLAIM = Claim(
+    slug="tulu3",
+    paper="2411.15124",
+    title="Length-normalised DPO lengthens answers less, and verifiable rewards raise success",
+    statement=(
+        "DPO on log-probabilities a token does not answer at greater length merely because rejected answers were shorter; "
+        "reinforcement from a program that checks answers makes a taught model right more often."
+    ),
+    checks=(
+        Check(
+            "the taught model is sampled right between 0.3 and 0.8 of the time",
+            lambda found: 0.3 <= found["start: success"] <= 0.8,
+        ),
+        Check(
+            "where rejected answers are shorter, plain DPO lengthens answers by at least 0.2 repeats",
+            lambda found: _longer(found, "sum") >= 0.2,
+        ),
+        Check(
+            "length-normalised DPO lengthens them by at least 0.1 repeats less than plain DPO",
+            lambda found: _longer(found, "length_normalised") <= _longer(found, "sum") - 0.1,
+        ),
+        Check(
+            "null control: on pairs of one length neither changes the length by more than 0.2 repeats",
+            lambda found: all(abs(_longer(found, loss, "one length")) <= 0.2 for loss in BETAS),
+        ),
+        Check(
+            "RLVR raises the success by at least 0.1",
+            lambda found: found["RLVR: success"] >= found["start: success"] + 0.1,
+        ),
+        Check(
+            "null control: shuffled rewards raise it by at most 0.05, and RLVR is at least 0.1 above them",
+            lambda found: (
+                found["RLVR, shuffled rewards: success"] <= found["start: success"] + 0.05
+                and found["RLVR: success"] >= found["RLVR, shuffled rewards: success"] + 0.1
+            ),
+        ),
+    ),
+    run=run,
+)
