@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from overhaul.errors import RequestError, writing
+from overhaul.files import write_json, write_text
 from overhaul.models import Checkpoint
 
 
@@ -32,28 +33,27 @@ def code_version(folder: Path) -> str:
     return key_of(*((path.name, path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.py"))))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write beside the place, then rename."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON; NaN is refused."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
 @dataclass(frozen=True)
 class Stage:
-    """A model of the run: as it came in, or after a step."""
+    """A model of the run: as it came in, or after a step.
+
+    Attributes:
+        name: of the step.
+        key: of the model: all that it depends on.
+        facts: of its folder.
+        record: of the step.
+        place: the step's folder.
+        step_key: of the step, on which its products depend.
+        changed: whether the step made a model; else the one before goes on.
+    """
 
     name: str
     key: str
     facts: Checkpoint
     record: Mapping[str, Any] | None = None
+    place: Path | None = None
+    step_key: str = ""
+    changed: bool = True
 
 
 class RunFolder:
