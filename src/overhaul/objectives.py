@@ -113,9 +113,8 @@ def forward_answers(model: nn.Module, batch: Batch) -> tuple[Tensor, Batch]:
 
     def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         state = args[0] if args else None
-        alike = isinstance(state, Tensor) and state.ndim == 3 and len(state) == len(index)
-        gathered.append(alike and int(index.max()) < state.shape[1])
-        if not gathered[-1]:
+        gathered.append(isinstance(state, Tensor) and _fits(state, index))
+        if not (gathered[-1] and isinstance(state, Tensor)):
             return None
         return (state.gather(1, index[..., None].expand(-1, -1, state.shape[2])), *args[1:])
 
@@ -131,6 +130,10 @@ def forward_answers(model: nn.Module, batch: Batch) -> tuple[Tensor, Batch]:
         for name, side, (place, real) in zip(("labels", "other_labels"), sides, places, strict=False)
     }
     return logits, {**batch, **shorter}
+
+
+def _fits(state: Tensor, index: Tensor) -> bool:
+    return state.ndim == 3 and len(state) == len(index) and int(index.max()) < state.shape[1]
 
 
 def _first(keep: Tensor, most: int) -> tuple[Int[Tensor, "b k+1"], Tensor]:

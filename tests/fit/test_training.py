@@ -266,6 +266,7 @@ def test_a_step_that_is_not_applied_is_told() -> None:
 
 def test_a_bad_step_leaves_weights_and_statistics_and_ends_the_loop() -> None:
     model, data = tiny_resnet(), {"a": examples_for("resnet", 8)}
+    good = weights(model)
     worse = Term("a", lambda logits, batch: logits.sum() * torch.nan, sequences, name="worse")
     with (
         pytest.raises(RunError, match="step 2: the term 'worse' on the role 'a' is nan"),
