@@ -161,16 +161,18 @@ def go_on(team: Workers, state: TrainingState) -> None:
     if state.optimizer:
         load_optimizer_state(team, state.optimizer)
     for name, master in team.named:
-        known, weight = state.masters.get(name), team.low.get(name)
-        if known is not None and weight is not None and torch.equal(known.to(weight), weight):
-            master.copy_(known)
+        known, dtype = state.masters.get(name), team.stored.get(name)
+        if known is not None and dtype is not None:
+            begun = whole(master).to(dtype).cpu()
+            if torch.equal(known.to(dtype), begun):
+                master.copy_(_like(known, master))
 
 
 def now(team: Workers, step: int, examples: dict[str, int], state: TrainingState) -> None:
     """Bring a state up to date."""
     state.step, state.examples = step, examples
     state.optimizer = optimizer_state(team)
-    state.masters = {name: master.detach().cpu().clone() for name, master in team.named if name in team.low}
+    state.masters = {name: whole(master).detach().cpu().clone() for name, master in team.named if name in team.stored}
 
 
 class TrainingCheckpoint:

@@ -52,7 +52,8 @@ class Workers:
         optimizers: accelerate's wrappers of those that were built, each of which is the `optimizer` of its own.
         named: what the optimizers step on: the parameters that train, shards where `sharded`, and the float32 masters of
             those that are held in less.
-        low: the weights that have masters, by name; outside shards.
+        low: the weights that have masters beside them, by name; outside shards.
+        stored: the dtype of each trained weight that the given model holds in less than float32.
         statistics: buffers of the model's state, such as batch norm's running means: a forward changes them.
         sharded: whether this process holds a shard of each parameter, or all of it.
     """
@@ -62,6 +63,7 @@ class Workers:
     optimizers: Mapping[str, Any]
     named: Sequence[tuple[str, nn.Parameter]]
     low: Mapping[str, nn.Parameter]
+    stored: Mapping[str, torch.dtype]
     statistics: Sequence[tuple[str, Tensor]]
     sharded: bool
 
@@ -174,8 +176,10 @@ def workers(model: nn.Module, trained: Collection[str], make: Mapping[str, Optim
         RequestError: the launcher asks for a way of training that this is not made for.
     """
     accelerator = _accelerator()
+    stored = {_plain(name): p.dtype for name, p in model.named_parameters() if name in trained and _is_low(p)}
     sharded = accelerator.distributed_type is DistributedType.FSDP
-    with _sharded(model, accelerator, trained, make) if sharded else _whole(model, accelerator, trained, make) as team:
+    prepare = _sharded if sharded else _whole
+    with prepare(model, accelerator, trained, make, stored) as team:
         try:
             with _own_random_stream():
                 yield team
@@ -187,7 +191,11 @@ def workers(model: nn.Module, trained: Collection[str], make: Mapping[str, Optim
 
 @contextmanager
 def _sharded(
-    model: nn.Module, accelerator: Accelerator, trained: Collection[str], make: Mapping[str, OptimizerFactory]
+    model: nn.Module,
+    accelerator: Accelerator,
+    trained: Collection[str],
+    make: Mapping[str, OptimizerFactory],
+    stored: Mapping[str, torch.dtype],
 ) -> Iterator[Workers]:
     """Shards of a copy, in float32: its shards are their own masters."""
     if len(make) > 1:
@@ -202,14 +210,18 @@ def _sharded(
     prepared, stepper = accelerator.prepare(subject, optimizer)
     named = [(_plain(name), p) for name, p in prepared.named_parameters() if _plain(name) in trained]
     try:
-        yield Workers(accelerator, prepared, {which: stepper}, named, {}, _statistics(prepared), sharded=True)
+        yield Workers(accelerator, prepared, {which: stepper}, named, {}, stored, _statistics(prepared), sharded=True)
     finally:
         model.to(home)
 
 
 @contextmanager
 def _whole(
-    model: nn.Module, accelerator: Accelerator, trained: Collection[str], make: Mapping[str, OptimizerFactory]
+    model: nn.Module,
+    accelerator: Accelerator,
+    trained: Collection[str],
+    make: Mapping[str, OptimizerFactory],
+    stored: Mapping[str, torch.dtype],
 ) -> Iterator[Workers]:
     """The model itself, with masters of what is below float32."""
     with _float16_widened(model), ExitStack() as undo:
@@ -225,7 +237,7 @@ def _whole(
         steppers = {which: accelerator.prepare_optimizer(build(model, masters)) for which, build in make.items()}
         named = [(_plain(name), master) for name, master in masters.items()]
         low = {_plain(name): parameter for name, parameter in low.items()}
-        yield Workers(accelerator, prepared, steppers, named, low, _statistics(prepared), sharded=False)
+        yield Workers(accelerator, prepared, steppers, named, low, stored, _statistics(prepared), sharded=False)
 
 
 def _is_low(tensor: Tensor) -> bool:
