@@ -10,7 +10,7 @@ import math
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from conftest import examples_for, tiny_gpt2, tiny_llama, tiny_resnet
 from overhaul import session
 from overhaul.data.examples import Batch, Examples
 from overhaul.errors import RequestError, RunError
-from overhaul.fit import Draw, Ledger, adamw, fit
+from overhaul.fit import Draw, Ledger, Training, adamw, fit
 from overhaul.fit.checkpoints import TrainingState
 from overhaul.fit.projection import bilevel
 from overhaul.objectives import Penalty, Term, cross_entropy, cross_entropy_sum, sequence_nll, sequences, units
@@ -95,14 +95,23 @@ def fewer_examples_than_processes(scratch: Path) -> Result:
     return result(model, fit(model, [cross_entropy("a")], data, steps=3, batch_size=1, lr=0.1, optimizer=sgd))
 
 
+def train(
+    model: nn.Module, terms: Any, data: Any, batch_size: Any, accumulation: int, combine: Any, **how: Any
+) -> Ledger:
+    with Training(model, data, **how) as training:
+        for step in training:
+            step.take(terms, batch_size, accumulation, combine)
+    return training.ledger
+
+
 def orthogonal_gradients(scratch: Path, optimizer: Any = None, metric: Any = "euclidean") -> Result:
     """Forget first: inner products over all weights, from gradients accumulated and added up; clipped afterwards."""
     model = small()
     data = {"forget": examples_for("llama", 20, seed=1), "retain": examples_for("llama", 23, seed=2)}
     terms = [cross_entropy("forget", -1.0, "forget"), cross_entropy("retain", name="retain")]
-    ledger = fit(
-        model, terms, data, steps=3, batch_size={"forget": 4, "retain": 5}, accumulation=2, lr=0.02,
-        optimizer=optimizer or sgd, combine=bilevel(1.0, 2.0, metric),
+    ledger = train(
+        model, terms, data, {"forget": 4, "retain": 5}, 2, bilevel(1.0, 2.0, metric), steps=3, lr=0.02,
+        optimizer=optimizer or sgd,
     )  # fmt: skip
     return result(model, ledger)
 
@@ -130,7 +139,9 @@ def parts_that_a_process_leaves_out(scratch: Path) -> Result:
     items = [{"input_ids": torch.tensor([n, 3, 4]), "labels": torch.tensor([n, 3 + n, 4])} for n in range(0, 40, 2)]
     data = {"a": Examples(items, [{}] * len(items)), "b": examples_for("llama", 9)}
     terms = [cross_entropy("a", 1.0, "a"), cross_entropy("b", 0.5, "b")]
-    return result(model, fit(model, terms, data, steps=4, batch_size={"a": 4, "b": 1}, lr=0.1, weight_decay=0.5))
+    return result(
+        model, fit(model, terms, data, steps=4, batch_size={"a": 4, "b": 1}, lr=0.1, optimizer=adamw(weight_decay=0.5))
+    )
 
 
 def statistics_move_by_the_mean(scratch: Path) -> Result:
@@ -142,21 +153,23 @@ def statistics_move_by_the_mean(scratch: Path) -> Result:
 def dropout_and_roles_of_many_sizes(scratch: Path) -> Result:
     """Straight, and interrupted at the fourth of six steps: whatever is not the same is put into the counters."""
     data = {name: examples_for("llama", size, seed=size) for name, size in (("a", 10), ("b", 7), ("c", 3))}
-    terms = [cross_entropy("a", name="a"), cross_entropy("b", 0.5, "b"), cross_entropy("c", 0.2, "c")]
+    terms = [cross_entropy("a", name="a"), cross_entropy("b", 0.5, "b")]
 
     def interrupt(what: str, done: int, total: int, detail: str) -> None:
         if done == 4:
             raise KeyboardInterrupt
 
-    def note_the_seed(ledger: Ledger) -> bool:
+    def note_the_seed(ledger: Ledger) -> float:
         (scratch.parent / f"seed-{os.environ.get('RANK')}").write_text(str(torch.initial_seed()))
-        return False
+        return 0.2
+
+    terms.append(replace(cross_entropy("c", name="c"), weight=note_the_seed))
 
     def train(place: Path | None, report: session.Report = lambda *_: None) -> tuple[nn.Module, Ledger]:
         torch.manual_seed(3)
         model, sizes = tiny_gpt2(n_layer=2, resid_pdrop=0.1, embd_pdrop=0.1), {"a": 4, "b": 3, "c": 2}
         with session.using(scratch=place, checkpoint_seconds=0.0, report=report):
-            ledger = fit(model, terms, data, steps=6, batch_size=sizes, lr=1e-2, should_stop=note_the_seed)
+            ledger = fit(model, terms, data, steps=6, batch_size=sizes, lr=1e-2)
         return model, ledger
 
     straight, whole = train(None)
@@ -195,6 +208,19 @@ def one_training_after_another(scratch: Path) -> Result:
     fit(model, [cross_entropy("a")], data, **knobs)
     ledger = fit(model, [cross_entropy("a")], data, **knobs)
     return result(model, ledger, step=state.step, examples=state.examples)
+
+
+def weights_below_float32(scratch: Path) -> Result:
+    """Six steps at once, and three with three more: the float32 masters go on from one to the other."""
+    data, state = {"a": examples_for("llama", 10)}, TrainingState()
+    knobs: dict[str, Any] = {"batch_size": 4, "lr": 1e-4}
+    parts, straight = small().to(torch.bfloat16), small().to(torch.bfloat16)
+    for _ in range(2):
+        fit(parts, [cross_entropy("a")], data, steps=3, state=state, **knobs)
+    ledger = fit(straight, [cross_entropy("a")], data, steps=6, **knobs)
+    same = all(torch.equal(p, q) for p, q in zip(straight.parameters(), parts.parameters(), strict=True))
+    low = all(p.dtype is torch.bfloat16 for p in straight.parameters())
+    return result(straight, ledger, same=same, low=low)
 
 
 def only_some_parameters_in_shards(scratch: Path) -> Result:
@@ -258,6 +284,7 @@ COPIES: list[Scenario] = [
     dropout_and_roles_of_many_sizes,
     a_loss_that_one_process_finds_not_finite,
     one_training_after_another,
+    weights_below_float32,
 ]
 SHARDS: list[Scenario] = [
     every_kind_of_term,
@@ -267,6 +294,7 @@ SHARDS: list[Scenario] = [
     dropout_and_roles_of_many_sizes,
     a_loss_that_one_process_finds_not_finite,
     one_training_after_another,
+    weights_below_float32,
     only_some_parameters_in_shards,
     a_batch_that_is_too_small,
     with_activations_computed_again,
@@ -407,6 +435,13 @@ def test_inner_products_are_over_all_of_the_gradient(
         scenario(tmp_path),
         1e-5 if "adamw" not in scenario.__name__ else 2e-3,
     )
+
+
+@pytest.mark.parametrize("way", ["copies", "shards"])
+def test_masters_are_kept_with_two_processes(way: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    ours, alone = both(request.getfixturevalue(way), weights_below_float32), weights_below_float32(tmp_path)
+    assert ours[1]["same"] and ours[1]["low"] and alone[1]["same"]
+    assert_same(ours, alone, 1e-2)  # a bfloat16 next to 1 is 4e-3 away
 
 
 def test_shards_keep_rates_by_depth_and_leave_a_plain_model(shards: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def taught(kind: str) -> tuple[nn.Module, Examples, Examples]:
     family = kind if kind in FAMILIES else "llama"
     whole = examples_for(family, 16, seed=1)
     forget, retain = whole[:8], whole[8:]
-    if forget.is_image:
+    if forget.kind == "images":
         classes = [int(item["labels"]) for item in whole.items]
         gone = max(set(classes), key=classes.count)
         forget = whole.select([n for n, label in enumerate(classes) if label == gone])

@@ -19,17 +19,18 @@ from recipe.test_run import numbers, write_recipe
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 BROKEN = """
-import os, overhaul.fit.loop
+import os
+from overhaul.fit import Step
 from overhaul.__main__ import main
 
-step = overhaul.fit.loop._step
+backward = Step.backward
 
-def sometimes(team, terms, windows, limit, number, combine):
-    if os.environ["RANK"] == "1" and number == 2:
+def sometimes(step, *arguments, **more):
+    if os.environ["RANK"] == "1" and step.number == 2:
         raise MemoryError("no room for the third step")
-    return step(team, terms, windows, limit, number, combine)
+    return backward(step, *arguments, **more)
 
-overhaul.fit.loop._step = sometimes
+Step.backward = sometimes
 main()
 """
 

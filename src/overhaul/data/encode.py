@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from overhaul.data.examples import IGNORED, Encoded, Examples
+from overhaul.data.lazy import TextFile
 from overhaul.errors import RequestError
 
 Rows = Sequence[Mapping[str, Any]]
 
 QA_PROMPT = "Question: {question}\nAnswer:"
 """How a question is put to the model unless the material says otherwise (`prompt:`)."""
+
+
+BATCH = 1000
+"""Rows that are tokenised in one call."""
+
+WINDOW, OVERLAP, AGREEING = 2**18, 2**12, 32
+"""Long texts are tokenised in windows of so many characters, which overlap by so many; where two windows agree on so many
+tokens in a row, the later one goes on for the earlier."""
+
+AT_ONCE = 4
+"""Windows that are tokenised in one call."""
+
+T = TypeVar("T")
 
 
 def encode_text(rows: Rows, tokenizer: Any, length: int = 256, column: str = "text") -> Examples:
@@ -23,25 +40,157 @@ def encode_text(rows: Rows, tokenizer: Any, length: int = 256, column: str = "te
     """
     items: list[Encoded] = []
     kept: list[Mapping[str, Any]] = []
-    bos = tokenizer.bos_token_id
-    room = length - (bos is not None)
-    for row in rows:
-        text = str(row[column])
-        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-        for start in range(0, len(ids), room):
-            piece, spans = ids[start : start + room], offsets[start : start + room]
-            if bos is None:
-                first_scored = 1
-            else:
-                piece, first_scored = [bos, *piece], 0
-            if len(piece) < 2:
-                continue
-            scored = text[spans[first_scored][0] : spans[-1][1]]
-            input_ids = torch.tensor(piece)
-            items.append({"input_ids": input_ids, "labels": input_ids.clone()})
-            kept.append({**{k: v for k, v in row.items() if k != column}, "text_bytes": len(scored.encode())})
+    for part in text_parts(rows, tokenizer, length, column):
+        items += part.items
+        kept += part.rows
     return Examples(items, kept, tokenizer)
+
+
+def text_parts(rows: Rows, tokenizer: Any, length: int = 256, column: str = "text") -> Iterator[Examples]:
+    """`encode_text`, some texts or some windows of a long one at a time."""
+    bos = tokenizer.bos_token_id
+    room, first = length - (bos is not None), int(bos is None)
+
+    def part(pieces: list[tuple[Spans, Mapping[str, Any]]]) -> Examples:
+        items: list[Encoded] = []
+        kept: list[Mapping[str, Any]] = []
+        for (ids, starts, ends), row in pieces:
+            ids = ids if bos is None else np.concatenate([[bos], ids])
+            if len(ids) < 2:
+                continue
+            input_ids = torch.from_numpy(ids)
+            items.append({"input_ids": input_ids, "labels": input_ids.clone()})
+            kept.append({**row, "text_bytes": max(0, int(ends[-1] - starts[first]))})
+        return Examples(items, kept, tokenizer)
+
+    for group in _together(rows, column):
+        others = [{k: v for k, v in row.items() if k != column} for row in group]
+        if len(group) == 1:
+            for whole in _pieces(_read_on(group[0][column], tokenizer), room):
+                yield part([(piece, others[0]) for piece in whole])
+        else:
+            spans = _spans([str(row[column]) for row in group], tokenizer)
+            yield part([(p, row) for one, row in zip(spans, others, strict=True) for p in _cut(one, room)[0]])
+
+
+Spans = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Token ids, and where each begins and ends in its text: in UTF-8 bytes."""
+
+
+def _together(rows: Rows, column: str) -> Iterator[list[Mapping[str, Any]]]:
+    """Rows whose texts are tokenised in one call; a text longer than a window stands alone."""
+    group: list[Mapping[str, Any]] = []
+    size = 0
+    for row in rows:
+        text = row[column]
+        many = len(text) if isinstance(text, str | TextFile) else 0
+        if group and (size + many > WINDOW or len(group) == BATCH):
+            yield group
+            group, size = [], 0
+        group.append(row)
+        size += many
+    if group:
+        yield group
+
+
+def _spans(texts: Sequence[str], tokenizer: Any) -> Iterator[Spans]:
+    encoding = tokenizer(
+        list(texts), add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+    )
+    for text, ids, offsets in zip(texts, encoding["input_ids"], encoding["offset_mapping"], strict=True):
+        places = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+        if not text.isascii():
+            codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+            sizes = 1 + (codes > 0x7F).astype(np.int64) + (codes > 0x7FF) + (codes > 0xFFFF)
+            places = np.concatenate([[0], np.cumsum(sizes)])[places]
+        yield np.array(ids, dtype=np.int64), places[:, 0], places[:, 1]
+
+
+def _cut(spans: Spans, room: int, whole: bool = True) -> tuple[list[Spans], Spans]:
+    """Pieces of `room` tokens, and the rest; the last piece may be shorter, if this is the `whole` text."""
+    ids, starts, ends = spans
+    last = len(ids) if whole else len(ids) // room * room
+    pieces = [(ids[n : n + room], starts[n : n + room], ends[n : n + room]) for n in range(0, last, room)]
+    return pieces, (ids[last:], starts[last:], ends[last:])
+
+
+def _pieces(stretches: Iterable[Spans], room: int) -> Iterator[list[Spans]]:
+    """Pieces of `room` tokens across stretches of one text."""
+    empty = np.zeros(0, dtype=np.int64)
+    left: Spans = (empty, empty, empty)
+    for stretch in stretches:
+        joined = tuple(np.concatenate(pair) for pair in zip(left, stretch, strict=True))
+        pieces, left = _cut(joined, room, whole=False)  # pyright: ignore[reportArgumentType]
+        yield pieces
+    yield _cut(left, room)[0]
+
+
+def _read_on(text: Any, tokenizer: Any) -> Iterator[Spans]:
+    """One text's tokens, stretch by stretch: those that it has as a whole, however long it is.
+
+    A tokenizer reads what is near, so windows that overlap agree away from their ends. Two that do not are read as one.
+    """
+    window, begins, spans, done = "", 0, None, 0
+    for group in _grouped(_windows(text), AT_ONCE):
+        for (later, at), found in zip(group, _spans([later for later, _ in group], tokenizer), strict=True):
+            following = _moved(found, at)
+            if spans is not None:
+                place = _agreement(spans, following)
+                if place is None:
+                    window += later[OVERLAP:]
+                    spans = _moved(next(_spans([window], tokenizer)), begins)
+                    continue
+                yield _from(spans, done, place)
+                done = int(spans[1][place])
+            window, begins, spans = later, at, following
+    if spans is not None:
+        yield _from(spans, done, len(spans[0]))
+
+
+def _windows(text: Any) -> Iterator[tuple[str, int]]:
+    """Stretches of a text, each behind the end of the one before, and the byte at which each begins."""
+    if isinstance(text, TextFile):
+        stretches = text.stretches(WINDOW)
+    else:
+        whole = str(text)
+        stretches = (whole[n : n + WINDOW] for n in range(0, len(whole), WINDOW))
+    tail, ends = "", 0
+    for stretch in stretches:
+        window, begins = tail + stretch, ends - len(tail.encode())
+        yield window, begins
+        ends, tail = begins + len(window.encode()), window[-OVERLAP:]
+
+
+def _agreement(earlier: Spans, later: Spans) -> int | None:
+    """The token of the earlier window, well within both, at which the two begin to agree."""
+    (ids, starts, ends), (other_ids, other_starts, _) = earlier, later
+    begin, end = int(other_starts[0]), int(ends[-1])
+    first = int(np.searchsorted(starts, begin + (end - begin) // 3))
+    last = int(np.searchsorted(starts, end - (end - begin) // 4)) - AGREEING
+    for n in range(max(1, first), last):
+        m = int(np.searchsorted(other_starts, starts[n]))
+        ours, theirs = slice(n, n + AGREEING), slice(m, m + AGREEING)
+        same = np.array_equal(starts[ours], other_starts[theirs]) and np.array_equal(ids[ours], other_ids[theirs])
+        if starts[n] > starts[n - 1] and same:
+            return n
+    return None
+
+
+def _moved(spans: Spans, by: int) -> Spans:
+    return spans[0], spans[1] + by, spans[2] + by
+
+
+def _from(spans: Spans, done: int, last: int) -> Spans:
+    """The tokens from byte `done` on, before the token `last`."""
+    first = int(np.searchsorted(spans[1], done)) if done else 0
+    return spans[0][first:last], spans[1][first:last], spans[2][first:last]
+
+
+def _grouped(values: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size`; the last may be shorter."""
+    rest = iter(values)
+    while group := list(itertools.islice(rest, size)):
+        yield group
 
 
 def encode_qa(
@@ -53,17 +202,29 @@ def encode_qa(
     """
     items: list[Encoded] = []
     kept: list[Mapping[str, Any]] = []
-    for row in rows:
-        if not str(row[answer]).strip():
-            raise RequestError(f"A question has no answer: {dict(row)!r}.")
-        text = prompt.format(question=row[question])
-        before = tokenizer(text)["input_ids"]
-        if before and before[-1] == tokenizer.eos_token_id:  # some tokenizers end every text with EOS
-            before = before[:-1]
-        after = tokenizer(f" {row[answer]}", add_special_tokens=False)["input_ids"]
-        items.append(answered(before, after, tokenizer.eos_token_id))
-        kept.append({**row, "question": row[question], "answer": row[answer], "prompt": text})
+    for group in _grouped(rows, BATCH):
+        for row in group:
+            if not str(row[answer]).strip():
+                raise RequestError(f"A question has no answer: {dict(row)!r}.")
+        texts = [prompt.format(question=row[question]) for row in group]
+        after = tokens(tokenizer, [f" {row[answer]}" for row in group], special=False)
+        for row, text, before, said in zip(group, texts, before_answers(tokenizer, texts), after, strict=True):
+            items.append(answered(before, said, tokenizer.eos_token_id))
+            kept.append({**row, "question": row[question], "answer": row[answer], "prompt": text})
     return Examples(items, kept, tokenizer)
+
+
+def tokens(tokenizer: Any, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+    """The tokens of each text, in one call; `special` adds what the tokenizer puts around a text."""
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def before_answers(tokenizer: Any, prompts: Sequence[str], special: bool = True) -> list[list[int]]:
+    """The tokens of each prompt, ready to be followed: some tokenizers end every text with EOS."""
+    eos = tokenizer.eos_token_id
+    return [ids[:-1] if ids and ids[-1] == eos else ids for ids in tokens(tokenizer, prompts, special)]
 
 
 def answered(prompt: Sequence[int], answer: Sequence[int], eos: int | None) -> Encoded:
@@ -98,22 +259,26 @@ def encode_chat(rows: Rows, tokenizer: Any, column: str = "messages") -> Example
     return Examples(items, kept, tokenizer)
 
 
-def encode_images(rows: Rows, processor: Any = None, image: str = "image", label: str = "label") -> Examples:
-    """Images as float tensors [c, h, w] with an integer label.
+def encode_images(rows: Rows, processor: Any = None, image: str = "image", label: str | None = "label") -> Examples:
+    """Images as float tensors [c, h, w] with an integer label, or none where `label` is None.
 
     Arrays of two dimensions become one channel. A processor, if given, turns PIL images into pixel values; arrays are
     taken as they are.
     """
     items: list[Encoded] = []
     for row in rows:
-        value = row[image]
-        if hasattr(value, "convert"):  # a PIL image
-            if processor is None:
-                raise RequestError("Image files need the model's image processor; the model folder has none.")
-            pixels = processor(images=value.convert("RGB"), return_tensors="pt")["pixel_values"][0]
-        else:
-            pixels = torch.as_tensor(value, dtype=torch.float32)
-            pixels = pixels[None] if pixels.ndim == 2 else pixels
-        items.append({"pixel_values": pixels, "labels": torch.tensor(int(row[label]))})
+        item = {"pixel_values": pixels(row[image], processor)}
+        items.append(item if label is None else {**item, "labels": torch.tensor(int(row[label]))})
     kept = [{k: v for k, v in row.items() if k != image} for row in rows]
     return Examples(items, kept, processor)
+
+
+def pixels(value: Any, processor: Any) -> Tensor:
+    """One image, a PIL one or an array, as a float tensor [c, h, w]."""
+    if hasattr(value, "convert"):  # a PIL image
+        if processor is None:
+            raise RequestError("Image files need the model's image processor; the model folder has none.")
+        processor = getattr(processor, "image_processor", processor)
+        return processor(images=value.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+    array = torch.as_tensor(value, dtype=torch.float32)
+    return array[None] if array.ndim == 2 else array

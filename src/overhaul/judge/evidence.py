@@ -61,7 +61,7 @@ def kind_of(examples: Examples) -> Kind:
     Raises:
         RequestError: they are neither images, nor questions with answers, nor text.
     """
-    if examples.is_image:
+    if examples.kind == "images":
         return "images"
     if all("text_bytes" in row for row in examples.rows):
         return "text"

@@ -191,7 +191,8 @@ def anchor_of(
     evidence = _evidence(model, requests, data, limit)
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", math.inf)
     for role, one in evidence.items():
-        if not one.examples.is_image and any(int(item["input_ids"].max()) >= vocabulary for item in one.examples.items):
+        tokens = [item["input_ids"] for item in one.examples.items if "input_ids" in item]
+        if any(int(ids.max()) >= vocabulary for ids in tokens):
             raise RequestError(
                 f"The role {role!r} has tokens beyond the {vocabulary} of the retrained model; both need one tokenizer."
             )

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from overhaul.data.tasks import verify
+from overhaul.data.verifiers import verify
 from overhaul.judge import likelihood, standards
 from overhaul.judge.evidence import Evidence, Kind, truth_ratios
 from overhaul.judge.generation import repeated_share, rouge_l, rouge_l_f1

@@ -8,7 +8,7 @@ from overhaul.data.duplicates import identity, near_duplicates
 from overhaul.data.materials import Row, Source
 from overhaul.errors import RequestError
 
-Rows = Mapping[str, Sequence[tuple[Source, list[Row]]]]
+Rows = Mapping[str, Sequence[tuple[Source, Sequence[Row]]]]
 
 
 def check_roles(where: str, reads: Mapping[str, str], changes: str, rows: Rows) -> list[str]:
