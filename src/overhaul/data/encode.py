@@ -207,14 +207,14 @@ def encode_qa(
             if not str(row[answer]).strip():
                 raise RequestError(f"A question has no answer: {dict(row)!r}.")
         texts = [prompt.format(question=row[question]) for row in group]
-        after = tokens(tokenizer, [f" {row[answer]}" for row in group], special=False)
+        after = tokenised(tokenizer, [f" {row[answer]}" for row in group], special=False)
         for row, text, before, said in zip(group, texts, before_answers(tokenizer, texts), after, strict=True):
             items.append(answered(before, said, tokenizer.eos_token_id))
             kept.append({**row, "question": row[question], "answer": row[answer], "prompt": text})
     return Examples(items, kept, tokenizer)
 
 
-def tokens(tokenizer: Any, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+def tokenised(tokenizer: Any, texts: Sequence[str], special: bool = True) -> list[list[int]]:
     """The tokens of each text, in one call; `special` adds what the tokenizer puts around a text."""
     if not texts:
         return []
@@ -224,7 +224,7 @@ def tokens(tokenizer: Any, texts: Sequence[str], special: bool = True) -> list[l
 def before_answers(tokenizer: Any, prompts: Sequence[str], special: bool = True) -> list[list[int]]:
     """The tokens of each prompt, ready to be followed: some tokenizers end every text with EOS."""
     eos = tokenizer.eos_token_id
-    return [ids[:-1] if ids and ids[-1] == eos else ids for ids in tokens(tokenizer, prompts, special)]
+    return [ids[:-1] if ids and ids[-1] == eos else ids for ids in tokenised(tokenizer, prompts, special)]
 
 
 def answered(prompt: Sequence[int], answer: Sequence[int], eos: int | None) -> Encoded:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -12,13 +13,16 @@ class Measure:
     Attributes:
         group: what was hoped for: "forgotten", "learned", "kept"; or "cost".
         metric: its name in a recipe.
-        label: its name for a reader.
+        label: its name for a reader: the field's term.
         on: the role, or "model".
         unit: "share" and "probability" lie between 0 and 1; "" is a plain number.
         better: "up" or "down": which way a model improves.
         wanted: "up", "down", "same", "chance" (towards 0.5) or "anchor": which way it should go in this group.
         n: number of examples, or of timed runs, behind it.
-        anchor: what a model that was trained without the data has; known where that is wanted.
+        value: None where it cannot be measured.
+        anchor: what the model that it is compared with has (one trained without the data, say); known where that is wanted.
+        help: the label in plain words.
+        groups: the same number on each group of rows, where it was asked for by group.
     """
 
     group: str
@@ -28,6 +32,8 @@ class Measure:
     unit: str
     better: str
     wanted: str
-    value: float
+    value: float | None
     n: int
     anchor: float | None = None
+    help: str = ""
+    groups: Mapping[str, float] = field(default_factory=dict)

@@ -130,7 +130,9 @@ def check(document: Document, *, shapes: bool = True) -> Checked:
     if not recipe.steps and not recipe.compare:
         raise RequestError("The recipe has no steps. `overhaul methods` lists what a step can be.")
     steps, warnings = _steps(recipe.steps, rows, references)
-    requests = judging.check(recipe.judge, rows, retrained="model" in references.get(RETRAINED, {}))
+    requests = judging.check(
+        recipe.judge, rows, anchors=[RETRAINED] if "model" in references.get(RETRAINED, {}) else []
+    )
     used = _used(steps, requests, rows)
     if shapes:
         models.check_shapes(known)
