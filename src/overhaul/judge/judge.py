@@ -126,8 +126,8 @@ def check(
     """Read a recipe's `judge:` block.
 
     Args:
-        spec: group -> metric -> a role, a list of roles, a mapping of roles for a metric that compares two, or a mapping with
-            options and limits.
+        spec: group -> metric -> a role, a list of roles, a mapping of roles for a metric that compares two, or a mapping
+            with options and limits.
         roles: the names of the recipe's materials.
         anchors: the names of the models that can be compared with; "retrained" is one that was trained without the data.
 
