@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 from _timing import alternate, median_ratio, rounds, show
 
 from overhaul import models
@@ -26,6 +26,7 @@ from overhaul.data import corpora
 from overhaul.data.encode import QA_PROMPT
 from overhaul.data.examples import IGNORED
 from overhaul.data.materials import examples
+from overhaul.recipe import machine
 
 ROWS = 100_000
 LENGTH = 256
@@ -107,17 +108,18 @@ def measure_peak(side: str, path: Path) -> None:
     import datasets  # noqa: F401
 
     tokenizer = models.load_processor(models.facts("starter:docs-llama"))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    made = {"ours": ours, "theirs": theirs}[side](path, tokenizer)
-    for n in range(len(made)):
-        made[n]
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+    before = psutil.Process().memory_info().rss
+    with machine.measured() as cost:
+        made = {"ours": ours, "theirs": theirs}[side](path, tokenizer)
+        for n in range(len(made)):
+            made[n]
+    print((cost.peak_bytes - before) / 1e6)
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--peak"]:
         return measure_peak(sys.argv[2], Path(sys.argv[3]))
-    times = rounds(5)
+    times = rounds(3, quick=1)
     tokenizer = models.load_processor(models.facts("starter:docs-llama"))
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
