@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from dataclasses import asdict
@@ -74,8 +75,8 @@ def test_names_never_lie_on_each_other() -> None:
     texts = [node for node in figure.iter("text") if (node.text or "").startswith("attention")]
     side = [float(node.attrib["y"]) for node in texts if "transform" not in node.attrib]
     feet = [float(node.attrib["x"]) for node in texts if "transform" in node.attrib]
-    assert min(b - a for a, b in zip(side, side[1:], strict=False)) >= 11
-    assert min(b - a for a, b in zip(feet, feet[1:], strict=False)) >= 11
+    assert min(b - a for a, b in itertools.pairwise(side)) >= 11
+    assert min(b - a for a, b in itertools.pairwise(feet)) >= 11
 
 
 def test_many_values_are_drawn_as_means() -> None:

@@ -8,7 +8,6 @@ invisible to the counter.
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from overhaul.data.examples import Batch, Encoded
 from overhaul.judge.generation import generate, generates
 from overhaul.judge.measure import Measure
+from overhaul.judge.timing import in_turn
 from overhaul.modes import at_rest
 from overhaul.stack.calls import invoke
 
 SEQUENCE = 128
 NEW_TOKENS = 16
-WARM_UPS, FORWARDS, GENERATIONS = 2, 20, 5
-ENOUGH_SECONDS = 20.0
-"""After so long, fewer runs have to do: a large model on a CPU would be timed for hours."""
+FORWARDS, GENERATIONS = 20, 5
 
 
 def cost(model: nn.Module, folder: Path | None = None, sample: Encoded | None = None) -> list[Measure]:
     """Size, work and speed of a model; times are the fastest of some warm runs of one example.
 
-    The fastest, since whatever else a machine does only adds to a run, and stages are timed minutes apart.
+    The fastest, since whatever else a machine does only adds to a run, and stages are timed minutes apart. All runs are kept
+    beside it: whether two models differ is told from them.
 
     Args:
         model: any network, on any device.
@@ -44,38 +43,43 @@ def cost(model: nn.Module, folder: Path | None = None, sample: Encoded | None = 
 
     Returns:
         Measures of the group "cost": parameters, bytes_on_disk, flops (per token, in a sequence of 128, per image or per
-        example), latency (one forward of that) and, where the model generates, decode_latency (per token, with the cache).
-        FLOPs and latency are None where no input of the model is known.
+        example), latency (one forward of that: the prefill of a language model) and, where the model generates,
+        decode_latency (per token, with the cache). FLOPs and latency are None where no input of the model is known.
     """
     batch, per, tokens = _input(model, sample)
     batch = {name: value.to(next(model.parameters()).device) for name, value in batch.items()}
-    measures = [
-        _cost("parameters", "parameters", "numbers in the weights", "", sum(p.numel() for p in model.parameters()))
-    ]
+    measures = [_cost("parameters", "parameters", "", sum(p.numel() for p in model.parameters()))]
     if folder is not None:
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-        measures.append(_cost("bytes_on_disk", "bytes on disk", "size of the weights", "bytes", size))
-    what = f"a forward of {tokens} tokens" if per == "token" else f"a forward of one {per}"
-    latency = "prefill latency" if per == "token" else "latency"
-    if not batch:
-        unknown = [("flops", "FLOPs", "work", "FLOPs"), ("latency", latency, what, "ms")]
-        return [*measures, *(_cost(*each, value=None) for each in unknown)]
+        measures.append(_cost("bytes_on_disk", "weights on disk", "bytes", size))
+    label, what = ("prefill latency", f"{tokens} tokens") if per == "token" else ("latency", f"one {per}")
     with at_rest(model):
-        work = flops(model, batch) / tokens
-        measures.append(_cost("flops", f"FLOPs per {per}", f"work for one {per}", f"FLOPs/{per}", work))
-        seconds, n = _fastest(model, lambda: invoke(model, batch), FORWARDS)
-        measures.append(_cost("latency", latency, what, "ms", 1e3 * seconds, n))
+        work = flops(model, batch) / tokens if batch else None
+        measures.append(_cost("flops", f"FLOPs per {per}", f"FLOPs/{per}", work, "two for each multiply-add"))
+        seconds = _timed(model, lambda: invoke(model, batch), FORWARDS) if batch else []
+        measures.append(_time("latency", label, "ms", seconds, f"one forward of {what}"))
         if per == "token" and generates(model):
             prompt = batch["input_ids"][0, :NEW_TOKENS]
-            seconds, n = _fastest(model, lambda: generate(model, [prompt], NEW_TOKENS, ()), GENERATIONS)
-            per_token = 1e3 * seconds / NEW_TOKENS
-            measures.append(_cost("decode_latency", "decode latency", "generating one token", "ms/token", per_token, n))
+            seconds = _timed(model, lambda: generate(model, [prompt], NEW_TOKENS, ()), GENERATIONS)
+            each = [one / NEW_TOKENS for one in seconds]
+            measures.append(_time("decode_latency", "decode latency", "ms/token", each, "generating one token"))
     return measures
 
 
-def _cost(metric: str, label: str, help: str, unit: str, value: float | None, n: int = 1) -> Measure:
+def _cost(metric: str, label: str, unit: str, value: float | None, help: str = "") -> Measure:
     known = None if value is None else float(value)
-    return Measure("cost", metric, label, "model", unit, "down", "down", known, n, help=help)
+    return Measure("cost", metric, label, "model", unit, "down", "down", known, 1, help=help)
+
+
+def _time(metric: str, label: str, unit: str, seconds: list[float], help: str) -> Measure:
+    runs = tuple(1e3 * one for one in seconds)
+    best, n = min(runs, default=None), len(runs)
+    return Measure("cost", metric, label, "model", unit, "down", "down", best, n, help=help, runs=runs)
+
+
+def _timed(model: nn.Module, run: Callable[[], Any], times: int) -> list[float]:
+    """Seconds of warm runs."""
+    return in_turn({"": run}, times, next(model.parameters()).device)[""]
 
 
 def _input(model: nn.Module, sample: Encoded | None) -> tuple[Batch, str, int]:
@@ -103,22 +107,3 @@ def flops(model: nn.Module, batch: Batch) -> int:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         invoke(model, batch)
     return counter.get_total_flops()
-
-
-@torch.no_grad()
-def _fastest(model: nn.Module, run: Callable[[], Any], times: int) -> tuple[float, int]:
-    """Seconds of the fastest of `times` warm runs, or of as many as fit into `ENOUGH_SECONDS`, and how many those were."""
-    device = next(model.parameters()).device
-    spent: list[float] = []
-    while len(spent) < WARM_UPS + times and sum(spent) < ENOUGH_SECONDS:
-        started = time.perf_counter()
-        run()
-        _wait(device)
-        spent.append(time.perf_counter() - started)
-    warm = spent[WARM_UPS:] or spent[-1:]
-    return min(warm), len(warm)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

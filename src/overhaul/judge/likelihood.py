@@ -246,7 +246,7 @@ def loss_score(one: Scored) -> float:
 
 
 def zlib_score(one: Scored, text: str) -> float:
-    """`loss_score` per byte that zlib needs for the text that was scored: what is likely only by being simple counts less."""
+    """`loss_score` per byte that zlib needs for what was scored: what is likely only by being simple counts less."""
     return loss_score(one) / len(zlib.compress(text.encode()))
 
 

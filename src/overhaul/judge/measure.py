@@ -13,7 +13,7 @@ class Measure:
     Attributes:
         group: what was hoped for: "forgotten", "learned", "kept"; or "cost".
         metric: its name in a recipe.
-        label: its name for a reader: the field's term.
+        label: the field's name for it.
         on: the role, or "model".
         unit: "share" and "probability" lie between 0 and 1; "" is a plain number.
         better: "up" or "down": which way a model improves.
@@ -21,7 +21,8 @@ class Measure:
         n: number of examples, or of timed runs, behind it.
         value: None where it cannot be measured.
         anchor: what the model that it is compared with has (one trained without the data, say); known where that is wanted.
-        help: the label in plain words.
+        help: what it is in plain words.
+        runs: of a time, every timed run, of which the value is the fastest.
         groups: the same number on each group of rows, where it was asked for by group.
     """
 
@@ -36,4 +37,5 @@ class Measure:
     n: int
     anchor: float | None = None
     help: str = ""
+    runs: tuple[float, ...] = ()
     groups: Mapping[str, float] = field(default_factory=dict)

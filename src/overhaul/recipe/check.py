@@ -81,6 +81,10 @@ class Checked:
         """The materials that are models or products of steps."""
         return self.materials.references
 
+    def references_read(self) -> list[models.Checkpoint]:
+        """The models that come from outside the run."""
+        return [models.facts(one["model"]) for one in self.references.values() if "model" in one]
+
     @property
     def compares_with_retrained(self) -> bool:
         """Whether what is measured is to be held against a retrained model, which the recipe names."""
@@ -129,12 +133,11 @@ def _positions(config: Mapping[str, Any]) -> int | None:
     return config.get("max_position_embeddings", config.get("n_positions"))
 
 
-def check(document: Document, *, shapes: bool = True) -> Checked:
+def check(document: Document) -> Checked:
     """Check a recipe from its names to its files, columns and roles.
 
     Args:
         document: the recipe.
-        shapes: also compare the shapes of the weights with those that the model's config describes.
 
     Raises:
         RequestError: with what is wrong, where, and what to write instead.
@@ -150,8 +153,7 @@ def check(document: Document, *, shapes: bool = True) -> Checked:
     anchors = [RETRAINED] if "model" in materials.references.get(RETRAINED, {}) else []
     requests = judging.check(recipe.judge, materials.rows, anchors=anchors)
     used = _used(steps, requests, materials)
-    if shapes:
-        models.check_shapes(known)
+    models.check_shapes(known)
     processor = models.load_processor(known)
     for role in used:
         read = any(find_form(form_of(*source)).needs == "tokenizer" for source in materials.rows[role])

@@ -1,7 +1,7 @@
 """A heat map as inline SVG: one cell for each value, names along both sides, a colour bar with its unit.
 
-Values of one sign run from the page's colour to one hue; of both signs from one hue through the page's colour, which is 0, to
-another, equally far to both sides. A value that does not exist is grey and struck through.
+Values of one sign run from the page's colour to one hue; of both signs from one hue through the page's colour, which is 0,
+to another, equally far to both sides. A value that does not exist is grey and struck through.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def heat(
     note = f"each cell is the mean of up to {by_rows} × {by_columns} values" if by_rows * by_columns > 1 else ""
     missing = sum(not finite(value) for line in values for value in line)
     note = "; ".join(part for part in (note, "grey: no value" if missing else "") if part)
-    said = f"{len(row_names)} by {len(column_names)} values from {humanise(min(known), unit)} to {humanise(max(known), unit)}"
+    ends = " to ".join(humanise(end(known), unit) for end in (min, max))
+    said = f"{len(row_names)} by {len(column_names)} values from {ends}"
     size = (width, max(base + depth + 20, top + 84))
     return drawing(title, parts, said, [], note, size, "wide" if width == WIDE else "")
 

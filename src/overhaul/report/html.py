@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from overhaul.recipe.store import write_text
+from overhaul.files import write_text
 from overhaul.report import numbers, plots, tables
 
 ASIDE = ("lr", "gradient norm")

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from overhaul.report import numbers, tables
+from overhaul.report.sheets import COLOURS
 
-COLOURS: Mapping[bool | None, str] = {True: "green", False: "red", None: ""}
 STAGE_WIDTH, OTHER_WIDTH = 9, 62
 PLAIN = str.maketrans({"✓": "+", "✗": "!", "○": "o", "−": "-", "–": "-", "×": "x", "→": ">", "±": "+-"})
 

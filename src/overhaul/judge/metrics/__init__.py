@@ -1,6 +1,6 @@
 """Metrics: what a recipe's `judge:` block can name. A new one is a decorated function in a file here, nothing else.
 
-    @metric("accuracy", help="right answers", unit="share", reads=("answers", "images"))
+    @metric("accuracy", "right answers", unit="share", reads=("answers", "images"))
     def accuracy(role: Evidence) -> Value: ...
 
 A metric takes the evidence of one role, or of two where it compares them; the names of its positional arguments are the
@@ -38,8 +38,8 @@ class Metric:
     """What the decorator learnt about a function.
 
     Attributes:
-        label: the field's term.
-        help: the same in plain words.
+        label: the field's name for it.
+        help: what it is in plain words, beneath the label.
         unit: "share" and "probability" lie between 0 and 1; "" is a plain number.
         better: which way a model improves that is to know the role.
         forgotten: which way it should go where the role is to be forgotten.
@@ -85,8 +85,8 @@ METRICS: dict[str, Metric] = {}
 
 def metric(
     label: str,
+    help: str,
     *,
-    help: str = "",
     unit: str = "",
     better: Better = "up",
     forgotten: Wanted | None = None,
@@ -104,7 +104,7 @@ def metric(
         METRICS[name] = Metric(
             name,
             label,
-            help or label,
+            help,
             unit,
             better,
             worse,

@@ -13,20 +13,15 @@ from overhaul.judge.evidence import Evidence
 from overhaul.judge.metrics import Value, mean, metric
 
 
-@metric(
-    "probability of the answer",
-    help="how likely the right answer is, per token",
-    unit="probability",
-    reads=("answers", "text", "images"),
-)
+@metric("answer probability", "how likely the right answer is", unit="probability", reads=("answers", "text", "images"))
 def answer_probability(role: Evidence) -> Value:
     """Mean over examples of P(y|x), the geometric mean of the answer's token probabilities, EOS included (TOFU)."""
     return mean([one.probability for one in role.scored])
 
 
 @metric(
-    "probability of the answer, paraphrased",
-    help="the same, asked in other words",
+    "answer probability, paraphrased question",
+    "how likely the right answer is when the question is put otherwise",
     unit="probability",
     reads=("answers",),
     columns=("paraphrase",),
@@ -36,21 +31,24 @@ def paraphrase_probability(role: Evidence) -> Value:
     return mean([one.probability for one in role.paraphrased])
 
 
-@metric("extraction strength", help="share of the answer completed by itself", unit="share", reads=("answers", "text"))
+@metric(
+    "extraction strength",
+    "the end of an answer that follows without a mistake",
+    unit="share",
+    reads=("answers", "text"),
+)
 def extraction(role: Evidence) -> Value:
     """Mean share of the answer, from its end, that the model completes without a mistake."""
     return mean([likelihood.extraction_strength(one.without(role.eos).hits) for one in role.scored])
 
 
-@metric(
-    "exact memorisation", help="answer tokens that are the most probable ones", unit="share", reads=("answers", "text")
-)
+@metric("exact memorisation", "tokens that the model would have said itself", unit="share", reads=("answers", "text"))
 def memorisation(role: Evidence) -> Value:
     """Mean share of answer tokens that are the most probable ones, teacher-forced."""
     return mean([likelihood.exact_memorisation(one.without(role.eos).hits) for one in role.scored])
 
 
-@metric("perplexity", help="how surprising the tokens are", better="down", reads=("answers", "text"))
+@metric("perplexity", "how many tokens it wavers between", better="down", reads=("answers", "text"))
 def perplexity(role: Evidence) -> Value:
     """Exponential of the mean negative log-likelihood over all tokens; at most 8e307, where floats end."""
     tokens = sum(len(one.logp) for one in role.scored)
@@ -59,7 +57,7 @@ def perplexity(role: Evidence) -> Value:
 
 @metric(
     "bits per byte",
-    help="what compressing the text with the model would take",
+    "how short the model can write the text",
     unit="bits/byte",
     better="down",
     reads=("text",),

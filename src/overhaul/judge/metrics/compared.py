@@ -10,7 +10,7 @@ from overhaul.judge.metrics.membership import by_min_k
 
 @metric(
     "forget quality (log10 p)",
-    help="how like the retrained model, by its truth ratios",
+    "whether truth ratios look like the retrained model's; above -1.3 they do",
     unit="log10 p",
     better="down",
     forgotten="anchor",
@@ -29,7 +29,7 @@ def forget_quality(role: Evidence, anchor_role: Evidence) -> Value:
 
 @metric(
     "PrivLeak (%)",
-    help="how far membership is told from where it should be",
+    "privacy leakage: 0 as retrained, below it remembered, above it shunned",
     better="down",
     forgotten="anchor",
     reads=("answers", "text"),
@@ -48,7 +48,7 @@ def privacy_leakage(members: Evidence, others: Evidence, anchor_members: Evidenc
 
 @metric(
     "KL from the retrained model (nats)",
-    help="how unlike its predictions are",
+    "how far outputs are from those of a model that never saw it",
     better="down",
     forgotten="anchor",
     reads=("answers", "text", "images"),
@@ -60,7 +60,7 @@ def retrained_kl(role: Evidence, anchor_role: Evidence) -> Value:
 
 @metric(
     "JS from the retrained model (nats)",
-    help="how unlike its predictions are",
+    "the same, at most log 2",
     better="down",
     forgotten="anchor",
     reads=("answers", "text", "images"),

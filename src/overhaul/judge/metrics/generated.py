@@ -19,7 +19,7 @@ NEXT_QUESTION = re.compile(r"\n\s*\n|\nQuestion|Question:")
 """Where a model that does not stop goes on by itself: what follows is no part of its answer (MUSE, Open-Unlearning)."""
 
 
-@metric("accuracy", help="right answers", unit="share", reads=("answers", "images", "prompts"))
+@metric("accuracy", "right answers", unit="share", reads=("answers", "images", "prompts"))
 def accuracy(role: Evidence) -> Value:
     """Share of greedy answers that the task's verifier accepts, or of images whose label is the most probable one."""
     if role.kind == "images":
@@ -27,25 +27,25 @@ def accuracy(role: Evidence) -> Value:
     return mean([float(verify(role.examples.rows[one.place], one.text)) for one in role.answered])
 
 
-@metric("ROUGE-L recall", help="words of the answer found", unit="share", reads=("answers", "text"))
+@metric("ROUGE-L recall", "words of the right answer that are said, in order", unit="share", reads=("answers", "text"))
 def rouge(role: Evidence) -> Value:
     """Mean ROUGE-L recall of greedy answers, or of 32-token continuations of text."""
     return mean([rouge_l(one.expected, one.text) for one in role.answered])
 
 
-@metric("VerbMem (ROUGE-L F1)", help="texts continued word by word", unit="share", reads=("text",))
+@metric("VerbMem (ROUGE-L F1)", "text that is continued word by word", unit="share", reads=("text",))
 def verbatim_memorisation(role: Evidence) -> Value:
     """Mean ROUGE-L F1 of 32-token continuations of text (MUSE)."""
     return mean([rouge_l_f1(one.expected, one.text) for one in role.answered])
 
 
-@metric("KnowMem (ROUGE-L F1)", help="known on being asked", unit="share", reads=("answers",))
+@metric("KnowMem (ROUGE-L F1)", "what is known on being asked", unit="share", reads=("answers",))
 def knowledge_memorisation(role: Evidence) -> Value:
-    """Mean ROUGE-L F1 of greedy answers (MUSE), each cut at a blank line, "Question" on a new line or "Question:"."""
+    """Mean ROUGE-L F1 of greedy answers, each cut at a blank line, "Question" on a new line or "Question:" (MUSE)."""
     return mean([rouge_l_f1(one.expected, NEXT_QUESTION.split(one.text)[0]) for one in role.answered])
 
 
-@metric("Rep-2", help="repeated token pairs", unit="share", better="down", reads=("answers", "text"))
+@metric("Rep-2", "token pairs that the answer repeats", unit="share", better="down", reads=("answers", "text"))
 def repetition(role: Evidence) -> Value:
     """Mean Rep-2 of what is generated: the share of token pairs that occurred before in the same answer."""
     return mean([repeated_share(one.tokens, 2) for one in role.answered])

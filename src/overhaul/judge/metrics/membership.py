@@ -34,7 +34,7 @@ def by_min_k_plus_plus(role: Evidence) -> list[float]:
 
 ATTACKS: Mapping[str, tuple[str, Attack, tuple[Kind, ...]]] = {
     "membership": ("loss", by_loss, ("answers", "text", "images")),
-    "membership_zlib": ("loss per zlib byte", by_zlib, ("answers", "text")),
+    "membership_zlib": ("zlib", by_zlib, ("answers", "text")),
     "membership_min_k": ("Min-20%", by_min_k, ("answers", "text")),
     "membership_min_k_plus_plus": ("Min-20%++", by_min_k_plus_plus, ("answers", "text")),
 }
@@ -66,11 +66,12 @@ def _tpr(name: str, label: str, attack: Attack, fpr: float) -> Callable[[Evidenc
     return found
 
 
+TOLD = "told from examples that the model never saw; 0.5 is a guess"
+FOUND = "members found while hardly any stranger is taken for one"
+
 for _name, (_label, _attack, _reads) in ATTACKS.items():
-    metric(f"membership inference AUC ({_label})", help="members told from unseen", forgotten="chance", reads=_reads)(
-        _auc(_name, _label, _attack)
-    )
+    metric(f"membership inference AUC ({_label})", TOLD, forgotten="chance", reads=_reads)(_auc(_name, _label, _attack))
     for _suffix, _fpr in FALSE_POSITIVE_RATES.items():
-        metric(
-            f"membership inference TPR at {_fpr:.1%} FPR ({_label})", help="members found", unit="share", reads=_reads
-        )(_tpr(_name + _suffix, _label, _attack, _fpr))
+        metric(f"membership inference TPR at {_fpr:.1%} FPR ({_label})", FOUND, unit="share", reads=_reads)(
+            _tpr(_name + _suffix, _label, _attack, _fpr)
+        )

@@ -32,7 +32,7 @@ def at_least_one(n: int, right: int, k: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-@metric("pass@k", help="right at least once in k tries", unit="share", reads=ASKED)
+@metric("pass@k", "right at least once in k tries", unit="share", reads=ASKED)
 def pass_at_k(role: Evidence, *, k: Count = 1, samples: Count = 10, temperature: Temperature = 1.0) -> Value:
     """Mean chance that one of k sampled answers is right by the row's verifier; at least `samples` are drawn."""
     rows, n = role.examples.rows, max(k, samples)
@@ -40,7 +40,7 @@ def pass_at_k(role: Evidence, *, k: Count = 1, samples: Count = 10, temperature:
     return mean([at_least_one(n, sum(verify(rows[one.place], text) for text in one.texts), k) for one in drawn])
 
 
-@metric("validity", help="samples that are well-formed", unit="share", reads=ASKED)
+@metric("validity", "samples that are well-formed", unit="share", reads=ASKED)
 def validity(
     role: Evidence, *, verifier: VerifierName | None = None, samples: Count = 10, temperature: Temperature = 1.0
 ) -> Value:
@@ -51,7 +51,7 @@ def validity(
     )
 
 
-@metric("distinct-n", help="how much samples differ in their words", unit="share", reads=ASKED)
+@metric("distinct-n", "how much samples differ in their words", unit="share", reads=ASKED)
 def distinct_n(role: Evidence, *, n: Count = 2, samples: Count = 10, temperature: Temperature = 1.0) -> Value:
     """Mean over prompts of different n-grams of tokens in their samples, as a share; prompts without any do not count."""
     shares: list[float] = []
@@ -62,7 +62,7 @@ def distinct_n(role: Evidence, *, n: Count = 2, samples: Count = 10, temperature
     return mean(shares)
 
 
-@metric("unique samples", help="answers that are no repetition", unit="share", reads=ASKED)
+@metric("unique samples", "answers that are no repetition", unit="share", reads=ASKED)
 def unique_samples(role: Evidence, *, samples: Count = 10, temperature: Temperature = 1.0) -> Value:
     """Mean over prompts of the share of sampled answers that are different, whatever their case and spaces."""
     return mean([len(set(map(normalise, one.texts))) / len(one.texts) for one in role.sampled(samples, temperature)])

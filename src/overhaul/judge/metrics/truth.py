@@ -16,7 +16,7 @@ from overhaul.judge.metrics.generated import rouge
 
 @metric(
     "truth ratio",
-    help="wrong against right answers",
+    "wrong answers against the right one; 1 cannot tell",
     unit="share",
     better="down",
     reads=("answers",),
@@ -32,8 +32,8 @@ def truth_ratio(role: Evidence) -> Value:
 
 
 @metric(
-    "truth ratio (arithmetic)",
-    help="wrong against right answers",
+    "truth ratio, arithmetic mean",
+    "wrong answers against the right one; 1 cannot tell",
     unit="share",
     better="down",
     reads=("answers",),
@@ -45,14 +45,24 @@ def truth_ratio_arithmetic(role: Evidence) -> Value:
 
 
 @metric(
-    "truth preference", help="right preferred to wrong answers", unit="share", reads=("answers",), columns=("wrong",)
+    "max(0, 1 - truth ratio)",
+    "how far the right answer is preferred to wrong ones",
+    unit="share",
+    reads=("answers",),
+    columns=("wrong",),
 )
 def truth_preference(role: Evidence) -> Value:
     """Mean of max(0, 1 - R) of the truth ratio R: what TOFU counts on data that is to stay."""
     return mean([max(0.0, 1 - ratio) for ratio in truth_ratios(role)])
 
 
-@metric("model utility", help="what is known of what should stay", unit="share", reads=("answers",), columns=("wrong",))
+@metric(
+    "model utility",
+    "harmonic mean of probability, ROUGE-L and truth ratio",
+    unit="share",
+    reads=("answers",),
+    columns=("wrong",),
+)
 def model_utility(role: Evidence) -> Value:
     """Harmonic mean of `answer_probability`, `rouge` and `truth_preference`: 0 if one of them is (TOFU).
 
