@@ -23,7 +23,6 @@ from overhaul.judge.evidence import Evidence, truth_ratios
 from overhaul.judge.judge import Judgement, anchor_of, check, judge
 from overhaul.judge.likelihood import auc, min_k
 from overhaul.judge.standards import distances, forget_quality, outputs, privacy_leakage
-from overhaul.recipe import run as running
 from overhaul.recipe.check import check as check_recipe
 from overhaul.recipe.run import run
 from overhaul.recipe.spec import read
@@ -178,7 +177,7 @@ def test_a_run_holds_what_is_forgotten_against_the_retrained_model(
         anchors.append(1)
         return read_anchor(*args, **kwargs)
 
-    monkeypatch.setattr(running.models, "load_weights", loaded)
+    monkeypatch.setattr(models, "load_weights", loaded)
     monkeypatch.setattr(judging, "anchor_of", counted)
     recipe = write_recipe(folder, tmp_path)
     report = run(recipe, tmp_path / "out").report
