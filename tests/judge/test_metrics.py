@@ -20,7 +20,9 @@ from overhaul.judge.evidence import Evidence, truth_ratios
 from overhaul.judge.generation import rouge_l_f1
 from overhaul.judge.judge import check, judge
 from overhaul.judge.likelihood import auc, min_k, min_k_plus_plus, score, tpr_at_fpr, zlib_score
-from overhaul.judge.metrics import ATTACKS, METRICS, NEXT_QUESTION, by_min_k
+from overhaul.judge.metrics import METRICS
+from overhaul.judge.metrics.generated import NEXT_QUESTION
+from overhaul.judge.metrics.membership import ATTACKS, by_min_k
 from overhaul.objectives import cross_entropy
 
 PETS = {"ada": "an otter", "bram": "a lynx", "cleo": "a crane", "dario": "an owl", "edda": "a stoat", "faro": "a toad"}

@@ -72,7 +72,7 @@ class Checked:
         return self.document.recipe
 
     @property
-    def rows(self) -> Mapping[str, list[tuple[Source, list[Row]]]]:
+    def rows(self) -> Mapping[str, list[tuple[Source, Sequence[Row]]]]:
         """The materials that are data."""
         return self.materials.rows
 
@@ -150,7 +150,8 @@ def check(document: Document) -> Checked:
     if not recipe.steps and not recipe.compare:
         raise RequestError("The recipe has no steps. `overhaul methods` lists what a step can be.")
     steps, warnings = _steps(recipe.steps, materials)
-    requests = judging.check(recipe.judge, materials.rows, retrained="model" in materials.references.get(RETRAINED, {}))
+    anchors = [RETRAINED] if "model" in materials.references.get(RETRAINED, {}) else []
+    requests = judging.check(recipe.judge, materials.rows, anchors=anchors)
     used = _used(steps, requests, materials)
     models.check_shapes(known)
     processor = models.load_processor(known)
