@@ -23,7 +23,7 @@ from overhaul.judge.evidence import Evidence, truth_ratios
 from overhaul.judge.judge import Judgement, anchor_of, check, judge
 from overhaul.judge.likelihood import auc, min_k
 from overhaul.judge.standards import distances, forget_quality, outputs, privacy_leakage
-from overhaul.recipe import run as running
+from overhaul.recipe import runner as running
 from overhaul.recipe.check import check as check_recipe
 from overhaul.recipe.run import run
 from overhaul.recipe.spec import read

@@ -14,7 +14,7 @@ from conftest import tiny_llama, tiny_tokenizer
 from overhaul import models
 from overhaul.errors import RequestError, RunError
 from overhaul.judge import judge as judging
-from overhaul.recipe import run as running
+from overhaul.recipe import runner as running
 from overhaul.recipe.compare import compare
 from overhaul.recipe.run import run
 from overhaul.weights import delta_norms

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from overhaul.errors import RequestError
-from overhaul.recipe import run as running
+from overhaul.recipe import runner as running
 from overhaul.recipe import verbs
 from overhaul.recipe.check import check
 from overhaul.recipe.run import run

@@ -25,7 +25,8 @@ from overhaul import __version__, method, models, processes
 from overhaul.errors import OverhaulError, RequestError
 from overhaul.recipe import machine
 from overhaul.recipe.check import RETRAINED, Checked, check, with_steps
-from overhaul.recipe.run import Run, Runner
+from overhaul.recipe.run import Run
+from overhaul.recipe.runner import Runner
 from overhaul.recipe.spec import read
 from overhaul.recipe.store import RunFolder, Stage, key_of
 from overhaul.report.comparison import Comparison, Kind, Row
