@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from conftest import examples_for, tiny_llama
+from learnt import by_heart
 from overhaul import session
 from overhaul.data.examples import IGNORED, Batch, Examples, collate
 from overhaul.errors import RequestError, RunError
-from overhaul.fit import fit
 from overhaul.forget._losses import ga_term, gradient_ascent, npo_term, simnpo, simnpo_term
 from overhaul.forget._losses import npo as npo_loss
 from overhaul.forget._training import ANSWER_NLL
 from overhaul.forget.npo import npo
-from overhaul.objectives import Term, cross_entropy, forward, sequence_nll
+from overhaul.objectives import Term, forward, sequence_nll
 from overhaul.references import cache_outputs, reference_nll
 
 EASY: dict[str, Any] = {"batch_size": 4, "lr": 3e-3, "warmup": 0, "schedule": "constant"}
@@ -43,9 +43,7 @@ def retain() -> Examples:
 
 def learnt(model: nn.Module, *parts: Examples) -> nn.Module:
     """The model after it has learnt the parts by heart, as an unlearning method expects to find it."""
-    data = {str(n): part for n, part in enumerate(parts)}
-    fit(model, [cross_entropy(role, name=role) for role in data], data, steps=40, batch_size=8, lr=1e-2)
-    return model
+    return by_heart(model, {str(n): part for n, part in enumerate(parts)}, steps=40, batch_size=8, lr=1e-2)
 
 
 def with_reference(model: nn.Module, examples: Examples) -> Batch:

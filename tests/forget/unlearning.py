@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from conftest import FAMILIES, examples_for, mean_loss, tiny_qwen3
+from learnt import by_heart
 from overhaul.data.examples import Examples
-from overhaul.fit import fit
-from overhaul.objectives import cross_entropy
 
 EASY: dict[str, Any] = {"batch_size": 8, "lr": 3e-3, "warmup": 0, "schedule": "constant"}
 KINDS = {
@@ -32,9 +31,7 @@ def taught(kind: str) -> tuple[nn.Module, Examples, Examples]:
         gone = max(set(classes), key=classes.count)
         forget = whole.select([n for n, label in enumerate(classes) if label == gone])
         retain = whole.select([n for n, label in enumerate(classes) if label != gone])
-    model = KINDS[kind]()
-    fit(model, [cross_entropy("all")], {"all": whole}, steps=60, batch_size=16, lr=1e-2)
-    return model, forget, retain
+    return by_heart(KINDS[kind](), {"all": whole}, steps=60, batch_size=16, lr=1e-2), forget, retain
 
 
 def losses(model: nn.Module, forget: Examples, retain: Examples) -> tuple[float, float]:
