@@ -312,7 +312,7 @@ def test_an_ensemble_of_networks_decides_fairly_and_says_the_same_in_forward(ful
     assert outcome.facts["gap"] < 1e-9 < 0.02 < outcome.facts["gap_before"]  # pyright: ignore[reportOperatorIssue]
     groups = [row["group"] for row in calibration.rows]
     ones = np.array(decided(model, calibration))
-    certain = np.isin(table := outcome.made["table"].chance(votes, groups), (0.0, 1.0))
+    certain = np.isin(table := DecisionTable.from_json(outcome.made["table"]).chance(votes, groups), (0.0, 1.0))
     assert np.array_equal(ones[certain], table[certain])
     opened, _ = open_model(save(model, None, tmp_path / "fair"))
     assert decided(opened, calibration) == ones.tolist()

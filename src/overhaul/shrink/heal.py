@@ -33,7 +33,7 @@ from overhaul.references import cache_outputs
 from overhaul.rollouts import own_answers
 
 
-@method(verb="shrink", paper="2602.01997", changes="weights", memory="training")
+@method(verb="shrink", paper="2602.01997", changes="weights", memory="training", makes={"answers": "examples"})
 def heal(
     model: nn.Module,
     text: Examples,

@@ -36,7 +36,7 @@ from overhaul.session import progress
 GROUP = "group"
 
 
-@method(verb="forget", paper="2312.07420", changes="nothing", memory="forward")
+@method(verb="forget", paper="2312.07420", changes="nothing", memory="forward", makes={"table": "json"})
 def fair_sisa(
     model: nn.Module,
     calibration: Examples,
@@ -61,7 +61,7 @@ def fair_sisa(
     Returns:
         The ensemble, whose `decide` now works and which is saved with its table. Facts, on the calibration examples: gap
         and share of errors of the majority (`gap_before`, `error_before`) and of the table, cells without examples, and
-        chances that are neither 0 nor 1. `made["table"]` is the `DecisionTable`.
+        chances that are neither 0 nor 1. `made["table"]` is the `DecisionTable` as JSON.
 
     Raises:
         RequestError: the model is no ensemble of two-class classifiers, a row has no `group`, an example was learnt or
@@ -87,7 +87,7 @@ def fair_sisa(
         "empty_cells": table.empty,
         "random_cells": int(((table.chances > 0) & (table.chances < 1)).sum()),
     }
-    return Outcome(model, facts=facts, made={"table": table})
+    return Outcome(model, facts=facts, made={"table": table.to_json()})
 
 
 def _checked(model: nn.Module, calibration: Examples) -> tuple[Ensemble, np.ndarray, list[Any]]:

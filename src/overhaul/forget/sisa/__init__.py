@@ -50,7 +50,7 @@ from overhaul.objectives import cross_entropy
 ID_LENGTH = 32
 
 
-@method(verb="forget", paper="2312.07420", changes="architecture", memory="training")
+@method(verb="forget", paper="2312.07420", changes="architecture", memory="training", makes={"record": "json"})
 def sisa(
     model: nn.Module,
     full: Examples,
