@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import learnt
 from overhaul.data.encode import answered
 from overhaul.data.examples import Examples, collate
+from overhaul.judge import cost
 from overhaul.objectives import cross_entropy_sum, evaluate, units
 from overhaul.stack import LayerStack
 
@@ -169,6 +170,13 @@ def shared_place(tmp_path_factory: pytest.TempPathFactory) -> None:
 def seeded() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def timed_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every judgement times its model; here the numbers of runs are nobody's concern."""
+    for name in ("WARM_UPS", "FORWARDS", "GENERATIONS"):
+        monkeypatch.setattr(cost, name, 1)
 
 
 def cpu_seconds() -> float:
