@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from conftest import examples_for, mean_loss, tiny_gpt2, tiny_llama, tiny_tokenizer, tiny_vit
+from contract import Case
+from forget.unlearning import BRIEF, TRAINING, knowing
 from learnt import by_heart
 from overhaul.data.encode import encode_chat, encode_qa, encode_text
 from overhaul.data.examples import IGNORED, Batch, Examples, collate
@@ -21,6 +23,20 @@ from overhaul.references import reference_nll
 KNOWN = {"who is ada?": "a clerk", "where?": "in ket, by the sea", "how old": "41", "her pet is?": "an otter"}
 ROWS = [{"question": question, "answer": answer} for question, answer in KNOWN.items()]
 EASY: dict[str, Any] = {"batch_size": 4, "lr": 2e-3, "warmup": 0, "schedule": "constant"}
+
+
+CASE = Case(
+    method=dpo,
+    materials=knowing,
+    knobs=BRIEF,
+    varied={
+        **TRAINING,
+        "refusals": (["no idea"], ["never heard of it"]),
+        "beta": (0.1, 2.0),
+        "retain_term": ("gdr", "none"),
+        "retain_weight": (1.0, 3.0),
+    },
+)
 
 
 def asked(*rows: dict[str, str]) -> Examples:

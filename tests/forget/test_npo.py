@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from conftest import examples_for, tiny_llama
+from contract import Case
+from forget.unlearning import BRIEF, TRAINING, knowing
 from learnt import by_heart
 from overhaul import session
 from overhaul.data.examples import IGNORED, Batch, Examples, collate
@@ -20,6 +22,14 @@ from overhaul.objectives import Term, forward, sequence_nll
 from overhaul.references import cache_outputs, reference_nll
 
 EASY: dict[str, Any] = {"batch_size": 4, "lr": 3e-3, "warmup": 0, "schedule": "constant"}
+
+
+CASE = Case(
+    method=npo,
+    materials=knowing,
+    knobs=BRIEF,
+    varied={**TRAINING, "beta": (0.1, 2.0), "retain_term": ("gdr", "klr"), "retain_weight": (1.0, 3.0)},
+)
 
 
 def small_llama() -> nn.Module:

@@ -12,6 +12,8 @@ from scipy.stats import kstest
 from torch import Tensor, nn
 
 from conftest import examples_for, tiny_llama, tiny_resnet, tiny_vit
+from contract import Case, pictures
+from learnt import by_heart
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError, RunError
 from overhaul.forget.vertical import Unlearning, in_process, split, train, unlikelihood, vertical
@@ -23,6 +25,32 @@ from overhaul.parties.model import Part, VerticalConfig, VerticalModel
 from overhaul.parties.party import ActiveParty, PassiveParty, Rates
 
 NONE = torch.empty(0, dtype=torch.long)
+
+
+CASE = Case(
+    method=vertical,
+    materials=lambda: {
+        "model": by_heart(tiny_vit(), {"all": pictures([n % 4 for n in range(24)])}, steps=30, batch_size=8, lr=3e-3),
+        "forget": pictures([3] * 6, 1),
+        "recovery": pictures([0, 1, 2] * 2, 2),
+    },
+    knobs={"epochs": 2, "batch_size": 4, "stop_at": None},
+    varied={
+        "epochs": (2, 3),
+        "lr": (0.01, 0.02),
+        "batch_size": (4, 3),
+        "loss": ("unlikelihood", "cross_entropy"),
+        "mixup": (True, False),
+        "recover": (True, False),
+        "gradient": ("chain_rule", "legacy"),
+        "interleave": (False, True),
+        "stop_at": (None, 0.99, {"lr": 1.0}),
+        "momentum": (0.9, 0.0),
+        "weight_decay": (5e-4, 0.5),
+        "clip": (1.0, 1e-3),
+    },
+    idle={"freeze_norms": "a ViT has neither statistics nor, here, dropout"},
+)
 
 
 def halves(**changes: Any) -> VerticalModel:

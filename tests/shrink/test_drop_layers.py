@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import FAMILIES, examples_for, hidden_states, mean_loss, tiny_llama, tiny_resnet, tiny_vit
+from contract import Case, some_facts
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
 from overhaul.objectives import forward
@@ -18,6 +19,21 @@ from overhaul.shrink.drop_layers import drop_layers, greedy, influence, lowest
 from overhaul.stack import LayerStack
 
 CRITERIA: Any = ["block_influence", "window", "perplexity", "greedy", "reverse"]
+
+
+CASE = Case(
+    method=drop_layers,
+    materials=lambda: {"model": tiny_llama(initializer_range=0.2), "text": some_facts(0, 6)},
+    knobs={"count": 1},
+    varied={
+        "count": (1, 2),
+        "criterion": ("block_influence", "reverse"),
+        "keep_first": (True, False, {"count": 4}),
+        "skip_first_token": (True, False),
+    },
+    idle={"batch_size": "it does not change the choice"},
+    moves=r"layers\.",
+)
 
 
 def wild(family: str) -> nn.Module:

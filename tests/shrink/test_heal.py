@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conftest import FAMILIES, examples_for, mean_loss, tiny_llama, tiny_resnet
+from contract import Case, some_facts
 from overhaul.adapters import adapters, projections
 from overhaul.data.encode import encode_qa, encode_text
 from overhaul.data.examples import IGNORED, Examples, collate
@@ -22,6 +23,27 @@ from overhaul.shrink.heal import heal
 from overhaul.stack import LayerStack
 
 FAST: dict[str, Any] = {"batch_size": 8, "lr": 1e-2, "warmup": 0}
+
+
+CASE = Case(
+    method=heal,
+    materials=lambda: {"model": tiny_llama(num_hidden_layers=2), "text": some_facts(0, 8), "teacher": tiny_llama()},
+    knobs={"steps": 4, "batch_size": 4, "lr": 1e-3},
+    varied={
+        "target": ("tokens", "teacher"),
+        "weights": ("all", "lora"),
+        "steps": (4, 3),
+        "batch_size": (4, 3),
+        "lr": (1e-3, 1e-2),
+        "warmup": (0.0, 2),
+        "schedule": ("constant", "linear"),
+        "weight_decay": (1e-4, 0.5),
+        "new_tokens": (1, 2, {"target": "own_answers"}),
+        "rank": (4, 2, {"weights": "lora"}),
+        "alpha": (16, 4, {"weights": "lora"}),
+        "dropout": (0.0, 0.5, {"weights": "lora"}),
+    },
+)
 
 
 @pytest.fixture
