@@ -212,7 +212,10 @@ def method(
                 given[OUT] = knobs.pop(OUT, None)
                 if given[OUT] is None:
                     raise RequestError(f"{described.name} writes a folder: say where, with out=FOLDER.")
-            return checked(function(**given, **described.arguments(knobs)), described.name, described.makes)
+            outcome = checked(function(**given, **described.arguments(knobs)), described.name, described.makes)
+            if changes == "nothing" and outcome.model is not None:
+                raise TypeError(f"{described.name} changes nothing, so its Outcome has no model")
+            return outcome
 
         described = replace(described, call=call)
         call.method = described  # pyright: ignore[reportAttributeAccessIssue]

@@ -24,10 +24,12 @@ import torch
 from torch import nn
 
 from overhaul.errors import RequestError, RunError, did_you_mean, writing
+from overhaul.stack.paths import FILE as PATHS
 from overhaul.stack.paths import follow_saved_paths, set_aside, write_paths
 
 STARTERS = Path(__file__).parent / "data" / "starters"
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NOT_BUILT = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "_diffusers_version"}
 _HEADER_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
@@ -65,6 +67,13 @@ class Checkpoint:
     def parameters(self) -> int:
         """Number of stored scalars; tied tensors count once."""
         return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def built(self) -> Any:
+        """What the model is apart from its weights: its config, and paths over its blocks."""
+        paths = self.folder / PATHS
+        told = {key: value for key, value in self.config.items() if key not in _NOT_BUILT}
+        return told, paths.read_text() if paths.exists() else None
 
     @property
     def weight_files(self) -> list[Path]:

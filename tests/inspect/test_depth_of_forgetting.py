@@ -148,12 +148,12 @@ def test_the_model_stays_as_it_was_and_saves(name: str, stages: dict[str, Exampl
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     state, seed = torch.get_rng_state(), torch.initial_seed()
     outcome = depth_of_forgetting(model, **stages, seeds=1, **QUICK)
-    assert outcome.model is model
+    assert outcome.model is None
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state) and torch.initial_seed() == seed
     assert {"-".join(order) for order in ORDERS} < outcome.facts.keys()
     assert all(len(curve) == 2 and all(map(math.isfinite, curve)) for curve in outcome.curves.values())
-    again, _ = oh.open(str(oh.save(outcome.model, tiny_tokenizer(), tmp_path / "saved")))
+    again, _ = oh.open(str(oh.save(model, tiny_tokenizer(), tmp_path / "saved")))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 

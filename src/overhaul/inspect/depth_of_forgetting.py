@@ -92,7 +92,7 @@ def depth_of_forgetting(
         seeds: how often all orders are run; one seed says nothing about noise.
 
     Returns:
-        The model as it was. Facts: for every order ("refusal-forget-sibling" learnt the refusal first) the verdict of most
+        No model. Facts: for every order ("refusal-forget-sibling" learnt the refusal first) the verdict of most
         seeds and on how many; the share of trainings that end deep, and of those that would have been called so before
         anything was unlearnt; in how many the answer learnt last was the likeliest before unlearning (where it was not,
         the stages were too short). Curves: log-probability of the three answers in nats a token while `forget` is
@@ -117,7 +117,7 @@ def depth_of_forgetting(
             runs[n, name] = follow(
                 path, stages, forget, term, steps=unlearning_steps, every=watch_every, lr=unlearning_lr, **shared
             )
-    return Outcome(model, facts=_facts(runs, seeds), curves=_curves(runs, seeds))
+    return Outcome(facts=_facts(runs, seeds), curves=_curves(runs, seeds))
 
 
 def follow(

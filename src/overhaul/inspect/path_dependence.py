@@ -88,7 +88,7 @@ def path_dependence(
         seeds: how often all paths are run; one seed says nothing about noise.
 
     Returns:
-        The model as it was. Facts: the forget score by place, its spread over places, the largest change of a score by
+        No model. Facts: the forget score by place, its spread over places, the largest change of a score by
         another seed and their ratio, the slowest place and on how many seeds the last one is it, the rise of the retained
         answers by place, and mean distances between paths before and after unlearning and between seeds of one path.
         Curves: nats a token of `forget` while it is unlearnt, by place, mean over seeds.
@@ -122,7 +122,7 @@ def path_dependence(
             )
             after = cache_outputs(path, probe, MEASURED_AT_ONCE)
             runs[n, place] = Run(found.score, found.curve, _mean_nats(path, stages, retained) - kept, before, after)
-    return Outcome(model, facts=_facts(runs, len(stages), seeds), curves=_curves(runs, len(stages), seeds))
+    return Outcome(facts=_facts(runs, len(stages), seeds), curves=_curves(runs, len(stages), seeds))
 
 
 def orders(retained: Sequence[str], forgotten: str) -> list[list[str]]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from overhaul import method as methods
 from overhaul import models
@@ -15,11 +15,9 @@ from overhaul.data.examples import Examples, join
 from overhaul.data.materials import Row, Source, encode, form_of, load_rows
 from overhaul.errors import RequestError, did_you_mean
 from overhaul.judge import judge as judging
+from overhaul.recipe.materials import Materials, Reference, relative, source_of
 from overhaul.recipe.roles import check_roles
 from overhaul.recipe.spec import Document, Recipe
-
-ModelReference = dict[str, str]
-"""`{"after": step}` or `{"model": source}`."""
 
 RETRAINED = "retrained"
 """The material that is a model trained without what is to be forgotten."""
@@ -27,17 +25,27 @@ RETRAINED = "retrained"
 
 @dataclass(frozen=True)
 class Step:
-    """One checked step: its method, all its knobs, and which material each of its roles reads."""
+    """One checked step: its method, all its knobs, and which materials its roles read."""
 
     number: int
     method: methods.Method
     knobs: Mapping[str, Any]
-    reads: Mapping[str, str]
+    reads: Mapping[str, str | tuple[str, ...]]
+
+    @property
+    def materials(self) -> list[str]:
+        """The names of all materials that it reads."""
+        return [name for role in self.reads for name in self.names(role)]
 
     @property
     def name(self) -> str:
         """The method's name, as the report shows it."""
         return self.method.name
+
+    def names(self, role: str) -> tuple[str, ...]:
+        """The names of the materials that a role reads."""
+        read = self.reads.get(role, ())
+        return (read,) if isinstance(read, str) else read
 
     def goes_by(self, name: str) -> bool:
         """Whether a recipe may call it so: "forget.npo" or "npo"."""
@@ -52,8 +60,7 @@ class Checked:
     model: models.Checkpoint
     processor: Any
     steps: list[Step]
-    rows: Mapping[str, list[tuple[Source, list[Row]]]]
-    references: Mapping[str, ModelReference]
+    materials: Materials
     requests: list[judging.Request]
     used: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -64,10 +71,21 @@ class Checked:
         return self.document.recipe
 
     @property
+    def rows(self) -> Mapping[str, list[tuple[Source, list[Row]]]]:
+        """The materials that are data."""
+        return self.materials.rows
+
+    @property
+    def references(self) -> Mapping[str, Reference]:
+        """The materials that are models or products of steps."""
+        return self.materials.references
+
+    @property
     def compares_with_retrained(self) -> bool:
         """Whether what is measured is to be held against a retrained model, which the recipe names."""
-        named = "model" in self.references.get(RETRAINED, {})
-        return named and any(request.against_retrained for request in self.requests)
+        return "model" in self.references.get(RETRAINED, {}) and any(
+            request.against_retrained for request in self.requests
+        )
 
     def encode(self) -> dict[str, Examples]:
         """The examples of every role that a step or the judge reads.
@@ -121,26 +139,25 @@ def check(document: Document, *, shapes: bool = True) -> Checked:
         RequestError: with what is wrong, where, and what to write instead.
     """
     recipe = document.recipe
-    known = models.facts(recipe.model if recipe.model.startswith("starter:") else _relative(recipe.model, document))
+    known = models.facts(relative(recipe.model, document))
     if recipe.dtype not in models.DTYPES:
         raise RequestError(f"dtype {recipe.dtype!r} is not possible.{did_you_mean(recipe.dtype, models.DTYPES)}")
-    references = {k: v for k, v in recipe.materials.items() if isinstance(v, dict) and {"after", "model"} & v.keys()}
-    rows = _load(recipe, document, list(references))
+    materials = Materials.of(recipe, document)
     if not recipe.steps and not recipe.compare:
         raise RequestError("The recipe has no steps. `overhaul methods` lists what a step can be.")
-    steps, warnings = _steps(recipe.steps, rows, references)
-    requests = judging.check(recipe.judge, rows, retrained="model" in references.get(RETRAINED, {}))
-    used = _used(steps, requests, rows)
+    steps, warnings = _steps(recipe.steps, materials)
+    requests = judging.check(recipe.judge, materials.rows, retrained="model" in materials.references.get(RETRAINED, {}))
+    used = _used(steps, requests, materials)
     if shapes:
         models.check_shapes(known)
     processor = models.load_processor(known)
     for role in used:
-        if any(form_of(*source) != "image" for source in rows[role]) and not hasattr(processor, "encode"):
+        if any(form_of(*source) != "image" for source in materials.rows[role]) and not hasattr(processor, "encode"):
             raise RequestError(
                 f"The material {role!r} is text, but {known.source} has no tokenizer. Put its tokenizer.json beside the "
                 "weights (`tokenizer.save_pretrained(folder)`)."
             )
-    return Checked(document, known, processor, steps, rows, references, requests, used, warnings)
+    return Checked(document, known, processor, steps, materials, requests, used, warnings)
 
 
 def with_steps(checked: Checked, entries: Sequence[Mapping[str, Any]]) -> Checked:
@@ -150,113 +167,175 @@ def with_steps(checked: Checked, entries: Sequence[Mapping[str, Any]]) -> Checke
         RequestError: as `check`.
     """
     recipe = checked.recipe.model_copy(update={"steps": list(entries)})
-    steps, warnings = _steps(recipe.steps, checked.rows, checked.references)
-    used = _used(steps, checked.requests, checked.rows)
+    steps, warnings = _steps(recipe.steps, checked.materials)
+    used = _used(steps, checked.requests, checked.materials)
     text = yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False)
     document = replace(checked.document, recipe=recipe, text=text)
     return replace(checked, document=document, steps=steps, used=used, warnings=warnings)
 
 
-def _steps(
-    entries: Sequence[Mapping[str, Any]], rows: Mapping[str, Any], references: Mapping[str, ModelReference]
-) -> tuple[list[Step], list[str]]:
+def _steps(entries: Sequence[Mapping[str, Any]], materials: Materials) -> tuple[list[Step], list[str]]:
     """All steps, and what is odd about the roles they read."""
-    steps = [_step(n, entry, rows, references) for n, entry in enumerate(entries, 1)]
-    _check_references(references, steps)
+    steps: list[Step] = []
+    for number, entry in enumerate(entries, 1):
+        steps.append(_step(number, entry, materials, steps))
+    _check_after(materials.references, steps)
     warnings = [
         warning
         for step in steps
-        for warning in check_roles(f"Step {step.number}, {step.name}", step.reads, step.method.changes, rows)
+        for warning in check_roles(
+            f"Step {step.number}, {step.name}",
+            {role: read for role, read in step.reads.items() if isinstance(read, str) and read in materials.rows},
+            step.method.changes,
+            materials.rows,
+        )
     ]
     return steps, warnings
 
 
-def _used(steps: Sequence[Step], requests: Sequence[judging.Request], rows: Mapping[str, Any]) -> list[str]:
-    read = [role for step in steps for role in step.reads.values() if role in rows]
+def _used(steps: Sequence[Step], requests: Sequence[judging.Request], materials: Materials) -> list[str]:
+    """The materials that have to be encoded: examples that a step reads, and what the judge measures on."""
+    read = [
+        name
+        for step in steps
+        for role in step.method.roles
+        if role.kind == "examples"
+        for name in step.names(role.name)
+        if name in materials.rows
+    ]
     return list(dict.fromkeys([*read, *(role for request in requests for role in request.roles.values())]))
 
 
-def _relative(source: str, document: Document) -> str:
-    """A model folder beside the recipe, else the source as it is (a hub name or a path from here)."""
-    beside = document.base / source
-    return str(beside) if beside.is_dir() else source
-
-
-def _load(recipe: Recipe, document: Document, references: Sequence[str]) -> dict[str, list[tuple[Source, list[Row]]]]:
-    loaded: dict[str, list[tuple[Source, list[Row]]]] = {}
-    for role, value in recipe.materials.items():
-        if role in references:
-            continue
-        loaded[role] = []
-        for part in value if isinstance(value, list) else [value]:
-            if isinstance(part, str):
-                if part not in loaded:
-                    hint = did_you_mean(part, loaded)
-                    raise RequestError(
-                        f"The material {role!r} includes {part!r}, which is not a material above it.{hint}"
-                    )
-                loaded[role] += loaded[part]
-                continue
-            spec = _source(role, part)
-            rows = load_rows(spec, document.base)
-            form_of(spec, rows)
-            loaded[role].append((spec, rows))
-    return loaded
-
-
-def _source(role: str, part: Any) -> Source:
-    if not isinstance(part, dict) or "from" not in part:
-        raise RequestError(
-            f"The material {role!r} must say where it comes from: `{role}: {{from: FILE}}`, not {part!r}."
-        )
-    fields = [info.alias or name for name, info in Source.model_fields.items()]
-    for name in part:
-        if name not in fields:
-            raise RequestError(f"The material {role!r} has no option {name!r}.{did_you_mean(str(name), fields)}")
-    try:
-        return Source.model_validate(part)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise RequestError(f"The material {role!r}, {'.'.join(map(str, problem['loc']))}: {problem['msg']}.") from None
-
-
-def _step(
-    number: int, entry: Mapping[str, Mapping[str, Any]], rows: Mapping[str, Any], references: Mapping[str, Any]
-) -> Step:
+def _step(number: int, entry: Mapping[str, Mapping[str, Any]], materials: Materials, before: Sequence[Step]) -> Step:
     """Find the method; tell its roles from its knobs; `ROLE: MATERIAL` among the knobs reads another material."""
     ((name, given),) = entry.items()
     found = methods.find(name)
     roles = {material.name: material for material in found.roles}
+    subject = found.subject
+    if subject is not None and subject.name in given:
+        raise RequestError(
+            f"Step {number}, {found.name}: {subject.name!r} is the model that the step before hands on; it cannot be named."
+        )
     renamed = {key: value for key, value in given.items() if key in roles}
     knobs = {key: value for key, value in given.items() if key not in roles}
     known = {knob.name for knob in found.knobs}
     for key in knobs:
         if key not in known:
-            raise RequestError(f"{found.name} has no knob {key!r}.{did_you_mean(key, [*known, *roles])}")
-    reads: dict[str, str] = {}
+            raise RequestError(f"{found.name} has no knob {key!r}.{did_you_mean(str(key), [*known, *roles])}")
+    where = f"Step {number}, {found.name}"
+    reads: dict[str, str | tuple[str, ...]] = {}
     for role, material in roles.items():
         wanted = renamed.get(role, role)
-        there = rows if material.kind == "examples" else references
-        if wanted in there:
-            reads[role] = wanted
-        elif role in renamed or material.required:
+        names = _names(where, material, wanted, materials)
+        lacking = [one for one in names if one not in materials.rows and one not in materials.references]
+        if lacking and role not in renamed and not material.required:
+            continue
+        if lacking:
             raise RequestError(
-                f"Step {number}, {found.name}, needs {'a model' if material.kind == 'model' else 'the material'} {wanted!r} "
-                f"({material.doc or role}), and the recipe's materials have none.{did_you_mean(wanted, there)}"
+                f"{where}, needs {_described(material)} {lacking[0]!r} ({material.doc or role}), and the recipe's materials "
+                f"have none.{did_you_mean(lacking[0], materials.known)}"
             )
+        for one in names:
+            _check_kind(where, material, one, materials, before)
+        reads[role] = names if material.many else names[0]
     return Step(number, found, found.check(knobs), reads)
 
 
-def _check_references(references: Mapping[str, ModelReference], steps: Sequence[Step]) -> None:
+def _described(material: methods.Material) -> str:
+    return "a model" if material.is_model else "the material"
+
+
+def _names(where: str, material: methods.Material, wanted: Any, materials: Materials) -> tuple[str, ...]:
+    """The names of the materials that a role reads."""
+    several = list(wanted) if isinstance(wanted, list) else [wanted]
+    for one in several:
+        if not isinstance(one, str):
+            raise RequestError(
+                f"{where}: {material.name} reads a material by its name, not {one!r}. Put it under `materials:` and name it "
+                "here."
+            )
+    names = tuple(name for one in several for name in materials.names(one))
+    if not names:
+        raise RequestError(f"{where}: {material.name} is an empty list; name at least one material.")
+    if len(names) > 1 and not material.many:
+        listed = ", ".join(names)
+        join = "" if material.is_model else f" To read several as one, list them there: `{material.name}: [{listed}]`."
+        raise RequestError(f"{where}: {material.name} reads one of `materials:`, not {listed}.{join}")
+    return names
+
+
+def _check_kind(
+    where: str, material: methods.Material, name: str, materials: Materials, before: Sequence[Step]
+) -> None:
+    """Whether a material is what the role reads: a model, or data."""
+    reference = materials.references.get(name, {})
+    kind = "model" if reference else "data"
+    if "made" in reference:
+        kind = product_of(where, name, reference, before)
+    allowed = {
+        "model": ("model", "checkpoint"),
+        "checkpoint": ("model", "checkpoint"),
+        "examples": ("data", "examples", "rows"),
+        "rows": ("data", "rows"),
+    }
+    if kind not in allowed[material.kind]:
+        needs = "a model" if material.is_model else "data"
+        raise RequestError(f"{where}: {material.name} reads {needs}, but the material {name!r} is {_named(kind)}.")
+
+
+def _named(kind: str) -> str:
+    return {"data": "data", "model": "a model", "json": "plain JSON", "checkpoint": "a checkpoint"}.get(kind, kind)
+
+
+def maker_of(reference: Reference, steps: Sequence[Step]) -> Step | None:
+    """The last of these steps that goes by the name of the one that makes a product."""
+    return next((step for step in reversed(steps) if step.goes_by(reference["made"])), None)
+
+
+def product_of(where: str, name: str, reference: Reference, before: Sequence[Step]) -> methods.Product:
+    """What kind of product a reference means.
+
+    Raises:
+        RequestError: no step before makes it.
+    """
+    step = maker_of(reference, before)
+    if step is None:
+        hint = did_you_mean(reference["made"], [one.name for one in before]) if before else " There is none."
+        raise RequestError(
+            f"{where}: the material {name!r} is made by {reference['made']!r}, which is no step before.{hint}"
+        )
+    makes = step.method.makes
+    if reference["name"] not in makes:
+        raise RequestError(
+            f"{where}: {step.name} makes no {reference['name']!r} for the material {name!r}."
+            f"{did_you_mean(reference['name'], makes) or ' It makes nothing beside the model.'}"
+        )
+    source_of(name, _as_source(reference))
+    return makes[reference["name"]]
+
+
+def _as_source(reference: Reference) -> dict[str, Any]:
+    """The options with which rows that a step made are encoded."""
+    options = {key: value for key, value in reference.items() if key not in ("made", "name")}
+    return {"from": f"made by {reference['made']}", **options}
+
+
+def encode_made(role: str, reference: Reference, rows: list[Row], processor: Any) -> Examples:
+    """Rows that a step made, filtered and encoded as their material says."""
+    spec = source_of(role, _as_source(reference))
+    return encode(load_rows(spec, Path.cwd(), rows), spec, processor)
+
+
+def _check_after(references: Mapping[str, Reference], steps: Sequence[Step]) -> None:
+    """Whether the steps after which a model is taken are there, and before those that read it."""
     for name, reference in references.items():
-        if "after" in reference:
-            target = reference["after"]
-            places = [step.number for step in steps if step.goes_by(target)]
-            if target != "start" and not places:
-                hint = did_you_mean(target, ["start", *(step.name for step in steps)])
-                raise RequestError(f"The model {name!r} is `after: {target}`, which is no step.{hint}")
-            users = [step for step in steps if name in step.reads.values()]
-            if places and any(step.number <= places[0] for step in users):
-                raise RequestError(f"The model {name!r} is the one after {target}, but a step before that reads it.")
-        else:
-            models.facts(reference["model"])
+        if "after" not in reference:
+            continue
+        target = reference["after"]
+        places = [step.number for step in steps if step.goes_by(target)]
+        if target != "start" and not places:
+            hint = did_you_mean(target, ["start", *(step.name for step in steps)])
+            raise RequestError(f"The model {name!r} is `after: {target}`, which is no step.{hint}")
+        users = [step for step in steps if name in step.materials]
+        if places and any(step.number <= places[0] for step in users):
+            raise RequestError(f"The model {name!r} is the one after {target}, but a step before that reads it.")

@@ -75,7 +75,7 @@ def compare(
     variants = [
         _seeded(variant, base.recipe.seed + n, seeds > 1) for variant in _variants(base, names) for n in range(seeds)
     ]
-    root = Path(out) if out is not None else Path("runs") / f"{document.name}-compared"
+    root = Path(out) if out is not None else Path("runs") / f"{document.folder_name}-compared"
     needed = base.model.bytes * sum(1 + len(variant.checked.steps) for variant in variants)
     folder = RunFolder(root)
     if processes.is_main():
@@ -187,7 +187,7 @@ class _Comparison:
     def null_control(self, stages: Sequence[Stage], place: int) -> Stage | None:
         """The model before the step with noise as large as the step's change of each tensor; None if a shape changed."""
         before, after = stages[place], stages[place + 1]
-        if before.facts.shapes != after.facts.shapes:
+        if not after.changed or before.facts.shapes != after.facts.shapes:
             return None
         key = key_of(after.key, "noise")
         target = self.folder.step(0, "null-control", key)

@@ -124,7 +124,11 @@ class Shape:
 def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
     model, shape = checked.model, Shape.of(checked.model.config)
     width = DTYPES[checked.recipe.dtype].itemsize
-    read = {role: checked.rows[name] for role, name in step.reads.items() if name in checked.rows}
+    read = {
+        role: [part for name in step.names(role) for part in checked.rows[name]]
+        for role in step.reads
+        if all(name in checked.rows for name in step.names(role))
+    }
     lengths = {
         role: [n for spec, rows in parts for row in rows for n in lengths_of(spec, row)] for role, parts in read.items()
     }
@@ -134,7 +138,7 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
     # logits stand several times: raw, shifted, log-softmax and its gradient in float32
     logits = shape.logits * (16 if trains else width + 4)
     activations = positions * (width * (shape.kept if trains else shape.live) + logits)
-    models = 1 + any(m.kind == "model" and m.name in step.reads for m in step.method.roles)
+    models = 1 + sum(len(step.names(role.name)) for role in step.method.roles if role.kind == "model")
     trained = (
         _adapters(model.shapes, int(step.knobs["rank"])) if step.knobs.get("weights") == "lora" else model.parameters
     )

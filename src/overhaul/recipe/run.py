@@ -2,7 +2,9 @@
 
 1. A step begins from the saved result of the one before, also in an uninterrupted run. So a run that was killed and one
    that was not give the same numbers, and every checkpoint is loaded once before anybody relies on it.
-2. Under `torchrun` or `accelerate launch` every process walks through the same steps. The main one alone judges and
+2. A step that changes nothing writes no model, and nothing is judged again: the stage before goes on. What a step makes
+   beside the model lies in its folder, where later steps find it.
+3. Under `torchrun` or `accelerate launch` every process walks through the same steps. The main one alone judges and
    writes, the others wait where its files are read back, so all must see the run folder. What a method does outside
    `fit`, each of them does for itself.
 """
@@ -24,13 +26,14 @@ from overhaul import __version__, models, processes, session
 from overhaul.data.examples import Examples
 from overhaul.errors import OverhaulError, RequestError, RunError, writing
 from overhaul.judge import judge as judging
-from overhaul.method import Outcome
-from overhaul.recipe import lineage, machine
-from overhaul.recipe.check import RETRAINED, Checked, Step, check
+from overhaul.method import Material
+from overhaul.outcome import OutcomeError
+from overhaul.recipe import lineage, machine, products, results
+from overhaul.recipe.check import RETRAINED, Checked, Step, check, encode_made, maker_of
+from overhaul.recipe.materials import Reference
 from overhaul.recipe.spec import read
 from overhaul.recipe.store import RunFolder, Stage, code_version, key_of, write_json, write_text
 from overhaul.report.html import write_html
-from overhaul.weights import relative_change
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def run(source: str | Path | Mapping[str, Any], out: str | Path | None = None) -
     """
     processes.start()
     document = read(source)
-    root = Path(out) if out is not None else Path("runs") / document.name
+    root = Path(out) if out is not None else Path("runs") / document.folder_name
     # building the model's shapes takes seconds of imports; a run that ended once with this recipe has passed that check
     checked = check(document, shapes=not _ended(root, document.text))
     if not checked.steps:
@@ -94,6 +97,7 @@ class Runner:
         self.data = checked.encode() if data is None else data
         judging.check_data(checked.requests, self.data)
         self.digests = {role: examples.digest() for role, examples in self.data.items()}
+        self.digests |= {role: key_of(parts) for role, parts in self.raw_rows().items() if role not in self.digests}
         self.warnings = [*checked.warnings, *self.repeated()]
         self.model: tuple[str, nn.Module] | None = None
         self.anchored: judging.Anchor | None = None
@@ -116,6 +120,17 @@ class Runner:
         processes.wait()
         return stages, judged, report
 
+    def raw_rows(self) -> dict[str, list[Mapping[str, Any]]]:
+        """The rows of every material that a step reads as they are."""
+        return {
+            name: [row for _, rows in self.checked.rows[name] for row in rows]
+            for step in self.checked.steps
+            for role in step.method.roles
+            if role.kind == "rows"
+            for name in step.names(role.name)
+            if name in self.checked.rows
+        }
+
     def publish(self, stages: list[Stage], report: dict[str, Any]) -> None:
         """Put the last stage's model, the report and where all came from in their places."""
         history = lineage.lineage(self.checked, stages, self.digests, report)
@@ -137,7 +152,7 @@ class Runner:
         """A warning for every step that is to forget what this model was made to forget before."""
         found = []
         for step in self.checked.steps:
-            digest = self.digests.get(step.reads.get("forget", ""))
+            digest = self.digests.get("".join(step.names("forget")))
             earlier = lineage.forgotten_before(self.checked.model.folder, digest) if digest else None
             if earlier is not None:
                 found.append(
@@ -150,23 +165,31 @@ class Runner:
         """The model of a stage; the last one loaded is kept."""
         if self.model is None or self.model[0] != stage.key:
             self.model = None
-            recipe = self.checked.recipe
-            self.model = (stage.key, models.load_weights(stage.facts, recipe.dtype, recipe.trust_remote_code))
-            if torch.cuda.is_available():
-                self.model[1].to("cuda")
+            self.model = (stage.key, self.opened(stage.facts))
         return self.model[1]
+
+    def opened(self, facts: models.Checkpoint) -> nn.Module:
+        """A checkpoint's model, on the device that the run uses."""
+        torch.manual_seed(self.checked.recipe.seed)  # a start without weights draws them
+        model = models.load_weights(facts, self.checked.recipe.dtype, self.checked.recipe.trust_remote_code)
+        return model.to("cuda") if torch.cuda.is_available() else model
 
     def key(self, step: Step, stages: list[Stage]) -> str:
         """All that a step's result depends on."""
-        reads = {role: self.digests.get(name) or self.reference_key(name, stages) for role, name in step.reads.items()}
+        reads = {
+            role: [self.digests.get(name) or self.reference_key(name, stages) for name in step.names(role)]
+            for role in step.reads
+        }
         parts = (step.name, step.method.version, dict(step.knobs), reads, self.checked.recipe.seed, __version__)
         return key_of(stages[-1].key, *parts)
 
     def reference_key(self, name: str, stages: list[Stage]) -> str:
-        """The key of a model that a step only reads."""
+        """The key of a model or product that a step only reads."""
         reference = self.checked.references[name]
         if "model" in reference:
             return models.facts(reference["model"]).digest()
+        if "made" in reference:
+            return key_of(self.maker(reference, stages).step_key, reference)
         return self.after(reference["after"], stages).key
 
     def after(self, name: str, stages: list[Stage]) -> Stage:
@@ -175,13 +198,34 @@ class Runner:
             return stages[0]
         return stages[next(step.number for step in self.checked.steps if step.goes_by(name))]
 
-    def reference_model(self, name: str, stages: list[Stage]) -> nn.Module:
-        """A model that a step only reads."""
+    def maker(self, reference: Reference, stages: list[Stage]) -> Stage:
+        """The stage of the step that made a product."""
+        step = maker_of(reference, self.checked.steps[: len(stages) - 1])
+        assert step is not None, "the recipe was checked"
+        return stages[step.number]
+
+    def reference_facts(self, name: str, stages: list[Stage]) -> models.Checkpoint:
+        """The checkpoint of a model that a step only reads."""
         reference = self.checked.references[name]
-        facts = (
-            models.facts(reference["model"]) if "model" in reference else self.after(reference["after"], stages).facts
-        )
-        return models.load_weights(facts, self.checked.recipe.dtype, self.checked.recipe.trust_remote_code)
+        if "model" in reference:
+            return models.facts(reference["model"])
+        return self.after(reference["after"], stages).facts
+
+    def material(self, role: Material, name: str, stages: list[Stage]) -> Any:
+        """One material, as the method's role wants it."""
+        reference = self.checked.references.get(name)
+        if reference is None:
+            return self.data[name] if role.kind == "examples" else self.raw_rows()[name]
+        if "made" in reference:
+            stage = self.maker(reference, stages)
+            assert stage.place is not None and stage.record is not None, "a stage that made something has a place"
+            kind = stage.record["made"][reference["name"]]["kind"]
+            value = products.read(kind, products.place_of(stage.place, reference["name"], kind), self.checked.processor)
+            if kind == "rows" and role.kind == "examples":
+                return encode_made(name, reference, value, self.checked.processor)
+            return self.opened(value) if role.kind == "model" else value
+        facts = self.reference_facts(name, stages)
+        return self.opened(facts) if role.kind == "model" else facts
 
     def step(self, step: Step, stages: list[Stage]) -> Stage:
         """The stage after a step: found where it was done before, else made."""
@@ -190,8 +234,11 @@ class Runner:
         if not processes.agreed((place / "step.json").exists()):
             self.make(step, stages, key, place)
             processes.wait()
+        record = json.loads((place / "step.json").read_text())
+        if not (place / "model").exists():
+            return replace(stages[-1], name=step.name, record=record, place=place, step_key=key, changed=False)
         facts = replace(models.facts(place / "model"), source=f"step {step.number}")
-        return Stage(step.name, key, facts, json.loads((place / "step.json").read_text()))
+        return Stage(step.name, key, facts, record, place, key)
 
     def make(self, step: Step, stages: list[Stage], key: str, place: Path) -> None:
         """Run one step into its place."""
@@ -200,15 +247,24 @@ class Runner:
             with writing(partial):
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-        model = self.load(stages[-1])
+        given: dict[str, Any] = {}
+        if (subject := step.method.subject) is not None:
+            opened = subject.kind == "model"
+            given[subject.name] = self.load(stages[-1]) if opened else stages[-1].facts
         self.model = None  # the method may change it in place
-        materials: dict[str, Any] = {}
-        for role, name in step.reads.items():
-            materials[role] = self.data[name] if name in self.data else self.reference_model(name, stages)
+        for role in step.method.roles:
+            if role.name in step.reads:
+                found = [self.material(role, name, stages) for name in step.names(role.name)]
+                given[role.name] = found if role.many else found[0]
+        if step.method.writes:
+            given["out"] = partial / "model"
         torch.manual_seed(self.checked.recipe.seed)
         with session.using(scratch=self.folder.scratch(key)), machine.measured() as cost:
             try:
-                outcome = step.method.call(model, **materials, **step.knobs)
+                outcome = step.method.call(**given, **step.knobs)
+            except OutcomeError as error:
+                kept = place.with_name(f"{place.name}.refused")
+                raise results.refused(step, error, kept, self.checked) from error
             except OverhaulError as error:
                 raise type(error)(f"Step {step.number}, {step.name}: {error}") from error
             except torch.OutOfMemoryError as error:
@@ -217,49 +273,13 @@ class Runner:
                     "method has it, or `dtype: bfloat16` need less; `overhaul plan` shows how much."
                 ) from error
         if processes.is_main():
-            record = self.save(step, stages[-1].facts, outcome, cost, partial)
+            record = results.save(step, stages[-1].facts, outcome, partial, self.checked)
+            record |= {"seconds": cost.seconds, "peak_bytes": cost.peak_bytes, "roles": self.sizes(step)}
             self.folder.finish_step(place, partial, record, key)
 
-    def save(
-        self, step: Step, before: models.Checkpoint, outcome: Outcome, cost: machine.Measured, partial: Path
-    ) -> dict[str, Any]:
-        """Save what a step made into `partial` if it changed something; the step's record."""
-        stored = self.checked.model.dtype
-        with writing(partial):
-            models.save(outcome.model, self.checked.processor, partial / "model", dtype=stored)
-        touched = self.check_effect(step, before, models.facts(partial / "model"), stored)
-        return {
-            "name": step.name,
-            "summary": step.method.summary,
-            "paper": step.method.paper,
-            "version": step.method.version,
-            "knobs": dict(step.knobs),
-            "seconds": cost.seconds,
-            "peak_bytes": cost.peak_bytes,
-            "facts": outcome.facts,
-            "layers": {**outcome.layers, **({"relative change of the weights": touched} if touched else {})},
-            "curves": outcome.curves,
-            "roles": {role: len(self.data[name]) for role, name in step.reads.items() if name in self.data},
-        }
-
-    def check_effect(
-        self, step: Step, before: models.Checkpoint, after: models.Checkpoint, dtype: str
-    ) -> dict[int, float]:
-        """How much the weights of each depth changed; empty where the tensors are others or there are several stacks.
-
-        Raises:
-            RunError: a step that should change the model did not.
-        """
-        if before.shapes != after.shapes:
-            return {}
-        change = relative_change(before.folder, after.folder)
-        if step.method.changes != "nothing" and not any(change.by_tensor.values()):
-            raise RunError(
-                f"Step {step.number}, {step.name}, changed nothing that {dtype} weights can hold. Its knobs were "
-                f"{dict(step.knobs)}: a higher learning rate, more steps or a lower threshold would change something."
-            )
-        one_stack = len({stack for stack, _ in change.by_depth}) == 1
-        return {depth: value for (_, depth), value in change.by_depth.items()} if one_stack else {}
+    def sizes(self, step: Step) -> dict[str, int]:
+        """How many examples each of a step's roles has."""
+        return {role: len(self.data[name]) for role in step.reads for name in step.names(role) if name in self.data}
 
     def judge(self, stage: Stage) -> dict[str, Any]:
         """What the judge says of a stage: found where it was judged before, else measured."""
@@ -283,9 +303,7 @@ class Runner:
         """What the retrained model says, if the judge compares with one: read once, before another model is loaded."""
         if self.checked.compares_with_retrained and self.anchored is None:
             self.model = None
-            model = self.reference_model(RETRAINED, [])
-            if torch.cuda.is_available():
-                model.to("cuda")
+            model = self.opened(self.reference_facts(RETRAINED, []))
             torch.manual_seed(self.checked.recipe.seed)
             self.anchored = judging.anchor_of(model, self.checked.requests, self.data)
         return self.anchored
@@ -293,6 +311,7 @@ class Runner:
     def report(self, stages: list[Stage], judged: list[dict[str, Any]]) -> dict[str, Any]:
         """Everything the report shows, aligned over the stages."""
         first = judged[0]
+        judged = [one for one, stage in zip(judged, stages, strict=True) if stage.changed]
         measures = []
         for n, measure in enumerate(first["measures"]):
             common = {name: value for name, value in measure.items() if name != "value"}
@@ -313,7 +332,7 @@ class Runner:
             "seed": recipe.seed,
             "recipe": self.checked.document.text,
             "model": {"source": recipe.model, "class": facts.architecture, "parameters": facts.parameters},
-            "stages": [stage.name for stage in stages],
+            "stages": [stage.name for stage in stages if stage.changed],
             "measures": measures,
             "steps": [stage.record for stage in stages if stage.record is not None],
             "samples": samples,

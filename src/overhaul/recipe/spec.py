@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import yaml
+from annotated_types import Ge, Lt
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from overhaul.errors import RequestError, did_you_mean
@@ -17,12 +20,13 @@ class Recipe(BaseModel):
     """What a recipe file may say.
 
     Attributes:
-        model: a folder, a hub name, or `starter:NAME`.
+        model: a folder, a hub name, `starter:NAME`, or `new:FOLDER`: a config without weights, which the seed draws.
         title: for the report.
         seed: every step starts from it.
         dtype: how weights are held while they are worked on; the saved model keeps the dtype it came with.
         trust_remote_code: run Python code that comes with the model.
-        materials: data by role, and models: `{from: ...}`, a list of such, `{after: STEP}` or `{model: SOURCE}`.
+        materials: data by role, `{from: ...}` or a list of such; models, `{after: STEP}`, `{model: SOURCE}` or a list of
+            such; and what a step makes beside the model, `{made: STEP, name: PRODUCT}`.
         steps: methods in order, each with its knobs.
         compare: methods with their knobs for `overhaul compare`, which take the place of the first step of their verb.
         judge: what to measure before and after: `group: {metric: role}`.
@@ -32,7 +36,7 @@ class Recipe(BaseModel):
 
     model: str
     title: str = ""
-    seed: int = 0
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     dtype: str = "float32"
     trust_remote_code: bool = False
     materials: dict[str, Any] = {}
@@ -51,7 +55,12 @@ class Recipe(BaseModel):
             ((name, knobs),) = entry.items()
             if knobs is not None and not isinstance(knobs, dict):
                 raise ValueError(f"the knobs of {name} must be a mapping, not {knobs!r}")
-            named.append({str(name): knobs or {}})
+            if not isinstance(name, str):
+                raise ValueError(f"a step is named by its method, such as `forget.npo`, not by {name!r}")
+            for knob in knobs or {}:
+                if not isinstance(knob, str):
+                    raise ValueError(f"the knobs of {name} are words, not {knob!r}")
+            named.append({name: knobs or {}})
         return named
 
 
@@ -64,6 +73,15 @@ class Document:
     name: str
     base: Path
 
+    @property
+    def folder_name(self) -> str:
+        """Its name as a folder can have it."""
+        return re.sub(r"[^\w.-]+", "-", self.name).strip(".-")[:60] or "recipe"
+
+
+MOST_NESTED = 50
+"""How deep a recipe may be nested; YAML's own reader gives up at some hundreds with an error that says nothing."""
+
 
 def read(source: str | Path | Mapping[str, Any]) -> Document:
     """Read a recipe from a YAML file, a packaged name ("demo"), or a mapping.
@@ -72,31 +90,107 @@ def read(source: str | Path | Mapping[str, Any]) -> Document:
         RequestError: no such file, not YAML, or a field that no recipe has.
     """
     if isinstance(source, Mapping):
-        return _parse(yaml.safe_dump(dict(source), sort_keys=False), "recipe", Path.cwd())
+        try:
+            text = yaml.safe_dump(dict(source), sort_keys=False)
+        except (yaml.YAMLError, RecursionError) as error:
+            what = " ".join(map(str, getattr(error, "args", ()))) or "it contains itself"
+            raise RequestError(
+                f"The recipe cannot be written down: {what}. Use text, numbers, lists and mappings."
+            ) from None
+        return _parse(text, "recipe", Path.cwd())
     path = Path(source)
-    if not path.is_file():
-        raise RequestError(f"There is no recipe at {path}. `overhaul demo` runs one that ships with the package.")
     try:
+        if not path.is_file():
+            raise RequestError(f"There is no recipe at {path}. `overhaul demo` runs one that ships with the package.")
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not a text file: {error}.") from None
+    except OSError as error:
+        raise RequestError(f"The recipe {str(path)[:80]!r} cannot be read: {error.strerror}.") from None
     return _parse(text, path.stem, path.resolve().parent)
 
 
 def _parse(text: str, name: str, base: Path) -> Document:
     try:
-        loaded = yaml.safe_load(text)
+        loaded = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise RequestError(f"The recipe {name} is not valid YAML: {error}") from None
+    except (ValueError, RecursionError) as error:  # a date or number that does not exist; nesting without end
+        raise RequestError(f"The recipe {name} cannot be read: {error}.") from None
     if not isinstance(loaded, dict):
         raise RequestError(f"The recipe {name} must be a mapping with `model:` and `steps:`.")
     for field in loaded:
         if field not in Recipe.model_fields:
             raise RequestError(f"A recipe has no field {field!r}.{did_you_mean(str(field), Recipe.model_fields)}")
+    _check_values(name, loaded)
     try:
         recipe = Recipe.model_validate(loaded)
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
-        raise RequestError(f"The recipe {name}, {place}: {problem['msg']}.") from None
+        message = problem["msg"].removeprefix("Value error, ")
+        raise RequestError(f"The recipe {name}, {place}: {message}.") from None
     return Document(recipe, text, recipe.title or name, base)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, in which words stay words and a key that is written twice is an error.
+
+    Of what stands without quotes, `true`, `false`, `null` and plain numbers alone are not text (as in YAML 1.2): `no` is the
+    word, `007` an id, `12:30` a time, `2024-05-01` what it says.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """As YAML does it, where each key stands once."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            text = str(getattr(key, "value", key))
+            if text in seen and getattr(key, "tag", "") != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{text!r} is written twice, and only one of them would count", key.start_mark
+                )
+            seen.add(text)
+        return super().construct_mapping(node, deep)
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """As YAML does it, down to a depth."""
+        self.depth = getattr(self, "depth", 0) + 1
+        if self.depth > MOST_NESTED:
+            raise yaml.composer.ComposerError(None, None, "it is nested too deep", self.peek_event().start_mark)  # pyright: ignore
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|false|True|False|TRUE|FALSE", "tfTF"),
+    ("null", r"null|Null|NULL|~|", "nN~\0"),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    ("merge", r"<<", "<"),
+):
+    _whole = re.compile(f"^(?:{_pattern})$")
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _whole, ["" if c == "\0" else c for c in _first])
+
+
+def _check_values(where: str, value: Any, depth: int = 0) -> None:
+    """Refuse numbers that are none, and whatever has no meaning in a recipe."""
+    if depth > MOST_NESTED:
+        raise RequestError(f"The recipe {where[:60]} ... is nested too deep, or contains itself.")
+    if isinstance(value, Mapping):
+        for key, one in value.items():
+            _check_values(f"{where}, {key}", one, depth + 1)
+    elif isinstance(value, list):
+        for n, one in enumerate(value, 1):
+            _check_values(f"{where}, {n}", one, depth + 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise RequestError(f"The recipe {where}: {value} is no number that can be worked with.")
+    elif isinstance(value, bytes) or not isinstance(value, str | int | float | bool | None):
+        raise RequestError(f"The recipe {where}: {value!r} is a {type(value).__name__}; write it as text, in quotes.")

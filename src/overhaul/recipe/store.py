@@ -48,12 +48,25 @@ def write_json(path: Path, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """A model of the run: as it came in, or after a step."""
+    """A model of the run: as it came in, or after a step.
+
+    Attributes:
+        name: of the step.
+        key: of the model: all that it depends on.
+        facts: of its folder.
+        record: of the step.
+        place: the step's folder.
+        step_key: of the step, on which its products depend.
+        changed: whether the step made a model; else the one before goes on.
+    """
 
     name: str
     key: str
     facts: Checkpoint
     record: Mapping[str, Any] | None = None
+    place: Path | None = None
+    step_key: str = ""
+    changed: bool = True
 
 
 class RunFolder:

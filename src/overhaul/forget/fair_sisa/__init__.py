@@ -36,7 +36,7 @@ from overhaul.session import progress
 GROUP = "group"
 
 
-@method(verb="forget", paper="2312.07420", changes="nothing", memory="forward", makes={"table": "json"})
+@method(verb="forget", paper="2312.07420", changes="architecture", memory="forward", makes={"table": "json"})
 def fair_sisa(
     model: nn.Module,
     calibration: Examples,

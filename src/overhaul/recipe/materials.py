@@ -1,0 +1,166 @@
+"""What a recipe's `materials:` are: data from files, models, several models under one name, and what steps make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from overhaul import models
+from overhaul.data.materials import Row, Source, form_of, load_rows
+from overhaul.errors import RequestError, did_you_mean
+from overhaul.recipe.spec import Document, Recipe
+
+Reference = dict[str, Any]
+"""A material that no file of rows holds: {"after": STEP}, {"model": SOURCE} or {"made": STEP, "name": PRODUCT, ...}."""
+
+REFERENCES: Mapping[str, frozenset[str]] = {
+    "after": frozenset({"after"}),
+    "model": frozenset({"model"}),
+    "made": frozenset({"made", "name", "as", "where", "unless", "limit", "length", "prompt", "columns"}),
+}
+"""What each kind of reference may say."""
+
+
+@dataclass(frozen=True)
+class Materials:
+    """All materials of a recipe.
+
+    Attributes:
+        rows: of data, each source with its rows.
+        references: models and products.
+        lists: the names of several references under one.
+    """
+
+    rows: Mapping[str, list[tuple[Source, list[Row]]]]
+    references: Mapping[str, Reference]
+    lists: Mapping[str, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, recipe: Recipe, document: Document) -> Materials:
+        """Read every file of rows and the facts of every model.
+
+        Raises:
+            RequestError: a material says too little, or its file or model is not there.
+        """
+        data: dict[str, Any] = {}
+        references: dict[str, Reference] = {}
+        lists: dict[str, tuple[str, ...]] = {}
+        for role, value in recipe.materials.items():
+            if _is_reference(value):
+                references[role] = _reference(role, value, document)
+            elif isinstance(value, list) and any(_is_reference(part) or _names(part, references) for part in value):
+                lists[role] = tuple(_listed(role, value, references, document))
+            else:
+                data[role] = value
+        return cls(_load(data, document), references, lists)
+
+    def names(self, wanted: str) -> tuple[str, ...]:
+        """The materials that a name stands for: several where it is a list of models."""
+        return self.lists.get(wanted, (wanted,))
+
+    @property
+    def known(self) -> list[str]:
+        """Every name that a step may use."""
+        inline = {name for names in self.lists.values() for name in names if "[" in name}
+        return [*self.rows, *(name for name in self.references if name not in inline), *self.lists]
+
+
+def _is_reference(value: Any) -> bool:
+    return isinstance(value, dict) and bool(REFERENCES.keys() & value.keys())
+
+
+def _names(part: Any, references: Mapping[str, Reference]) -> bool:
+    return isinstance(part, str) and part in references
+
+
+def _reference(role: str, value: Reference, document: Document) -> Reference:
+    """One reference, checked as far as it can be without the steps; the model's folder is found."""
+    (kind,) = [kind for kind in REFERENCES if kind in value][:1]
+    for key in value:
+        if key not in REFERENCES[kind]:
+            raise RequestError(
+                f"The material {role!r} has no option {key!r}.{did_you_mean(str(key), REFERENCES[kind])}"
+            )
+    for key in {kind, "name"} & value.keys():
+        if not isinstance(value[key], str):
+            raise RequestError(f"The material {role!r}, {key}: {value[key]!r} is no name; write `{key}: NAME`.")
+    if kind == "made" and "name" not in value:
+        raise RequestError(
+            f"The material {role!r} must say which product it is: `{{made: {value['made']}, name: PRODUCT}}`."
+        )
+    if kind == "model":
+        return {"model": models.facts(relative(value["model"], document)).source}
+    return dict(value)
+
+
+def _listed(role: str, value: Sequence[Any], references: dict[str, Reference], document: Document) -> list[str]:
+    """The names of several references; those that are written out get names of their own."""
+    names: list[str] = []
+    for n, part in enumerate(value):
+        if _names(part, references):
+            names.append(part)
+        elif _is_reference(part):
+            names.append(f"{role}[{n}]")
+            references[names[-1]] = _reference(names[-1], part, document)
+        else:
+            raise RequestError(
+                f"The material {role!r} lists models, but {part!r} is none. Write `{{model: FOLDER}}`, or the "
+                "name of a model above it."
+            )
+    return names
+
+
+def relative(source: str, document: Document) -> str:
+    """A model folder beside the recipe, else the source as it is (a hub name, a starter, or a path from here)."""
+    kind, path = ("new:", source.removeprefix("new:")) if source.startswith("new:") else ("", source)
+    if source.startswith("starter:") or not path:
+        return source
+    beside = document.base / path
+    try:
+        return f"{kind}{beside}" if beside.is_dir() else source
+    except OSError as error:
+        raise RequestError(f"The model {source[:60]!r} cannot be looked for: {error.strerror}.") from None
+
+
+def _load(data: Mapping[str, Any], document: Document) -> dict[str, list[tuple[Source, list[Row]]]]:
+    """The rows of every material that is data."""
+    loaded: dict[str, list[tuple[Source, list[Row]]]] = {}
+    for role, value in data.items():
+        parts: list[tuple[Source, list[Row]]] = []
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, str) and isinstance(value, list):
+                if part not in loaded:
+                    hint = did_you_mean(part, loaded)
+                    raise RequestError(
+                        f"The material {role!r} includes {part!r}, which is not a material above it.{hint}"
+                    )
+                parts += loaded[part]
+                continue
+            spec = source_of(role, part)
+            rows = load_rows(spec, document.base)
+            form_of(spec, rows)
+            parts.append((spec, rows))
+        if not parts:
+            raise RequestError(f"The material {role!r} is an empty list; name a source: `{role}: {{from: FILE}}`.")
+        loaded[role] = parts
+    return loaded
+
+
+def source_of(role: str, part: Any) -> Source:
+    """A source as a recipe writes it, checked."""
+    if not isinstance(part, dict) or "from" not in part:
+        raise RequestError(
+            f"The material {role!r} must say where it comes from: `{role}: {{from: FILE}}`, not {part!r}."
+        )
+    fields = [info.alias or name for name, info in Source.model_fields.items()]
+    for name in part:
+        if name not in fields:
+            raise RequestError(f"The material {role!r} has no option {name!r}.{did_you_mean(str(name), fields)}")
+    try:
+        return Source.model_validate(part)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise RequestError(f"The material {role!r}, {'.'.join(map(str, problem['loc']))}: {problem['msg']}.") from None

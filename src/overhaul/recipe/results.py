@@ -1,0 +1,93 @@
+"""What a step gave back, put into its folder: the model if there is one, its products, and the record for the report."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from overhaul import models, processes
+from overhaul.errors import RunError, writing
+from overhaul.outcome import Outcome, OutcomeError
+from overhaul.recipe import products
+from overhaul.recipe.check import Checked, Step
+from overhaul.weights import relative_change
+
+
+def save(step: Step, before: models.Checkpoint, outcome: Outcome, partial: Path, checked: Checked) -> dict[str, Any]:
+    """Save what a step gave back into `partial`; the step's record.
+
+    Args:
+        step: what was run.
+        before: the model that it was given.
+        outcome: what it returned. A folder among it lies at `partial / "model"` already.
+        partial: the step's folder, not complete yet.
+        checked: the request.
+
+    Raises:
+        RunError: a step that should change the model did not, or something cannot be saved.
+    """
+    touched: dict[int, float] = {}
+    if outcome.model is not None:
+        if isinstance(outcome.model, nn.Module):
+            with writing(partial):
+                models.save(outcome.model, checked.processor, partial / "model", dtype=checked.model.dtype)
+        touched = check_effect(step, before, models.facts(partial / "model"))
+    elif step.method.changes != "nothing":
+        raise RunError(f"Step {step.number}, {step.name}, changes {step.method.changes}, but returned no model.")
+    return {
+        "name": step.name,
+        "summary": step.method.summary,
+        "paper": step.method.paper,
+        "version": step.method.version,
+        "knobs": dict(step.knobs),
+        "facts": outcome.facts,
+        "layers": {**outcome.layers, **({"relative change of the weights": touched} if touched else {})},
+        "curves": outcome.curves,
+        "tables": {title: asdict(table) for title, table in outcome.tables.items()},
+        "made": _keep(step, outcome, partial, checked.processor),
+    }
+
+
+def _keep(step: Step, outcome: Outcome, partial: Path, processor: Any) -> dict[str, Any]:
+    """Keep what a step made beside the model; what the report says of it."""
+    listed = {}
+    for name, value in outcome.made.items():
+        kind = step.method.makes[name]
+        place = products.place_of(partial, name, kind)
+        with writing(place):
+            count = products.write(value, kind, place, processor)
+        listed[name] = {"kind": kind, "path": str(place.relative_to(partial)), "count": count}
+    return listed
+
+
+def check_effect(step: Step, before: models.Checkpoint, after: models.Checkpoint) -> dict[int, float]:
+    """How much the weights of each depth changed; empty where the tensors are others or there are several stacks.
+
+    Raises:
+        RunError: a step that should change the model did not.
+    """
+    if before.shapes != after.shapes:
+        return {}
+    change = relative_change(before.folder, after.folder)
+    rebuilt = step.method.changes == "architecture" and before.built != after.built
+    if not rebuilt and not any(change.by_tensor.values()):
+        raise RunError(
+            f"Step {step.number}, {step.name}, changed nothing that {after.dtype} weights can hold. Its knobs were "
+            f"{dict(step.knobs)}: a higher learning rate, more steps or a lower threshold would change something."
+        )
+    one_stack = len({stack for stack, _ in change.by_depth}) == 1
+    return {depth: value for (_, depth), value in change.by_depth.items()} if one_stack else {}
+
+
+def refused(step: Step, error: OutcomeError, kept: Path, checked: Checked) -> RunError:
+    """What is said of an outcome that cannot be reported; the model in it is not lost but kept at `kept`."""
+    where = ""
+    if processes.is_main() and isinstance(error.outcome.model, nn.Module):
+        shutil.rmtree(kept, ignore_errors=True)
+        models.save(error.outcome.model, checked.processor, kept, dtype=checked.model.dtype)
+        where = f" The model that it made is kept in {kept}."
+    return RunError(f"Step {step.number}, {step.name}: {error}{where}")
