@@ -52,8 +52,7 @@ class Case:
         idle: knobs that cannot matter here, each with the reason.
         moves: which tensors of the model may change, by a regular expression on their names. If None, every parameter and
             no buffer; what has another name or shape than before is always new.
-        draws: why torch's random state is elsewhere afterwards; "" if it is not.
-        modes: why modules are in another mode afterwards than before or eval; "" if they are not.
+        apart: what of the battery does not hold, and why: "modes", "requires_grad", "random state", "goes on".
     """
 
     method: Callable[..., Outcome]
@@ -62,8 +61,7 @@ class Case:
     varied: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     idle: Mapping[str, str] = field(default_factory=dict)
     moves: str | None = None
-    draws: str = ""
-    modes: str = ""
+    apart: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def known(self) -> Method:

@@ -17,8 +17,8 @@ from overhaul.data.examples import Examples
 from overhaul.fit import fit
 from overhaul.objectives import cross_entropy
 
-place = Path()
-"""Where they are kept: a folder that all workers of a run share, see `conftest`."""
+place: Path | None = None
+"""Where they are kept: a folder that all workers of a run share, which `conftest` names once tests run."""
 
 
 def by_heart(model: nn.Module, lessons: Mapping[str, Examples], **training: Any) -> nn.Module:
@@ -29,6 +29,7 @@ def by_heart(model: nn.Module, lessons: Mapping[str, Examples], **training: Any)
         lessons: examples by role.
         training: what `fit` is told apart from that.
     """
+    assert place is not None, "nothing is trained while tests are collected"
     path = place / f"{_key(model, lessons, training)}.safetensors"
     with FileLock(f"{path}.lock"):
         if not path.exists():

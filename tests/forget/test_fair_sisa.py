@@ -215,6 +215,9 @@ def test_metrics_by_hand() -> None:
     assert gap(decided, groups, labels) == 0.5
     assert gap(decided, groups, labels, "demographic_parity") == 0.5
     assert error(decided, labels) == 0.25
+    uneven = np.array([1, 0, 1, 1, 0, 0, 1, 1])
+    assert rates(uneven, groups, labels) == {"a": (0.5, 1.0), "b": (0.0, 1.0)}
+    assert gap(uneven, groups, labels) == 0.5, "the larger of both labels' differences, 0.5 and 0, not their mean"
     assert error(np.full(8, 0.5), labels) == 0.5
     assert majority(np.array([[1, 1, 0], [1, 0, 0]])).tolist() == [1, 0]
     assert majority(np.array([[1, 0]])).tolist() == [0]

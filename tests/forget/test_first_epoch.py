@@ -43,9 +43,9 @@ CASE = Case(
         "mode": ("once", "iterative"),
         "step": (0.05, 0.5),
         "repetitions": (1, 3, {"mode": "iterative"}),
-        "target": (None, 0.01),
+        "target": (None, 2.5),
         "retain_rise": (None, 1e-4),
-        "stores": ("gradient", "displacement"),
+        "stores": ("gradient", "update"),
         "epochs": (8, 9),
         "batch_size": (3, 2),
         "lr": (3e-3, 4e-3),
@@ -55,6 +55,7 @@ CASE = Case(
         "match": "no two samples here are nearly the same",
         "tau": "no two samples here are nearly the same",
     },
+    apart={"goes on": "a ledger is recorded from its first step on"},
 )
 
 

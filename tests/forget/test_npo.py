@@ -18,7 +18,7 @@ from overhaul.forget._losses import ga_term, gradient_ascent, npo_term, simnpo, 
 from overhaul.forget._losses import npo as npo_loss
 from overhaul.forget._training import ANSWER_NLL
 from overhaul.forget.npo import npo
-from overhaul.objectives import Term, forward, sequence_nll
+from overhaul.objectives import Term, cross_entropy, forward, sequence_nll
 from overhaul.references import cache_outputs, reference_nll
 
 EASY: dict[str, Any] = {"batch_size": 4, "lr": 3e-3, "warmup": 0, "schedule": "constant"}
@@ -162,6 +162,32 @@ def test_npo_pushes_less_the_more_is_forgotten() -> None:
     weights = (-nll.grad).tolist()
     expected = [2 / (1 + math.exp(0.1 * forgotten)) for forgotten in (0.0, 45.0, 495.0)]
     assert weights == pytest.approx(expected, rel=1e-4)
+
+
+def test_simnpo_divides_by_the_tokens_that_are_predicted() -> None:
+    """Of a text, the first token is none of them, though it carries a label."""
+    logits, nll = torch.zeros(1, 3, 64), torch.tensor([2 * math.log(64)])
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, 6, 7]])}
+    expected = simnpo(nll, 0.3, torch.tensor([2])).item()
+    assert simnpo_term("forget", 0.3).loss(logits, batch).item() == pytest.approx(expected, rel=1e-6)
+    assert expected != pytest.approx(simnpo(nll, 0.3, torch.tensor([3])).item(), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["gdr", "klr"])
+def test_padding_changes_no_retain_term(model: nn.Module, retain: Examples, kind: str) -> None:
+    """In a batch all but the longest are padded; alone, none is."""
+    reference = cache_outputs(model, retain, batch_size=8)
+    term = cross_entropy("retain") if kind == "gdr" else reference.kl_term("retain")
+    items = (retain if kind == "gdr" else reference.examples).items
+    other = small_llama()
+
+    def loss(part: Any) -> float:
+        batch = collate(part)
+        return term.loss(forward(other, batch), batch).item()
+
+    assert len({len(item["input_ids"]) for item in items}) > 3
+    assert loss(items) == pytest.approx(sum(loss([item]) for item in items), rel=1e-5)
+    assert loss(items) > 1.0, "there is something to be equal"
 
 
 def test_simnpo_margin_moves_the_sigmoid() -> None:

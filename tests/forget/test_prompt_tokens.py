@@ -53,7 +53,7 @@ CASE = Case(
         "prompts_per_class": (1, 2),
         "harden": (False, True),
     },
-    draws="dropout",
+    apart={"random state": "dropout and the wrong prompts are drawn from it"},
 )
 
 

@@ -47,6 +47,10 @@ CASE = Case(
         "alpha": (16, 4),
     },
     idle={"checkpoints": "where they are kept changes nothing"},
+    apart={
+        "requires_grad": "the base is part of the ensemble now, and frozen there",
+        "random state": "new adapters are drawn from it",
+    },
 )
 
 

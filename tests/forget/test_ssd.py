@@ -39,6 +39,7 @@ CASE = Case(
         "batch_size": (64, 2),
         "signal": ("loss", "logits"),
     },
+    apart={"modes": "the model's mode is put back as a whole"},
 )
 
 
