@@ -185,7 +185,7 @@ def test_padding_changes_no_retain_term(model: nn.Module, retain: Examples, kind
         batch = collate(part)
         return term.loss(forward(other, batch), batch).item()
 
-    assert len({len(item["input_ids"]) for item in items}) > 3
+    assert len({len(item["input_ids"]) for item in items}) > 1
     assert loss(items) == pytest.approx(sum(loss([item]) for item in items), rel=1e-5)
     assert loss(items) > 1.0, "there is something to be equal"
 
