@@ -10,8 +10,7 @@ from contract import Case
 from forget.unlearning import BRIEF, EASY, TRAINING, knowing, taught
 from overhaul.errors import RequestError
 from overhaul.fit import fit
-from overhaul.forget._losses import simnpo_term
-from overhaul.forget.simnpo import simnpo
+from overhaul.forget.simnpo import simnpo, simnpo_term
 from overhaul.objectives import cross_entropy
 
 CASE = Case(

@@ -21,8 +21,8 @@ from overhaul.errors import RequestError
 from overhaul.models import Checkpoint, _header, facts, planned
 from overhaul.weights.depths import Places
 
-Source = str | Path
-"""A checkpoint: a folder, a hub name, or `starter:NAME`."""
+Source = str | Path | Checkpoint
+"""A checkpoint: a folder, a hub name, `starter:NAME`, or one whose facts are known already."""
 
 DTYPE_CODES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -30,6 +30,11 @@ DTYPE_CODES: Mapping[str, torch.dtype] = {
 }  # fmt: skip
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+
+def facts_of(source: Source) -> Checkpoint:
+    """What is known of a checkpoint before any weight is read."""
+    return source if isinstance(source, Checkpoint) else facts(source)
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,8 @@ class TensorIndex:
     tensors: Mapping[str, TensorFacts]
 
     @classmethod
-    def of(cls, source: str | Path | nn.Module) -> TensorIndex:
-        """Index a checkpoint (folder, hub name, `starter:NAME`) by its headers, or a live model by its state dict.
+    def of(cls, source: Source | nn.Module) -> TensorIndex:
+        """Index a checkpoint by its headers, or a live model by its state dict.
 
         Raises:
             RequestError: files are missing, damaged or contradict each other, or a dtype is one to copy and not to count
@@ -104,7 +109,7 @@ class TensorIndex:
         """
         if isinstance(source, nn.Module):
             return _of_model(source)
-        known = facts(source)
+        known = facts_of(source)
         headers = {path: _header(path) for path in known.weight_files}
         found: dict[str, tuple[Path, int, dict[str, Any]]] = {}
         for path in _weight_files(known, headers):
@@ -112,7 +117,7 @@ class TensorIndex:
             start = path.stat().st_size - max(entry["data_offsets"][1] for entry in header.values())
             for name in sorted(header, key=lambda name: header[name]["data_offsets"][0]):
                 found[name] = (path, start, header[name])
-        where = Places(found, lambda: planned(known))
+        where = Places(found, lambda: planned(known), known.config)
         tensors = {name: _stored(name, *entry, where) for name, entry in found.items()}
         return cls(known.source, known.folder, known.config, tensors)
 
@@ -221,7 +226,7 @@ def _check_shapes(first: TensorIndex, other: TensorIndex, differing: Sequence[st
         return
     shapes = [(first.tensors[name].shape, other.tensors[name].shape) for name in differing]
     listed = [f"{name} {list(a)} and {list(b)}" for name, (a, b) in zip(differing, shapes, strict=True)]
-    rows = _vocabulary(first.config), _vocabulary(other.config)
+    rows = vocabulary(first.config), vocabulary(other.config)
     if all(a[1:] == b[1:] and (a[:1], b[:1]) == (rows[:1], rows[1:]) for a, b in shapes):
         raise RequestError(
             f"{first.source} and {other.source} have vocabularies of {rows[0]} and {rows[1]} tokens: {_listed(listed)}. "
@@ -234,21 +239,11 @@ def _check_shapes(first: TensorIndex, other: TensorIndex, differing: Sequence[st
     )
 
 
-def _vocabulary(config: Mapping[str, Any]) -> int | None:
+def vocabulary(config: Mapping[str, Any]) -> int | None:
+    """How many rows of words a model has."""
     return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
 
 
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(names[:4]) + more
-
-
-def indexed(sources: Sequence[Source | nn.Module]) -> list[TensorIndex]:
-    """The index of each model.
-
-    Raises:
-        RequestError: there is none, or as in `TensorIndex.of`.
-    """
-    if not sources:
-        raise RequestError("There is no model. Give at least one.")
-    return [TensorIndex.of(source) for source in sources]
