@@ -175,7 +175,7 @@ def seeded() -> None:
 @pytest.fixture(autouse=True)
 def timed_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every judgement times its model; here the numbers of runs are nobody's concern."""
-    for name in ("WARM_UPS", "FORWARDS", "GENERATIONS"):
+    for name in ("FORWARDS", "GENERATIONS"):
         monkeypatch.setattr(cost, name, 1)
 
 

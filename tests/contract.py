@@ -17,8 +17,10 @@ import copy
 import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +30,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import learnt
 from conftest import tiny_tokenizer
 from overhaul import models
 from overhaul.data.encode import encode_images, encode_qa
@@ -46,7 +49,7 @@ class Case:
 
     Attributes:
         method: the function.
-        materials: makes them anew, or each by name: a value, or a function that makes it.
+        materials: makes them anew, in an empty folder if it takes one; or each by name, a value or a function that makes it.
         knobs: those of the call that all others vary.
         varied: two values of every other knob that must give different results.
         idle: knobs that cannot matter here, each with the reason.
@@ -56,7 +59,7 @@ class Case:
     """
 
     method: Callable[..., Outcome]
-    materials: Callable[[], Mapping[str, Any]] | Mapping[str, Any]
+    materials: Callable[..., Mapping[str, Any]] | Mapping[str, Any]
     knobs: Mapping[str, Any] = field(default_factory=dict)
     varied: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     idle: Mapping[str, str] = field(default_factory=dict)
@@ -71,7 +74,10 @@ class Case:
     def made(self) -> dict[str, Any]:
         """The materials, from the seed 0."""
         torch.manual_seed(0)
-        given = self.materials() if callable(self.materials) else self.materials
+        given = self.materials
+        if callable(given):
+            wants_a_folder = inspect.signature(given).parameters
+            given = given(Path(tempfile.mkdtemp(dir=learnt.place))) if wants_a_folder else given()
         return {name: _fresh(value) for name, value in given.items()}
 
     def run(self, out: Path, materials: Mapping[str, Any] | None = None, **knobs: Any) -> Outcome:

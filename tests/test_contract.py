@@ -50,7 +50,7 @@ class Tried:
             model.train()
             next(one for one in model.modules() if not list(one.children())).eval()
             self.frozen(model).requires_grad_(False)
-        self.before = self.look()
+        self.before, self.folders = self.look(), digests(self.given)
         self.random = None
         self.outcome = case.run(out, self.given)
         self.random = torch.get_rng_state()
@@ -85,6 +85,14 @@ class Tried:
         return self.case.known.subject is not None and model == self.case.known.subject.name
 
 
+def digests(given: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Of the checkpoints among the materials."""
+    lists = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
+    return {
+        name: [one.digest() for one in value if isinstance(one, models.Checkpoint)] for name, value in lists.items()
+    }
+
+
 def hooks(module: nn.Module) -> int:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return sum(len(getattr(module, kind)) for kind in kinds)
@@ -107,6 +115,7 @@ def test_what_it_says_it_changes_is_all_that_changes(name: str, base: Path) -> N
     for role, value in it.given.items():
         if isinstance(value, Examples):
             assert value.digest() == plain[role].digest(), f"the examples of {role!r} are others now"
+    assert digests(it.given) == it.folders, "a checkpoint that it read is another now"
     for model, before in it.before.items():
         after, parameters = (
             it.after[model]["tensors"],
