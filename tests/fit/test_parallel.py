@@ -234,9 +234,23 @@ def with_activations_computed_again(scratch: Path) -> Result:
     """As `every_kind_of_term`; the names of parameters inside a checkpointed block have another prefix."""
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state()
-    os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = "true"
-    return every_kind_of_term(scratch)
+    mlp: Any = type(next(module for name, module in small().named_modules() if name.endswith(".mlp")))
+    plain, runs = mlp.forward, {"false": 0, "true": 0}
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        runs[os.environ["FSDP_ACTIVATION_CHECKPOINTING"]] += torch.is_grad_enabled()
+        return plain(*args, **kwargs)
+
+    mlp.forward, found = counted, (dict[str, Tensor](), dict[str, Any]())
+    try:
+        for again in runs:
+            AcceleratorState._reset_state()
+            os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = again
+            found = every_kind_of_term(scratch)
+    finally:
+        mlp.forward = plain
+    found[1]["runs"] = [*runs.values()]
+    return found
 
 
 def shards_of_the_first_generation(scratch: Path) -> Result:
@@ -438,3 +452,5 @@ def test_shards_of_the_first_generation_are_refused(shards: Path) -> None:
 def test_activation_checkpointing_changes_nothing(shards: Path) -> None:
     again, plain = both(shards, with_activations_computed_again), both(shards, every_kind_of_term)
     assert_same(again, plain, 1e-6)
+    once, twice = again[1]["runs"]
+    assert twice == 2 * once > 0, "every block ran once more for its gradient"

@@ -13,7 +13,7 @@ from contract import Case
 from merging import flat, ties_change, unflat
 from overhaul import models, weights
 from overhaul.errors import RequestError
-from overhaul.merge import lines
+from overhaul.merge.lines import lines
 from tiny_checkpoints import depth_of, make, same_bits, tensors, two_llamas
 
 CASE = Case(

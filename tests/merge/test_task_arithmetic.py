@@ -10,7 +10,7 @@ import torch
 from contract import Case
 from overhaul import models
 from overhaul.errors import RequestError, RunError
-from overhaul.merge import task_arithmetic
+from overhaul.merge.task_arithmetic import task_arithmetic
 from tiny_checkpoints import make, same_bits, tensors, two_llamas
 
 CASE = Case(

@@ -12,7 +12,7 @@ from contract import Case
 from merging import flat, ties_change, unflat
 from overhaul import models
 from overhaul.errors import RequestError, RunError
-from overhaul.merge import ties
+from overhaul.merge.ties import ties
 from overhaul.weights import kth_largest, pieces, ranks
 from tiny_checkpoints import make, rewrite, same_bits, tensors
 
