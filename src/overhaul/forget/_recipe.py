@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 EITHER: Mapping[str, tuple[str, ...]] = {"forget.ssd": ("full", "retain")}
 """Methods whose roles are optional one by one, and of which one must be there."""
 
-Rows = Mapping[str, Sequence[tuple[Source, list[Row]]]]
+Rows = Mapping[str, Sequence[tuple[Source, Sequence[Row]]]]
 
 
 def check(step: Step, rows: Rows) -> list[str]:
