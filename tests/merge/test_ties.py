@@ -24,7 +24,7 @@ CASE = Case(
         "density": (0.2, 0.5),
         "scale": (1.0, 0.5),
         "sign": ("size", "count"),
-        "scope": ("model", "tensor"),
+        "scope": ("model", "tensor", {"density": 0.02}),
         "rule": ("released", "paper"),
     },
 )
