@@ -9,20 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
 from conftest import tiny_llama, tiny_tokenizer
-from merging import flat, ties_change, unflat
-from overhaul import models, weights
-from overhaul.errors import RequestError
-from overhaul.merge import lines
-from overhaul.recipe.run import run
-=======
 from contract import Case
 from merging import flat, ties_change, unflat
 from overhaul import models, weights
 from overhaul.errors import RequestError
 from overhaul.merge.lines import lines
->>>>>>> main
+from overhaul.recipe.run import run
 from tiny_checkpoints import depth_of, make, same_bits, tensors, two_llamas
 
 CASE = Case(

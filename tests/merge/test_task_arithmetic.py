@@ -10,13 +10,8 @@ import torch
 from contract import Case
 from overhaul import models
 from overhaul.errors import RequestError, RunError
-<<<<<<< HEAD
-from overhaul.merge import task_arithmetic
-from tiny_checkpoints import make, rewrite, same_bits, tensors, two_llamas
-=======
 from overhaul.merge.task_arithmetic import task_arithmetic
-from tiny_checkpoints import make, same_bits, tensors, two_llamas
->>>>>>> main
+from tiny_checkpoints import make, rewrite, same_bits, tensors, two_llamas
 
 CASE = Case(
     method=task_arithmetic,
