@@ -139,7 +139,7 @@ def check(document: Document, *, shapes: bool = True) -> Checked:
         RequestError: with what is wrong, where, and what to write instead.
     """
     recipe = document.recipe
-    known = models.facts(relative(recipe.model, document))
+    known = models.facts(relative(recipe.model, document), seed=recipe.seed)
     if recipe.dtype not in models.DTYPES:
         raise RequestError(f"dtype {recipe.dtype!r} is not possible.{did_you_mean(recipe.dtype, models.DTYPES)}")
     materials = Materials.of(recipe, document)
