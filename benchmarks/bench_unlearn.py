@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from overhaul.data.examples import Batch, Examples, collate
 from overhaul.data.materials import examples
 from overhaul.fit import Draw, fit
-from overhaul.forget._losses import dpo_term, ga_term, npo_term, simnpo_term
-from overhaul.forget.dpo import REFUSALS, beside, refused
+from overhaul.forget.dpo import REFUSALS, beside, dpo_term, refused
+from overhaul.forget.gradient_ascent import ga_term
+from overhaul.forget.npo import npo_term
+from overhaul.forget.simnpo import simnpo_term
 from overhaul.models import open_model
 from overhaul.objectives import Term, cross_entropy, forward
 from overhaul.references import cache_outputs, reference_nll

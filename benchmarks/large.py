@@ -45,6 +45,20 @@ def blend(first: Path, second: Path, out: Path) -> str:
     return f"{len(list(out.glob('*.safetensors')))} shards written"
 
 
+def lines(first: Path, second: Path, out: Path) -> str:
+    from overhaul import merge
+
+    done = merge.lines(first, [second], alpha=0.3, out=out)
+    return f"{done.facts['tensors_changed']} of {done.facts['tensors']} tensors changed"
+
+
+def ties(first: Path, second: Path, out: Path) -> str:
+    from overhaul import merge
+
+    done = merge.ties(first, [second, second], out=out)
+    return f"{done.facts['merged_share']:.1%} of the weights changed"
+
+
 def capture(first: Path, _: Path, out: Path) -> str:
     import torch
 
@@ -88,7 +102,7 @@ def recipe(first: Path, _: Path, out: Path) -> str:
 
 
 PARTS: dict[str, Callable[[Path, Path, Path], str]] = {
-    each.__name__: each for each in (drop, blend, capture, recipe)
+    each.__name__: each for each in (drop, blend, lines, ties, capture, recipe)
 }  # fmt: skip
 
 

@@ -28,7 +28,8 @@ from overhaul.claims import _people
 from overhaul.claims.ssd import PEAK_RATE
 from overhaul.data.materials import examples
 from overhaul.data.starter_builds import learn_images, new_vit
-from overhaul.recipe.store import write_json
+from overhaul.files import write_json
+from overhaul.report.comparison import Comparison, Row, mean
 
 SEEDS = (0, 1, 2)
 TUNING_SEED = 3
@@ -37,7 +38,6 @@ RETAIN_WEIGHTS = (1, 8)
 NEAR = 0.05
 FORGOTTEN_DIGIT, TRAINING_STEPS = 3, 500
 STORED = Path(__file__).parent / "comparisons"
-Report = dict[str, Any]
 Entry = dict[str, dict[str, Any]]
 Settings = list[list[Entry]]
 """For every method, all that is tried."""
@@ -162,56 +162,57 @@ def tuned(setup: Setup, folder: Path) -> list[Entry]:
     """The setting of every method that rule 3 picks."""
     tried = [entry for entries in setup.late for entry in entries]
     recipe = {**setup.recipe, "model": str(folder / "original"), "compare": tried}
-    report = oh.compare(recipe, out=folder / "tuning").report
+    found = Comparison.from_json(oh.compare(recipe, out=folder / "tuning").report)
     goal, price = (
-        next(n for n, m in enumerate(report["measures"]) if m["group"] == group) for group in ("forgotten", "kept")
+        next(n for n, m in enumerate(found.measures) if m["group"] == group) for group in ("forgotten", "kept")
     )
-    rows = {row["label"]: row for row in report["rows"]}
-    limit = rows["retrained"]["values"][goal][0] + NEAR
+    limit = (mean(found["retrained"].values[goal]) or 0.0) + NEAR
 
-    def worth(row: Report) -> tuple[bool, float]:
-        forgotten, kept = row["values"][goal][0], row["values"][price][0]
+    def worth(row: Row) -> tuple[bool, float]:
+        forgotten, kept = (mean(row.values[place]) or 0.0 for place in (goal, price))
         return (True, kept) if forgotten <= limit else (False, -forgotten)
 
-    return [max((row for row in rows.values() if row["step"] in entries), key=worth)["step"] for entries in setup.late]
+    return [
+        max((row for row in found.rows if row.facts["step"] in entries), key=worth).facts["step"]
+        for entries in setup.late
+    ]
 
 
-def measured(setup: Setup, folder: Path, late: Sequence[Entry]) -> Report:
-    """One report: methods for a model that has learnt, and those that had to be there from the start."""
-    report = oh.compare(
-        {**setup.recipe, "model": str(folder / "original"), "compare": list(late)}, out=folder / "late"
-    ).report
+def measured(setup: Setup, folder: Path, late: Sequence[Entry]) -> Comparison:
+    """One comparison: methods for a model that has learnt, and those that had to be there from the start."""
+    recipe = {**setup.recipe, "model": str(folder / "original"), "compare": list(late)}
+    found = Comparison.from_json(oh.compare(recipe, out=folder / "late").report)
     for entry in setup.early:
         (name,) = entry
         alone = oh.run({**setup.recipe, "model": str(folder / "fresh"), "steps": [entry]}, folder / name).report
         values = [[measure["values"][-1]] for measure in alone["measures"]]
         (step,) = alone["steps"]
-        spent = {"seconds": step["seconds"], "peak_bytes": step["peak_bytes"]}
-        row = {"label": f"{name}, from the start", "kind": "method", "step": entry, "models": [], "values": values}
-        report["rows"].append(row | spent)
-    return report
+        spent = step["seconds"], step["peak_bytes"]
+        found.rows.append(Row(f"{name}, from the start", "method", values, *spent, {"step": entry}))
+    return found
 
 
-def merged(reports: Sequence[Report]) -> Report:
-    """One report of several seeds: values side by side, seconds as a mean, the largest peak."""
-    first = reports[0]
+def merged(seeds: Sequence[Comparison]) -> Comparison:
+    """One comparison of several seeds: values side by side, seconds as a mean, the largest peak."""
+    first = seeds[0]
     rows = []
-    for n, row in enumerate(first["rows"]):
-        same = [report["rows"][n] for report in reports]
-        seconds = None if row["seconds"] is None else sum(one["seconds"] for one in same) / len(same)
-        peak = None if row["seconds"] is None else max(one["peak_bytes"] for one in same)
-        values = [[value for one in same for value in one["values"][m]] for m in range(len(first["measures"]))]
-        rows.append({**row, "models": [], "values": values, "seconds": seconds, "peak_bytes": peak})
+    for n, row in enumerate(first.rows):
+        same = [each.rows[n] for each in seeds]
+        times, peaks = ([getattr(one, name) for one in same] for name in ("seconds", "peak_bytes"))
+        values = [[value for one in same for value in one.values[m]] for m in range(len(first.measures))]
+        peak = None if row.peak_bytes is None else max(peaks)
+        rows.append(Row(row.label, row.kind, values, mean(times), peak, {"step": row.facts.get("step")}))
     # paths of a folder that is gone tell nobody anything
-    model = {**first["model"], "source": first["title"]}
-    return {**first, "model": model, "recipe": "", "rows": rows, "seeds": [r["seeds"][0] for r in reports]}
+    model = {**first.facts["model"], "source": first.title}
+    facts = {**first.facts, "model": model, "recipe": "", "seeds": [each.facts["seeds"][0] for each in seeds]}
+    return Comparison(first.title, first.measures, rows, facts)
 
 
 if __name__ == "__main__":
     for compared in (people, digits):
         if sys.argv[1:] and compared.__name__ not in sys.argv[1:]:
             continue
-        reports: list[Report] = []
+        reports: list[Comparison] = []
         chosen: list[Entry] = []
         for seed in (TUNING_SEED, *SEEDS):
             with tempfile.TemporaryDirectory() as place:
@@ -220,4 +221,4 @@ if __name__ == "__main__":
                     chosen = tuned(setup, Path(place))
                 else:
                     reports.append(measured(setup, Path(place), chosen))
-        write_json(STORED / f"{compared.__name__}.json", merged(reports))
+        write_json(STORED / f"{compared.__name__}.json", merged(reports).to_json())

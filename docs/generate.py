@@ -5,15 +5,12 @@ themselves, and docs/families.md from what the tests verify.
 from __future__ import annotations
 
 import inspect
-import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from overhaul.claims._claim import claims_page
 from overhaul.method import Method, methods
-from overhaul.report.comparison import markdown
+from overhaul.report.comparison import Comparison, read
 
 HERE = Path(__file__).parent
 
@@ -80,23 +77,23 @@ def forgetting_page() -> str:
     """All forget methods side by side, from the comparisons that `make comparisons` stored."""
     lines = ["# Forgetting, side by side", "", FORGETTING, ""]
     for path in sorted((HERE / "comparisons").glob("*.json"), reverse=True):
-        report = json.loads(path.read_text(encoding="utf-8"))
-        its = report["machine"]
+        found = read(path)
+        its, model = found.facts["machine"], found.facts["model"]
         lines += [
-            f"## {report['title']}",
+            f"## {found.title}",
             "",
-            f"{report['model']['class']}, {report['model']['parameters']:,} parameters.",
+            f"{model['class']}, {model['parameters']:,} parameters.",
             "",
         ]
-        lines += [markdown(report), f"Settings: {_settings(report)}.", ""]
-        lines += [f"{report['created'][:10]}, {its['cpu']}, torch {its['torch']}.", ""]
+        lines += [found.to_markdown(), f"Settings: {_settings(found)}.", ""]
+        lines += [f"{found.facts['created'][:10]}, {its['cpu']}, torch {its['torch']}.", ""]
         lines += [(HERE / "comparisons" / f"{path.stem}.md").read_text(encoding="utf-8")]
     return "\n".join(lines)
 
 
-def _settings(report: Mapping[str, Any]) -> str:
+def _settings(found: Comparison) -> str:
     """What was set for each method; all else is its default."""
-    steps = [step for row in report["rows"] if (step := row["step"])]
+    steps = [step for row in found.rows if (step := row.facts["step"])]
     said = {name: ", ".join(f"{k}: {v}" for k, v in knobs.items()) for step in steps for name, knobs in step.items()}
     return "; ".join(f"`{name}: {{{knobs}}}`" for name, knobs in said.items())
 

@@ -18,6 +18,7 @@ from overhaul.errors import RequestError, RunError
 from overhaul.objectives import forward
 from overhaul.stack import LayerStack
 from overhaul.stack.calls import invoke
+from overhaul.trace import measure, statistics
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -286,3 +287,21 @@ def test_batches_may_come_from_a_generator_and_are_read_once() -> None:
     assert read == [0, 1, 2]
     with torch.no_grad():
         assert all(map(identical, found, [forward(model, batch) for batch in batches]))
+
+
+def test_what_enters_a_module_of_the_block_is_measured_as_in_the_whole_model_without_padding() -> None:
+    model, batches = tiny_llama(), llama_batches()
+    stack = LayerStack.of(model)
+    names = ["into.mlp.down_proj", "self_attn.o_proj"]
+    whole = ["into.model.layers.2.mlp.down_proj", "model.layers.2.self_attn.o_proj"]
+    expected = list(measure(stack, batches, whole, statistics).values())
+    for site in blockwise(stack, batches, targets=False):
+        if site.place == 2:
+            found = list(site.measure(names, statistics).values())
+            assert [one.count for one in found] == [one.count for one in expected]
+            assert found[0].count == sum(int(batch["attention_mask"].sum()) for batch in batches)
+            assert all(
+                torch.equal(one.second_moment, other.second_moment) for one, other in zip(found, expected, strict=True)
+            )
+            with pytest.raises(RequestError, match=r"There is no site 'model.layers.2.mlp.down'"):
+                site.measure(["mlp.down"], statistics)

@@ -40,6 +40,28 @@ def tiny_mixtral() -> nn.Module:
     return MixtralForCausalLM(MixtralConfig(**sizes))
 
 
+def tiny_gemma3_vision() -> nn.Module:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3}
+    vision |= {"image_size": 16, "patch_size": 4}
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=60)
+    )
+
+
+def tiny_llava() -> nn.Module:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    text = {**sizes, "model_type": "llama", "num_hidden_layers": 2, "vocab_size": 64, "num_key_value_heads": 2}
+    vision = {**sizes, "model_type": "clip_vision_model", "num_hidden_layers": 3, "image_size": 8, "patch_size": 4}
+    return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=60))
+
+
+VISION_LANGUAGE: dict[str, Callable[..., nn.Module]] = {"gemma3": tiny_gemma3_vision, "llava": tiny_llava}
 MORE: dict[str, Callable[..., nn.Module]] = {"t5": tiny_t5, "clip": tiny_clip, "mixtral": tiny_mixtral}
 EVERY = {**FAMILIES, **MORE}
 

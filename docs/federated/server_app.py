@@ -7,10 +7,10 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from safetensors.torch import load_file
 
+from overhaul.files import write_json
 from overhaul.forget.vertical import Unlearning, unlearn
 from overhaul.models import open_model, save
 from overhaul.parties import ActiveParty, Federation, Rates
-from overhaul.recipe.store import write_json
 
 app = ServerApp()
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from overhaul.data.examples import Examples as Examples
     from overhaul.data.materials import examples as examples
     from overhaul.errors import OverhaulError as OverhaulError
+    from overhaul.forget._null import retain_only as retain_only
     from overhaul.judge.robustness import Attacks as Attacks
     from overhaul.judge.unlearning import unlearning_table as unlearning_table
     from overhaul.models import Checkpoint as Checkpoint
@@ -48,6 +49,7 @@ _PUBLIC = {
     "compare": "overhaul.recipe.compare:compare",
     "examples": "overhaul.data.materials:examples",
     "open": "overhaul.models:open_model",
+    "retain_only": "overhaul.forget._null:retain_only",
     "run": "overhaul.recipe.run:run",
     "save": "overhaul.models:save",
     "trace": "overhaul.trace:",

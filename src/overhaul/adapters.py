@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from overhaul.errors import RequestError
-from overhaul.stack import LayerStack
+from overhaul.selectors import select
 
 
 @contextmanager
@@ -51,15 +51,9 @@ def adapters(
 
 def projections(model: nn.Module) -> list[str]:
     """The names of all linear layers inside the main stack's blocks (`nn.Linear`, and GPT-2's transposed `Conv1D`)."""
-    stack = LayerStack.of(model)
-    names = [
-        name
-        for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and 0 <= stack.depth(name) < len(stack)
-    ]
-    if not names:
+    try:
+        return select(model, "projections").modules
+    except RequestError as error:
         raise RequestError(
-            f"The blocks of {type(model).__name__} ({stack.path}) hold no linear projections for LoRA to adapt. "
-            'Write weights: "all".'
-        )
-    return names
+            f'{error} There are no linear projections for LoRA to adapt. Write weights: "all".'
+        ) from None

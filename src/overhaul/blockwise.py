@@ -19,11 +19,11 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,6 +34,9 @@ from overhaul.errors import RequestError, RunError, writing
 from overhaul.modes import at_rest
 from overhaul.stack import LayerStack
 from overhaul.stack.calls import Call, Calls, State, map_tensors, state_bytes
+from overhaul.trace import capture, merged
+
+Result = TypeVar("Result")
 
 BUDGET = 2**32
 """Bytes of main memory for states and arguments of blocks: 4 GiB."""
@@ -52,6 +55,13 @@ class Sample:
     state: State
     call: Call
     calls: Calls
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Which positions are no padding, [b, t], where the batch says so of the sequences that pass this stack."""
+        mask, state = self.calls.inputs.get("attention_mask"), self.state[0]
+        fits = isinstance(mask, Tensor) and state is not None and mask.shape == state.shape[:2]
+        return mask if fits else None
 
     def finish(self, state: State) -> Any:
         """What the model makes of a state that left its last block: logits for a batch, else the model's own output."""
@@ -85,6 +95,28 @@ class Site:
             RequestError: they were not asked for.
         """
         return self._flow.targets(self.place)
+
+    @torch.no_grad()
+    def measure(self, names: Iterable[str], reduce: Callable[..., Result | None]) -> dict[str, Result]:
+        """What passes modules inside the block as it is now, reduced and joined over all samples as in `trace.measure`.
+
+        Args:
+            names: sites inside the block: modules by their names in it ("mlp.up_proj"), or "into.NAME" for what enters one.
+            reduce: (state [b, t, d], mask [b, t]) -> result; padding is not in the mask.
+
+        Raises:
+            RequestError: the block has no such module.
+        """
+        stack = self._flow.stack
+        prefix = next(name for name, module in stack.model.named_modules() if module is self.block)
+        sites = {_inside(prefix, name): name for name in names}
+        seen: dict[str, Result] = {}
+        with at_rest(self.block):
+            for sample in self.inputs:
+                with capture(stack, sites, reduce, mask=sample.mask) as found:
+                    self.run(sample)
+                seen = merged(seen, found)
+        return {sites[site]: result for site, result in seen.items()}
 
     def run(self, sample: Sample) -> State:
         """The block as it is now on a sample, with gradients where they are on, in the mode it is in."""
@@ -342,6 +374,12 @@ class _Kept:
             save_file({str(n): part for n, part in enumerate(self.state) if part is not None}, partial)
             os.replace(partial, file)
         self.file, self.state = file, None
+
+
+def _inside(prefix: str, name: str) -> str:
+    """A site inside a block, as the model names it."""
+    path = name.removeprefix("into.")
+    return f"{name[: len(name) - len(path)]}{prefix}.{path}"
 
 
 def _rested(tensor: Tensor) -> Tensor:

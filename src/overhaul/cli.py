@@ -146,12 +146,12 @@ def compare(
 ) -> None:
     """Run several methods from the same checkpoint and materials: one table, one scatter, a null control."""
     from overhaul.recipe.compare import compare as compare_methods
-    from overhaul.report.comparison import print_comparison
+    from overhaul.report.comparison import Comparison
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
     with _progress():
         done = compare_methods(recipe, names, out, seeds=seeds)
-    print_comparison(done.report, console)
+    Comparison.from_json(done.report).print(console)
     console.print(f"\npage    {done.folder / 'comparison.html'}\nmodels  {done.folder}/METHOD/model", soft_wrap=True)
 
 

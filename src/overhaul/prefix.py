@@ -30,7 +30,7 @@ from overhaul.data.examples import IGNORED, Examples
 from overhaul.errors import RequestError
 from overhaul.modes import at_rest
 from overhaul.objectives import cross_entropy_sum, units
-from overhaul.references import output_head
+from overhaul.references import head_only_at, output_head
 from overhaul.stack import LayerStack
 from overhaul.stack.arrangement import Entry
 from overhaul.stack.calls import Calls, State, state_bytes
@@ -287,8 +287,5 @@ class _AnswerLoss:
     @staticmethod
     def _scored(head: nn.Module, calls: Calls, state: State, keep: Tensor) -> Tensor:
         """Logits [n, v] at the positions in `keep` [b, t - 1]: the head, and what follows it, see only these."""
-        hook = head.register_forward_pre_hook(lambda _, args: (args[0][:, :-1][keep][None], *args[1:]))
-        try:
+        with head_only_at(head, keep):
             return calls.finish(state)[0]
-        finally:
-            hook.remove()

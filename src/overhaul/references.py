@@ -13,10 +13,12 @@ How it differs from keeping the reference model (as most preference and distilla
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from overhaul import session
@@ -127,6 +129,16 @@ def output_head(model: nn.Module) -> nn.Module | None:
         return find() if find is not None else None
     except NotImplementedError:
         return None
+
+
+@contextmanager
+def head_only_at(head: nn.Module, keep: Bool[Tensor, "b t-1"]) -> Iterator[None]:
+    """The output head, and what follows it, see these positions alone, as one sequence: logits are [1, n, v]."""
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][:, : keep.shape[1]][keep][None], *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -31,6 +31,14 @@ def version_of(module: str | Path, root: Path = ROOT) -> str:
     return hasher.hexdigest()[:12]
 
 
+def package_version(root: Path = ROOT) -> str:
+    """A short hash of all source of the package."""
+    hasher = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        hasher.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return hasher.hexdigest()[:12]
+
+
 def reached(module: str | Path, root: Path = ROOT) -> set[Path]:
     """The files of a module and of all that it imports. The top package's own file only names others and does not count."""
     found: set[Path] = set()

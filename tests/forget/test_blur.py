@@ -16,8 +16,8 @@ from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
 from overhaul.fit import Combine, Gradients, OptimizerFactory, adamw, fit, sgd
 from overhaul.fit.projection import Metric, bilevel, penalty, products, project, share
-from overhaul.forget._losses import npo_term
 from overhaul.forget.blur import blur
+from overhaul.forget.npo import npo_term
 from overhaul.objectives import cross_entropy
 
 TRACES = ["forget gradient squared", "forget times retain gradient", "retain gradient squared"]

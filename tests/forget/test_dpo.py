@@ -12,9 +12,7 @@ from overhaul.data.encode import encode_chat, encode_qa, encode_text
 from overhaul.data.examples import IGNORED, Batch, Examples, collate
 from overhaul.errors import RequestError
 from overhaul.fit import fit
-from overhaul.forget._losses import dpo as dpo_loss
-from overhaul.forget._losses import dpo_term
-from overhaul.forget.dpo import REFUSALS, beside, dpo, refused
+from overhaul.forget.dpo import REFUSALS, beside, dpo, dpo_loss, dpo_term, refused
 from overhaul.objectives import cross_entropy, forward
 from overhaul.references import reference_nll
 

@@ -14,7 +14,10 @@ from conftest import examples_for, tiny_tokenizer
 from forget.unlearning import EASY, KINDS, losses, taught
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
-from overhaul.forget._losses import dpo, ga_term, npo_term, simnpo_term
+from overhaul.forget.dpo import dpo_loss as dpo
+from overhaul.forget.gradient_ascent import ga_term
+from overhaul.forget.npo import npo_term
+from overhaul.forget.simnpo import simnpo_term
 from overhaul.models import open_model, save
 from overhaul.objectives import sequence_nll
 

@@ -12,10 +12,11 @@ from overhaul import session
 from overhaul.data.examples import IGNORED, Batch, Examples, collate
 from overhaul.errors import RequestError, RunError
 from overhaul.fit import fit
-from overhaul.forget._losses import ga_term, gradient_ascent, npo_term, simnpo, simnpo_term
-from overhaul.forget._losses import npo as npo_loss
 from overhaul.forget._training import ANSWER_NLL
-from overhaul.forget.npo import npo
+from overhaul.forget.gradient_ascent import ga_term
+from overhaul.forget.npo import npo, npo_loss, npo_term
+from overhaul.forget.simnpo import simnpo_loss as simnpo
+from overhaul.forget.simnpo import simnpo_term
 from overhaul.objectives import Term, cross_entropy, forward, sequence_nll
 from overhaul.references import cache_outputs, reference_nll
 
@@ -82,7 +83,7 @@ def test_check_3_npo_starts_at_its_constant_with_the_gradient_of_ascent(
     batch, term = with_reference(model, forget), npo_term("forget", beta)
     loss = term.loss(forward(model, batch), batch) / term.count(batch)
     assert loss.item() == pytest.approx(2 / beta * math.log(2), rel=1e-5)
-    ascent = gradient_ascent(sequence_nll(forward(model, batch), batch["labels"])).mean()
+    ascent = -sequence_nll(forward(model, batch), batch["labels"]).mean()
     assert close(gradients(model, loss), gradients(model, ascent))
 
 
@@ -90,7 +91,7 @@ def test_check_4_npo_goes_to_ascent_of_the_summed_nll_as_beta_goes_to_0(model: n
     other = small_llama()  # away from the reference, so that the weight is not 1 by itself
     batch, term = with_reference(other, forget), npo_term("forget", 1e-5)
     loss = term.loss(forward(model, batch), batch)
-    ascent = gradient_ascent(sequence_nll(forward(model, batch), batch["labels"])).sum()
+    ascent = -sequence_nll(forward(model, batch), batch["labels"]).sum()
     assert close(gradients(model, loss), gradients(model, ascent), rtol=1e-3)
 
 
@@ -99,7 +100,7 @@ def test_check_4_simnpo_goes_to_ascent_per_token_as_beta_goes_to_0(model: nn.Mod
     lengths = (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
     term = simnpo_term("forget", 1e-5)
     loss = term.loss(forward(model, batch), batch)
-    ascent = (gradient_ascent(sequence_nll(forward(model, batch), batch["labels"])) / lengths).sum()
+    ascent = (-sequence_nll(forward(model, batch), batch["labels"]) / lengths).sum()
     assert close(gradients(model, loss), gradients(model, ascent), rtol=1e-3)
 
 

@@ -9,8 +9,7 @@ import torch
 from forget.unlearning import EASY, taught
 from overhaul.errors import RequestError
 from overhaul.fit import fit
-from overhaul.forget._losses import simnpo_term
-from overhaul.forget.simnpo import simnpo
+from overhaul.forget.simnpo import simnpo, simnpo_term
 from overhaul.objectives import cross_entropy
 
 

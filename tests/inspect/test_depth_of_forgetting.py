@@ -20,7 +20,7 @@ from overhaul.data.encode import answered, encode_qa
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
 from overhaul.fit import sgd
-from overhaul.forget._losses import ga_term
+from overhaul.forget.gradient_ascent import ga_term
 from overhaul.inspect.depth_of_forgetting import (
     ORDERS,
     _curves,

@@ -14,7 +14,7 @@ from conftest import examples_for, tiny_gemma3, tiny_gpt2, tiny_llama, tiny_qwen
 from overhaul import session
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
-from overhaul.forget._losses import ga_term
+from overhaul.forget.gradient_ascent import ga_term
 from overhaul.inspect.path_dependence import WATCHED, distance, learn, orders, path_dependence, unlearn
 from overhaul.objectives import forward
 from overhaul.references import cache_outputs

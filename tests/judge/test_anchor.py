@@ -100,7 +100,8 @@ def test_comparisons_equal_the_functions_on_both_models(data: dict[str, Examples
     found = by_name(judge(model, requests, data, anchor=anchor_of(retrained, requests, data)))
 
     def attacked(each: nn.Module) -> float:
-        scores = [[min_k(one.logp, 0.4) for one in Evidence(each, data[role], 9).scored] for role in PAIR.values()]
+        answers = (Evidence(each, data[role], 9) for role in PAIR.values())
+        scores = [[min_k(one.without(2).logp, 0.4) for one in each.scored] for each in answers]
         return auc(*scores)
 
     assert found["privacy_leakage"].value == pytest.approx(privacy_leakage(attacked(model), attacked(retrained)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor, nn
 
-from conftest import FAMILIES, examples_for, tiny_llama
+from conftest import FAMILIES, examples_for, tiny_gemma3, tiny_llama, tiny_qwen3
 from overhaul.data.encode import answered
 from overhaul.data.examples import IGNORED, Examples
 from overhaul.errors import RequestError, RunError
@@ -284,6 +285,56 @@ def test_mode_is_put_back_and_dropout_is_off() -> None:
 def test_outputs_that_are_not_finite_stop_the_judgement() -> None:
     with pytest.raises(RunError, match="not finite"):
         score(Constant(math.nan), examples_for("llama", 3))
+
+
+def softcapped(**changes: Any) -> nn.Module:
+    """A head with something behind it."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    options: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    options |= {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, "final_logit_softcapping": 0.02}
+    return Gemma2ForCausalLM(Gemma2Config(**{**options, **changes})).eval()
+
+
+class Centred(nn.Module):
+    """A model that does more with its logits than one position at a time: its head cannot be run on answers alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner: Any = tiny_llama()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.inner.lm_head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        logits = self.inner(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits * torch.arange(1.0, 1 + logits.shape[1])[:, None]
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3, tiny_gemma3, softcapped, FAMILIES["gpt2"]])
+def test_the_head_is_run_where_answers_are_and_gives_the_same_numbers(make: Any) -> None:
+    model, examples = make(), examples_for("llama", 16)
+    rows: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, args, out: rows.append(out[..., 0].numel()))
+    found = score(model, examples, batch_tokens=60)
+    # one example whole and by its answer alone, then the others' answers
+    assert sum(rows) == rows[0] + sum(len(one.targets) for one in found)
+    assert rows[1] < rows[0] < 15
+    for i, one in enumerate(found):
+        expected, _, _ = by_hand(model, examples, i)
+        torch.testing.assert_close(one.logp, expected, atol=2e-5, rtol=0)
+
+
+def test_a_model_that_reads_its_logits_together_is_run_whole() -> None:
+    model, examples = Centred(), examples_for("llama", 12)
+    for i, one in enumerate(score(model, examples)):
+        item = examples.items[i]
+        with torch.no_grad():
+            logp = model(item["input_ids"][None])[0].log_softmax(-1)
+        count = len(one.targets)
+        torch.testing.assert_close(
+            one.logp, logp[-count - 1 : -1].gather(1, one.targets[:, None])[:, 0], atol=1e-4, rtol=0
+        )
 
 
 def test_an_example_without_an_answer_is_an_error() -> None:

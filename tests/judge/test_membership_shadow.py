@@ -110,11 +110,11 @@ def test_rmia_prior_of_references_that_never_held_the_sample() -> None:
     assert rmia(target, shadows, ratios.log(), theirs, offline=0.5).tolist() == [0.5]
 
 
-def test_rmia_prior_is_half_of_those_inside_and_half_of_those_outside() -> None:
-    # inside 0.8 and 0.8, outside 0.2: p = 0.5, not the mean 0.6 over all three
+def test_rmia_prior_is_the_mean_over_all_references() -> None:
+    # inside 0.8 and 0.8, outside 0.2: p = 0.6, and the gain 0.8 / 0.6 lies between the strangers'
     shadows = torch.tensor([[0.8], [0.8], [0.2]]).log()
     inside = torch.tensor([[True], [True], [False]])
-    population, theirs = torch.tensor([1.5, 1.7]).log(), torch.zeros(3, 2)
+    population, theirs = torch.tensor([1.3, 1.4]).log(), torch.zeros(3, 2)
     assert rmia(torch.tensor([math.log(0.8)]), shadows, population, theirs, inside=inside).tolist() == [0.5]
 
 

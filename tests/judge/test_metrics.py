@@ -19,8 +19,8 @@ from overhaul.fit import fit
 from overhaul.judge.evidence import Evidence, truth_ratios
 from overhaul.judge.generation import rouge_l_f1
 from overhaul.judge.judge import check, judge
-from overhaul.judge.likelihood import auc, min_k_plus_plus, score, tpr_at_fpr, zlib_score
-from overhaul.judge.metrics import ATTACKS, METRICS
+from overhaul.judge.likelihood import auc, min_k, min_k_plus_plus, score, tpr_at_fpr, zlib_score
+from overhaul.judge.metrics import ATTACKS, METRICS, NEXT_QUESTION, by_min_k
 from overhaul.objectives import cross_entropy
 
 PETS = {"ada": "an otter", "bram": "a lynx", "cleo": "a crane", "dario": "an owl", "edda": "a stoat", "faro": "a toad"}
@@ -101,26 +101,27 @@ def test_the_ratio_is_the_mean_of_wrong_answers_over_the_right_one(
     evidence = Evidence(taught, data["strangers"], 9)
     geometric, arithmetic = truth_ratios(evidence), truth_ratios(evidence, "arithmetic")
     for n, row in enumerate(data["strangers"].rows):
-        right = log_probability(taught, row["paraphrase"], row["answer"])
-        wrong = [log_probability(taught, row["paraphrase"], answer) for answer in row["wrong"]]
+        right = log_probability(taught, row["question"], row["answer"])
+        wrong = [log_probability(taught, row["question"], answer) for answer in row["wrong"]]
         assert geometric[n] == pytest.approx(math.exp(sum(wrong) / 3 - right), rel=1e-3)
         assert arithmetic[n] == pytest.approx(sum(map(math.exp, wrong)) / 3 / math.exp(right), rel=1e-3)
         assert arithmetic[n] >= geometric[n]
 
 
-def test_a_paraphrased_answer_takes_the_place_of_the_right_one(taught: nn.Module, data: dict[str, Examples]) -> None:
+def test_the_original_question_is_asked_and_its_answer_alone_is_paraphrased(
+    taught: nn.Module, data: dict[str, Examples]
+) -> None:
+    # TOFU and Open-Unlearning: question_key "question", answer_key "paraphrased_answer"
     row = data["known"].rows[0]
     (ratio,) = truth_ratios(Evidence(taught, questions(["ada"], paraphrased_answer="otter"), 9))
-    right = log_probability(taught, row["paraphrase"], "otter")
-    wrong = [log_probability(taught, row["paraphrase"], answer) for answer in row["wrong"]]
+    right = log_probability(taught, row["question"], "otter")
+    wrong = [log_probability(taught, row["question"], answer) for answer in row["wrong"]]
     assert ratio == pytest.approx(math.exp(sum(wrong) / 3 - right), rel=1e-3)
-
-
-def test_without_a_paraphrase_the_question_itself_is_asked(taught: nn.Module) -> None:
-    (plain,) = truth_ratios(Evidence(taught, questions(["ada"], paraphrase=None), 9))
-    right = log_probability(taught, "pet of ada?", "an otter")
-    wrong = [log_probability(taught, "pet of ada?", answer) for answer in ("a lynx", "a crane", "an owl")]
-    assert plain == pytest.approx(math.exp(sum(wrong) / 3 - right), rel=1e-3)
+    other = math.exp(
+        sum(log_probability(taught, row["paraphrase"], answer) for answer in row["wrong"]) / 3
+        - log_probability(taught, row["paraphrase"], "otter")
+    )
+    assert ratio != pytest.approx(other, rel=1e-2)
 
 
 def test_aggregates_of_the_ratio(taught: nn.Module, data: dict[str, Examples]) -> None:
@@ -141,8 +142,10 @@ def test_equal_questions_count_once_and_are_scored_once(data: dict[str, Examples
     model = tiny_llama()
     model.register_forward_pre_hook(lambda _, args, kwargs: asked.append(len(kwargs["input_ids"])), with_kwargs=True)
     evidence = Evidence(model, twice["known"], 9)
-    assert len(evidence.choices) == len(evidence.paraphrased) == 3
-    assert sum(asked) == 3 * 4  # one right and three wrong answers; paraphrases are among them
+    assert len(evidence.choices) == 3
+    # one right and three wrong answers, and the shortest once more to try the head alone
+    assert sum(asked) == 3 * 4 + 1
+    assert len(evidence.choices) == 3 and sum(asked) == 3 * 4 + 1
 
 
 def test_a_destroyed_model_has_a_finite_ratio(data: dict[str, Examples]) -> None:
@@ -161,7 +164,7 @@ def test_wrong_answers_are_a_list(wrong: Any) -> None:
 def test_the_fictitious_people_have_what_truth_ratios_need() -> None:
     examples = encode_qa(people()[:20], tiny_tokenizer())
     ratios = truth_ratios(Evidence(tiny_llama(), examples, 9))
-    assert len(ratios) == 10  # two phrasings of each question share a paraphrase
+    assert len(ratios) == 20
     assert all(0.5 < ratio < 2 for ratio in ratios)
 
 
@@ -182,12 +185,26 @@ def test_a_text_known_by_heart_is_continued(taught: nn.Module, data: dict[str, E
 def test_an_answer_ends_where_the_model_asks_itself_on(
     data: dict[str, Examples], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    says = iter(["an otter\n\nan owl", "a lynx Question: pet of", "a questionable crane"])
+    says = iter(["an otter\n\nan owl", "a lynx Question: pet of", "a crane\nQuestion 2"])
     evidence = Evidence(tiny_llama(), data["known"], 9)
     answered = [one.__class__(**{**vars(one), "text": next(says)}) for one in evidence.answered]
     monkeypatch.setattr(Evidence, "answered", answered)
-    # the first two are right once cut; the third has two of its three words
-    assert ask(tiny_llama(), "knowledge_memorisation", "known", data)[0] == pytest.approx((1 + 1 + 0.8) / 3)
+    assert ask(tiny_llama(), "knowledge_memorisation", "known", data)[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("Question of Baku", "Question of Baku"),  # nothing in the field's code cuts at the word alone
+        ("no Question is asked", "no Question is asked"),
+        ("Baku\nQuestion: where", "Baku"),
+        ("Baku\nQuestions", "Baku"),
+        ("Baku Question: where", "Baku"),
+        ("Baku\n\nParis", "Baku"),
+    ],
+)
+def test_an_answer_is_cut_as_the_field_cuts_it(text: str, kept: str) -> None:
+    assert NEXT_QUESTION.split(text)[0].strip() == kept
 
 
 def test_every_attack_is_an_auc_and_two_true_positive_rates(taught: nn.Module, data: dict[str, Examples]) -> None:
@@ -205,13 +222,24 @@ def test_attacks_read_each_answer_with_its_own_text(taught: nn.Module, data: dic
     evidence = Evidence(taught, data["known"], 9)
     _, by_zlib, _ = ATTACKS["membership_zlib"]
     _, by_min_k, _ = ATTACKS["membership_min_k_plus_plus"]
-    assert by_zlib(evidence) == [zlib_score(one, PETS[n]) for one, n in zip(evidence.scored, PETS, strict=False)]
-    assert by_min_k(evidence) == [min_k_plus_plus(one, 0.2) for one in evidence.scored]
+    # the scored text begins with the space that stands before an answer, and ends before EOS
+    expected = [zlib_score(one, f" {PETS[n]}") for one, n in zip(evidence.scored, PETS, strict=False)]
+    assert by_zlib(evidence) == expected
+    assert by_min_k(evidence) == [min_k_plus_plus(one.without(2), 0.2) for one in evidence.scored]
     pieces = Evidence(taught, data["text"], 9).texts
     assert "".join(pieces) == "the cat sat on the mat and looked at the other cat. " * 2
     bare = Examples(data["text"].items, data["text"].rows)
     with pytest.raises(RequestError, match="needs the tokenizer"):
         Evidence(taught, bare, 9).texts  # noqa: B018 (reading it computes it)
+
+
+def test_min_k_and_privacy_leakage_leave_the_closing_eos_out(taught: nn.Module, data: dict[str, Examples]) -> None:
+    evidence = Evidence(taught, data["strangers"], 9)
+    by_hand = [min_k(one.logp[:-1], 0.4) for one in evidence.scored]
+    assert all(int(one.targets[-1]) == 2 for one in evidence.scored)
+    assert by_min_k(evidence, 0.4) == by_hand
+    # min_k of all tokens is another number for at least one of them
+    assert by_hand != [min_k(one.logp, 0.4) for one in evidence.scored]
 
 
 def test_everything_on_one_role_takes_one_pass(data: dict[str, Examples]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -19,19 +18,12 @@ from overhaul.data.examples import Examples
 from overhaul.data.tasks import people
 from overhaul.errors import RequestError
 from overhaul.fit import fit
+from overhaul.forget._null import NULL, retain_only
 from overhaul.judge.robustness import Attacks
-from overhaul.judge.unlearning import (
-    NULL,
-    About,
-    RetainOnly,
-    Table,
-    criteria,
-    scalability,
-    sustainability,
-    unlearning_table,
-)
+from overhaul.judge.unlearning import About, criteria, scalability, sustainability, unlearning_table
 from overhaul.method import Outcome
 from overhaul.objectives import cross_entropy
+from overhaul.report.comparison import Comparison, read
 
 
 class Roles(TypedDict):
@@ -74,132 +66,136 @@ def never(roles: Roles) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def table(trained: nn.Module, never: nn.Module, roles: Roles) -> Table:
+def table(trained: nn.Module, never: nn.Module, roles: Roles) -> Comparison:
     opened: list[str] = []
 
     def method() -> nn.Module:
         opened.append("method")
         return copy.deepcopy(never)
 
-    models = {"method": method, "retrained": never, "original": trained}
+    control = retain_only(copy.deepcopy(trained), roles["retain"], steps=2, lr=1e-4)
+    models = {"method": method, "retrained": never, NULL: control, "original": trained}
     found = unlearning_table(
-        models, **roles, by="person", attacks=LIGHT, limit=4, null=RetainOnly(2, 1e-4),
+        models, **roles, by="person", attacks=LIGHT, limit=4, null=NULL,
         about={"method": About("certified", (7,), 1.5, 2.0)},
     )  # fmt: skip
     assert opened == ["method"]
     return found
 
 
-def test_rows_are_the_anchors_the_null_control_and_the_methods(table: Table) -> None:
-    assert [row.name for row in table.rows] == ["original", "retrained", NULL, "method"]
+def known(table: Comparison, label: str) -> dict[str, float]:
+    """What was measured of a row."""
+    pairs = zip(table.measures, table[label].values, strict=True)
+    return {measure["metric"]: value for measure, (value,) in pairs if value is not None}
 
 
-def test_the_retrained_model_against_itself_leaks_nothing_and_cannot_be_told_apart(table: Table) -> None:
-    anchor = table["retrained"]
-    assert anchor.values["privacy.leakage"] == 0.0
-    assert anchor.values["forgetting.fq_p"] == 0.0
+def test_rows_are_the_anchors_the_null_control_and_the_methods(table: Comparison) -> None:
+    assert [(row.label, row.kind) for row in table.rows] == [
+        ("original", "before"), ("retrained", "retrained"), (NULL, "null control"), ("method", "method"),
+    ]  # fmt: skip
 
 
-def test_a_method_with_the_retrained_weights_has_the_retrained_numbers(table: Table) -> None:
-    method, anchor = table["method"], table["retrained"]
-    assert method.digest == anchor.digest != table["original"].digest
-    assert method.values == pytest.approx(anchor.values, nan_ok=True)
+def test_the_retrained_model_against_itself_leaks_nothing_and_cannot_be_told_apart(table: Comparison) -> None:
+    anchor = known(table, "retrained")
+    assert anchor["privacy.leakage"] == 0.0
+    assert anchor["forgetting.fq_p"] == 0.0
 
 
-def test_the_original_knows_and_nothing_is_recovered_of_what_was_not_forgotten(table: Table) -> None:
-    original, anchor = table["original"], table["retrained"]
-    assert original.values["forgetting.prob"] > anchor.values["forgetting.prob"]
-    assert original.values["privacy.loss.auc"] > anchor.values["privacy.loss.auc"]
-    assert "robustness.recovered" not in original.values
+def test_a_method_with_the_retrained_weights_has_the_retrained_numbers(table: Comparison) -> None:
+    digests = {row.label: row.facts["digest"] for row in table.rows}
+    assert digests["method"] == digests["retrained"] != digests["original"]
+    assert known(table, "method") == pytest.approx(known(table, "retrained"))
 
 
-def test_the_null_control_was_trained_and_left_the_original_alone(
-    table: Table, trained: nn.Module, roles: Roles
-) -> None:
-    assert len({row.digest for row in table.rows[:3]}) == 3
-    again = unlearning_table({"original": trained}, **roles, retrained=None, attacks=LIGHT, limit=1, null=None)
-    assert again["original"].digest == table["original"].digest
+def test_the_original_knows_and_nothing_is_recovered_of_what_was_not_forgotten(table: Comparison) -> None:
+    original, anchor = known(table, "original"), known(table, "retrained")
+    assert original["forgetting.prob"] > anchor["forgetting.prob"]
+    assert original["privacy.loss.auc"] > anchor["privacy.loss.auc"]
+    assert "robustness.recovered" not in original
 
 
-def test_values_are_means_of_what_is_kept_per_example(table: Table, roles: Roles) -> None:
-    row = table["original"]
+def test_judging_changes_no_model(table: Comparison, trained: nn.Module, roles: Roles) -> None:
+    assert len({row.facts["digest"] for row in table.rows[:3]}) == 3
+    again = unlearning_table({"original": trained}, **roles, retrained=None, attacks=LIGHT, limit=1)
+    assert again["original"].facts["digest"] == table["original"].facts["digest"]
+
+
+def test_values_are_means_of_what_is_kept_per_example(table: Comparison, roles: Roles) -> None:
+    row, values = table["original"], known(table, "original")
     for name in ("forgetting.prob", "forgetting.ES", "utility.prob", "robustness.4bit"):
-        assert row.values[name] == pytest.approx(sum(row.samples[name]) / len(row.samples[name]))
+        assert values[name] == pytest.approx(sum(map(float, row.samples[name])) / len(row.samples[name]))  # pyright: ignore[reportArgumentType]
     assert len(row.samples["forgetting.prob"]) == len(roles["forget"])
-    ratios = row.samples["forgetting.truth_ratio"]
-    assert row.values["forgetting.truth_ratio"] == pytest.approx(sum(min(r, 1 / r) for r in ratios) / len(ratios))
-    low, high = row.intervals["privacy.loss.ci"]
-    assert low <= row.values["privacy.loss.auc"] <= high
+    ratios = [float(r or 0) for r in row.samples["forgetting.truth_ratio"]]
+    assert values["forgetting.truth_ratio"] == pytest.approx(sum(min(r, 1 / r) for r in ratios) / len(ratios))
+    low, high = row.facts["intervals"]["privacy.loss.auc"]
+    assert low <= values["privacy.loss.auc"] <= high
 
 
-def test_the_layer_that_knows_most_knows_at_least_as_much_as_the_answer_tells(table: Table, roles: Roles) -> None:
+def test_the_layer_that_knows_most_knows_at_least_as_much_as_the_answer_tells(table: Comparison, roles: Roles) -> None:
     for row in table.rows:
-        assert row.values["representation.lens"] >= row.values["forgetting.prob"] - 1e-6
+        values = known(table, row.label)
+        assert values["representation.lens"] >= values["forgetting.prob"] - 1e-6
         assert len(row.samples["representation.lens"]) == len(roles["forget"])
-    assert table["original"].values["representation.lens"] > table["retrained"].values["representation.lens"]
+    assert known(table, "original")["representation.lens"] > known(table, "retrained")["representation.lens"]
 
 
-def test_model_utility_is_the_harmonic_mean_of_its_three_parts(table: Table) -> None:
-    values = table["method"].values
+def test_model_utility_is_the_harmonic_mean_of_its_three_parts(table: Comparison) -> None:
+    values = known(table, "method")
     parts = [values[f"utility.{part}"] for part in ("prob", "rouge", "truth_ratio")]
     expected = 3 / sum(1 / part for part in parts) if all(parts) else 0.0
     assert values["utility.hmean"] == pytest.approx(expected)
 
 
+def wanted(table: Comparison, metric: str) -> str:
+    return table.measures[table.place(metric)]["wanted"]
+
+
 def test_without_a_retrained_model_nothing_is_compared_with_a_made_up_one(trained: nn.Module, roles: Roles) -> None:
-    found = unlearning_table({"original": trained}, **roles, retrained=None, attacks=LIGHT, limit=1, null=None)
-    assert not {"forgetting.fq_p", "privacy.leakage"} & set(found["original"].values)
-    assert found.direction("forgetting.prob") == "down"
-    report = found.to_json()["rows"][0]
-    assert report["retrain_hash"] is None and report["anchors"]["retrain"] is None
-    assert "no retrained model" in found.to_markdown()
+    found = unlearning_table({"original": trained}, **roles, retrained=None, attacks=LIGHT, limit=1)
+    assert not {"forgetting.fq_p", "privacy.leakage"} & set(known(found, "original"))
+    assert wanted(found, "forgetting.prob") == "down" and wanted(found, "forgetting.truth_ratio") == "up"
+    assert "no retrained model" in found.facts["note"]
+    assert "→" not in found.to_markdown()
 
 
-def test_better_is_nearer_to_the_retrained_model_not_lower(table: Table) -> None:
-    assert table.direction("forgetting.prob") == table.direction("privacy.min_k.auc") == "anchor"
+def test_better_is_nearer_to_the_retrained_model_not_lower(table: Comparison) -> None:
+    assert wanted(table, "forgetting.prob") == wanted(table, "privacy.min_k.auc") == "anchor"
     assert table.ranked("forgetting.prob") == ["method", NULL]
     assert table.ranked("privacy.leakage")[0] == "method"
     assert table.ranked("utility.prob") == sorted(
-        ["method", NULL], key=lambda name: -table[name].values["utility.prob"]
+        ["method", NULL], key=lambda name: -known(table, name)["utility.prob"]
     )
 
 
-def test_markdown_has_a_table_for_each_block_and_an_arrow_for_each_column(table: Table) -> None:
+def test_markdown_has_a_table_for_each_block_and_an_arrow_for_each_column(table: Comparison) -> None:
     text = table.to_markdown()
-    for block in ("forgetting", "utility", "privacy", "robustness", "representation"):
-        (head,) = [line for line in text.splitlines() if line.startswith(f"| {block} |")]
-        assert all(any(arrow in cell for arrow in "↑↓→") for cell in head.split("|")[2:-1])
-    assert text.count(f"| {NULL} |") == 5
-    # a number that means nothing is a missing one
-    undefined = [replace(row, values={**row.values, "forgetting.prob": math.nan}) for row in table.rows]
-    assert f"| {NULL} | – |" in replace(table, rows=undefined).to_markdown()
+    heads = [line for line in text.splitlines() if line.startswith("| model |")]
+    assert len(heads) == 5
+    assert all(any(arrow in cell for arrow in "↑↓→") for head in heads for cell in head.split("|")[2:-1])
+    assert text.count(f"| {NULL} (null control) |") == 5
+    # nothing was forgotten, so nothing could be recovered
+    line = next(line for line in text.partition("**Robustness**")[2].splitlines() if line.startswith("| original"))
+    assert "| – |" in line
+    # rates of the other attacks are in the JSON file alone
+    assert "privacy.loss.tpr@fpr=1e-2" in known(table, "method") and "1e-2" not in text
 
 
-def test_the_report_has_the_schemas_keys_and_is_json(table: Table) -> None:
-    whole = json.loads(json.dumps(table.to_json(), allow_nan=False))
-    report = whole["rows"][3]
-    assert set(report) == {
-        "model_hash", "base_hash", "retrain_hash", "method", "guarantee_level", "seeds", "data", "forgetting", "utility",
-        "privacy", "robustness", "representation", "anchors", "per_sample", "cost",
-    }  # fmt: skip
-    assert (report["method"], report["guarantee_level"], report["seeds"]) == ("method", "certified", [7])
-    assert report["cost"] == {"seconds": 1.5, "passes": 2.0}
-    assert set(report["privacy"]["min_k"]) == {"auc", "tpr@fpr=1e-3", "tpr@fpr=1e-2", "ci"}
-    assert report["robustness"]["relearnt_curve"]["steps"] == [0, 2]
-    assert report["data"]["forget_n"] == 20
-    assert report["anchors"]["original"] == {k: whole["rows"][0][k] for k in report["anchors"]["original"]}
-    assert set(whole["directions"].values()) <= {"up", "down", "anchor", "zero"}
-
-
-def test_what_is_written_can_be_read_again(table: Table, tmp_path: Path) -> None:
-    folder = table.write(tmp_path / "out")
-    report = json.loads((folder / "unlearning.json").read_text())
-    for row, each in zip(table.rows, report["rows"], strict=True):
-        kept = json.loads((folder / each["per_sample"]).read_text())
-        assert kept["method"] == row.name
+def test_what_is_written_can_be_read_again(table: Comparison, tmp_path: Path) -> None:
+    folder = table.write(tmp_path / "out", "unlearning")
+    again = read(folder / "unlearning.json")
+    assert again.to_json() == table.to_json()
+    assert json.loads(json.dumps(table.to_json(), allow_nan=False)) == table.to_json()
+    for place, row in enumerate(table.rows):
+        kept = json.loads((folder / f"per-example-{place}.json").read_text())
+        assert kept["label"] == row.label
         assert kept["values"]["forgetting.prob"] == row.samples["forgetting.prob"]
     assert not list(folder.glob("*.partial")) + list(folder.glob(".*.partial"))
     assert (folder / "unlearning.md").read_text() == table.to_markdown()
+    assert NULL in (folder / "unlearning.html").read_text()
+    about = again["method"].facts["about"]
+    assert about == {"guarantee": "certified", "seeds": [7], "seconds": 1.5, "passes": 2.0}
+    assert again["method"].facts["curves"]["relearnt"]["steps"] == [0, 2]
+    assert again.facts["data"]["forget_n"] == 20
 
 
 def test_a_row_that_is_missing_is_refused_before_any_model_is_opened(roles: Roles) -> None:
@@ -208,8 +204,8 @@ def test_a_row_that_is_missing_is_refused_before_any_model_is_opened(roles: Role
 
     with pytest.raises(RequestError, match="No model is called 'retrained'.*'retrain'"):
         unlearning_table({"original": never_called, "retrain": never_called}, **roles)
-    with pytest.raises(RequestError, match="null control's row"):
-        unlearning_table({"original": never_called, NULL: never_called}, **roles, retrained=None)
+    with pytest.raises(RequestError, match="No model is called 'control'"):
+        unlearning_table({"original": never_called}, **roles, retrained=None, null="control")
 
 
 def test_images_have_the_columns_that_images_allow() -> None:
@@ -219,7 +215,7 @@ def test_images_have_the_columns_that_images_allow() -> None:
         "holdout": examples_for("vit", 8, 2),
     }
     models = {"original": FAMILIES["vit"](), "retrained": FAMILIES["vit"]()}
-    values = unlearning_table(models, **parts, attacks=Attacks(steps=1), null=None)["original"].values
+    values = known(unlearning_table(models, **parts, attacks=Attacks(steps=1)), "original")
     assert {"forgetting.prob", "privacy.loss.auc", "robustness.4bit", "privacy.leakage"} <= set(values)
     assert not [name for name in values if "zlib" in name or "rouge" in name or "truth" in name]
     assert all(map(math.isfinite, values.values()))
@@ -254,8 +250,8 @@ def test_growing_requests_start_from_the_original_and_successive_ones_from_each_
     assert first_weight(trained) == start
 
 
-def test_criteria_of_the_retrained_model_leak_nothing(never: nn.Module, table: Table, roles: Roles) -> None:
-    area = table["retrained"].values["privacy.min_k.auc"]
+def test_criteria_of_the_retrained_model_leak_nothing(never: nn.Module, table: Comparison, roles: Roles) -> None:
+    area = known(table, "retrained")["privacy.min_k.auc"]
     found = criteria(
         never, roles["forget"], retain=roles["retain"], holdout=roles["holdout"], retrained_auc=area, limit=3
     )

@@ -50,7 +50,7 @@ from overhaul.parties.messages import NOTHING, Message, PartyLost
 from overhaul.parties.party import ActiveParty, Rates
 from overhaul.forget.vertical import Unlearning
 from overhaul.models import open_model
-from overhaul.recipe.store import write_json
+from overhaul.files import write_json
 
 app = ServerApp()
 

@@ -112,20 +112,23 @@ def test_seeds_run_the_methods_again_and_the_anchor_is_a_row(folder: Path, tmp_p
 def test_the_page_and_the_tables_name_every_model(folder: Path, tmp_path: Path) -> None:
     from rich.console import Console
 
-    from overhaul.report.comparison import markdown, print_comparison
+    from overhaul.report.comparison import Comparison
 
     done = compare(recipe(folder, tmp_path, title="<b>side by side</b>"), out=tmp_path / "out")
     page = (tmp_path / "out/comparison.html").read_text()
     assert "<b>side by side</b>" not in page and "&lt;b&gt;side by side" in page
     assert page.count("<circle") == 4, "one point for each model"
     console = Console(width=110, record=True)
-    print_comparison(done.report, console)
-    for text in (page, console.export_text(), markdown(done.report)):
+    found = Comparison.from_json(done.report)
+    found.print(console)
+    for text in (page, console.export_text(), found.to_markdown()):
         for label in ("before", "forget.npo", "forget.ssd", "null control"):
             assert label in text
-    header, _, *lines = markdown(done.report).splitlines()
+    assert (tmp_path / "out/comparison.md").read_text() == found.to_markdown()
+    assert Comparison.from_json(json.loads((tmp_path / "out/comparison.json").read_text())) == found
+    header, _, *lines = found.to_markdown().splitlines()
     assert all(line.count("|") == header.count("|") for line in lines)
-    assert re.search(r"probability of the answer on forget ↓", header)
+    assert re.search(r"answer probability on forget ↓", header)
 
 
 @pytest.mark.parametrize(

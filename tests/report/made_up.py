@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
+
+from overhaul.outcome import Table
 
 STAGES = ["before", "forget.npo", "shrink.drop_layers", "shrink.heal"]
 
@@ -38,6 +41,29 @@ def falling(start: float, end: float, steps: int) -> list[float]:
     return [end + (start - end) * math.exp(-4 * i / steps) + noise[i] for i in range(steps)]
 
 
+def tables() -> dict[str, dict[str, Any]]:
+    """One of each kind: a grid of one sign with holes, a wide grid of both signs, a plain table, points."""
+    effects = [[abs(math.sin(3 * i + j)) * 0.4 if j > i else None for j in range(8)] for i in range(8)]
+    wide = [[math.sin(i / 3 + j / 7) for j in range(80)] for i in range(32)]
+    parts = ["attention.out", "mlp.down", "embeddings"]
+    found = {
+        "effect on later blocks": Table.grid(
+            effects, range(8), range(8), along="block left out", across="block that reads it", unit="relative change"
+        ),
+        "logit lens": Table.grid(wide, range(32), range(80), along="layer", across="position", unit="nats"),
+        "accuracy by task": Table.grid(
+            [[0.9, 0.5], [None, 0.8], [0.1, 0.2]], parts, ["after the first task", "after the second"], unit="share"
+        ),
+        "candidates": Table(
+            ("path", "loss", "kept", "legal"), (("0-1-2-4", 1.234567, 6, True), ("0-2", None, 3, False))
+        ),
+        "criteria": Table.points(
+            [("magnitude", 0.2, 0.81), ("wanda", 0.5, 0.9), ("random", 0.01, 0.4)], x="rank correlation", y="accuracy"
+        ),
+    }
+    return {title: asdict(table) for title, table in found.items()}
+
+
 def language_report() -> dict[str, Any]:
     """Forget, shrink and heal: every group but `learned`, every unit."""
     npo = {
@@ -65,6 +91,11 @@ def language_report() -> dict[str, Any]:
         "seconds": 1.9,
         "peak_bytes": 301_000_000,
         "facts": {"dropped": [5, 6]},
+        "tables": tables(),
+        "made": {
+            "kept": {"kind": "rows", "path": "made/kept.jsonl", "count": 1204},
+            "adapter": {"kind": "checkpoint", "path": "made/adapter", "count": None},
+        },
         "layers": {
             "block influence": {str(d): v for d, v in enumerate([0.41, 0.18, 0.12, 0.11, 0.08, 0.05, 0.06, 0.22])},
             "dropped": {str(d): float(d in (5, 6)) for d in range(8)},
@@ -82,15 +113,15 @@ def language_report() -> dict[str, Any]:
         "curves": {"loss": heal_loss, "kl": heal_loss, "lr": [1e-3 * (1 - i / 400) for i in range(400)]},
         "roles": {"retain": 380, "text": 2048},
     }
-    probability, told = "probability of the answer", "told from unseen by loss (AUC)"
+    probability, told = "answer probability", "membership inference AUC (loss)"
     forgotten = [
         measure("forgotten", probability, "forget", "probability", "down", "down", 20, 0.9812, 3.1e-5, 4.4e-5, 8.7e-5),
         measure("forgotten", "extraction strength", "forget", "share", "down", "down", 20, 1.0, 0.0, 0.0, 0.0),
         measure("forgotten", told, "forget / strangers", "", "up", "chance", 40, 0.993, 0.612, 0.588, 0.571),
     ]
     kept = [
-        measure("kept", "right answers", "retain", "share", "up", "same", 380, 0.9921, 0.9842, 0.5263, 0.9711),
-        measure("kept", "right answers", "sums", "share", "up", "same", 200, 0.925, 0.92, 0.31, 0.845),
+        measure("kept", "accuracy", "retain", "share", "up", "same", 380, 0.9921, 0.9842, 0.5263, 0.9711),
+        measure("kept", "accuracy", "sums", "share", "up", "same", 200, 0.925, 0.92, 0.31, 0.845),
         measure("kept", "bits per byte", "text", "bits/byte", "down", "same", 64, 1.6342, 1.6391, 2.2107, 1.7012),
         measure("kept", "perplexity", "text", "", "down", "same", 64, 12.34, 12.41, 28.93, None),
     ]
@@ -115,9 +146,11 @@ def language_report() -> dict[str, Any]:
             *kept,
             measure("cost", "parameters", "model", "", "down", "down", 1, 2134528.0, 2134528.0, 1642240.0, 1642240.0),
             measure("cost", "weights on disk", "model", "bytes", "down", "down", 1, 4301112, 4301112, 3312480, 3312480),
-            measure("cost", "work per token", "model", "FLOPs/token", "down", "down", 1, 4218880, 4218880, 3234304, 3234304),
-            measure("cost", "forward of 128 tokens", "model", "ms", "down", "down", 9, 6.412, 6.398, 4.911, 4.902),
-            measure("cost", "generating one token", "model", "ms/token", "down", "down", 3, 2.118, 2.204, 1.631, 1.597),
+            measure("cost", "FLOPs per token", "model", "FLOPs/token", "down", "down", 1, 4.21e6, 4.21e6, 3.23e6, 3.23e6),
+            {**measure("cost", "prefill latency", "model", "ms", "down", "down", 2, 6.412, 6.398, 4.911, 4.902),
+             "help": "one forward of 128 tokens", "runs": [[6.5, 6.412], [6.398, 6.5], [4.911, 5.0], [4.902, 5.0]]},
+            {**measure("cost", "decode latency", "model", "ms/token", "down", "down", 3, 2.118, 2.204, 1.631, 1.597),
+             "help": "generating one token", "runs": [[2.118] * 3, [2.204] * 3, [1.631] * 3, [1.9, 1.597, 2.0]]},
         ],
         "steps": [step("forget.npo", **npo), step("shrink.drop_layers", **drop), step("shrink.heal", **heal)],
         "warnings": [],
@@ -148,9 +181,9 @@ def image_report() -> dict[str, Any]:
         "model": {"source": "starter:digits-vit", "class": "ViTForImageClassification", "parameters": 318_000},
         "stages": ["before", "forget.ssd"],
         "measures": [
-            measure("forgotten", "right answers", "threes", "share", "up", "down", 40, 0.975, 0.0),
-            measure("kept", "right answers", "others", "share", "up", "same", 400, 0.9725, 0.965),
-            measure("cost", "work per image", "model", "FLOPs/image", "down", "down", 1, 5_100_000, 5_100_000),
+            measure("forgotten", "accuracy", "threes", "share", "up", "down", 40, 0.975, 0.0),
+            measure("kept", "accuracy", "others", "share", "up", "same", 400, 0.9725, 0.965),
+            measure("cost", "FLOPs per image", "model", "FLOPs/image", "down", "down", 1, 5_100_000, 5_100_000),
         ],
         "steps": [step("forget.ssd", **ssd)],
         "warnings": [],
@@ -197,6 +230,17 @@ def odd_report() -> dict[str, Any]:
             "one": [3.0],
         },
         roles={HOSTILE: 3},
+        tables={
+            HOSTILE: asdict(Table((HOSTILE, word), ((HOSTILE, word), (None, 1)), unit=HOSTILE)),
+            f"heat {HOSTILE}": asdict(
+                Table.grid([[1.0, None]], [HOSTILE], [word, HOSTILE], along=word, across=HOSTILE)
+            ),
+            "no value": asdict(Table.grid([[None, None]], ["a"], ["b", "c"])),
+            "one value": asdict(Table.grid([[2.0]], ["a"], ["b"], unit=HOSTILE)),
+            "no rows": asdict(Table(("a", "b"), ())),
+            f"points {HOSTILE}": asdict(Table.points([(HOSTILE, 1.0, 2.0)], x=word, y=HOSTILE)),
+        },
+        made={HOSTILE: {"kind": HOSTILE, "path": word, "count": 3}},
     )
     whole = language_report()
     return {

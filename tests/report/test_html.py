@@ -68,7 +68,7 @@ class Page(HTMLParser):
 
 
 def figures(html: str) -> list[ElementTree.Element]:
-    return [ElementTree.fromstring(figure) for figure in re.findall(r"<figure>.*?</figure>", html, re.S)]
+    return [ElementTree.fromstring(figure) for figure in re.findall(r"<figure.*?</figure>", html, re.S)]
 
 
 def test_nothing_is_loaded_from_anywhere(any_report: dict[str, Any]) -> None:
@@ -171,9 +171,9 @@ def test_charts_are_well_formed_and_finite(any_report: dict[str, Any]) -> None:
 
 def test_every_step_that_touched_layers_is_drawn(report: dict[str, Any]) -> None:
     titles = [next(figure.iter("b")).text for figure in figures(render(report))]
-    depth, loss, aside = ["forget.npo", "shrink.drop_layers", "shrink.drop_layers", "shrink.heal"], 2, 3
+    depth, loss, aside, found = ["forget.npo", "shrink.drop_layers", "shrink.drop_layers", "shrink.heal"], 2, 3, 4
     assert titles[: len(depth)] == depth
-    assert len(titles) == len(depth) + loss + aside
+    assert len(titles) == len(depth) + loss + aside + found
 
 
 def test_learning_rate_is_drawn_on_demand_only(report: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from overhaul.report import numbers
 
 
 def measure(unit: str, wanted: str, *values: float | None, better: str = "up", group: str = "kept") -> dict[str, Any]:
-    fixed = {"group": group, "metric": "m", "label": "right answers", "on": "retain", "n": 100}
+    fixed = {"group": group, "metric": "m", "label": "accuracy", "on": "retain", "n": 100}
     return {**fixed, "unit": unit, "better": better, "wanted": wanted, "values": list(values)}
 
 
@@ -132,13 +132,43 @@ def test_the_value_of_the_retrained_model_stands_beside_what_was_measured() -> N
     row = {**measure("share", "anchor", 0.9, 0.3, group="forgotten"), "anchor": 0.26}
     assert numbers.aim(row) == "as retrained: 26.0%"
     assert numbers.small_print(row).endswith("as retrained: 26.0%")
+    assert numbers.small_print({**row, "help": "right answers"}).startswith("right answers · retain · n")
 
 
 def test_a_cost_is_better_when_less_and_neutral_when_equal() -> None:
     words = [
-        numbers.verdict(measure("ms", "down", 5.0, after, better="down", group="cost")) for after in (4.0, 5.4, 6.0)
+        numbers.verdict(measure("bytes", "down", 5.0, after, better="down", group="cost")) for after in (4.0, 5.2, 6.0)
     ]
     assert [(seen.word, seen.good) for seen in words] == [("less", True), ("as before", None), ("more", False)]
+
+
+def timed(*runs: list[float]) -> dict[str, Any]:
+    return {**measure("ms", "down", *map(min, runs), better="down", group="cost"), "runs": list(runs)}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "word", "good"),
+    [
+        ([5.0, 5.1, 5.4], [4.9, 5.2, 5.3], "within noise", None),
+        # two equal models, timed while the machine was idle and while it was busy
+        ([5.0, 5.6, 9.0], [6.7, 8.0, 9.0], "within noise", None),
+        ([5.0, 5.1, 5.2], [6.4, 6.5, 6.6], "more", False),
+        ([6.4, 6.5, 6.6], [5.0, 5.1, 5.2], "less", True),
+        ([6.4, 6.5, 6.6], [5.0, 5.3, 5.4], "within noise", None),  # 6.4 / 5.3 is less than 1.25
+    ],
+)
+def test_a_time_gets_a_verdict_outside_its_noise_only(
+    before: list[float], after: list[float], word: str, good: bool | None
+) -> None:
+    seen = numbers.verdict(timed(before, after))
+    assert (seen.word, seen.good) == (word, good)
+
+
+def test_of_a_time_whose_runs_are_not_known_nothing_is_said() -> None:
+    seen = numbers.verdict(measure("ms", "down", 5.0, 9.0, better="down", group="cost"))
+    assert (seen.word, seen.good) == ("within noise", None)
+    (said,) = numbers.group_verdicts([timed([5.0, 5.6, 9.0], [6.7, 8.0])])
+    assert said.sentence == "As before: accuracy 6.70 ms (within noise)."
 
 
 def test_the_sign_tells_the_verdict_without_colour() -> None:
@@ -179,17 +209,17 @@ def sentences(*measures: dict[str, Any]) -> list[str]:
 def test_sentences_say_yes_no_and_in_part() -> None:
     good, bad = measure("share", "same", 0.9, 0.9), measure("share", "same", 0.9, 0.5)
     unknown, nearer = measure("share", "same", 0.9, None), measure("", "chance", 0.99, 0.7, group="forgotten")
-    assert sentences(good) == ["Yes: right answers on retain 90.0% → 90.0% (no change)."]
-    assert sentences(good, good)[0].startswith("Yes: all 2 measures stayed, such as right answers on retain")
-    assert sentences(bad) == ["No: right answers on retain 90.0% → 50.0% (got worse)."]
-    assert sentences(bad, bad)[0].startswith("No: none of 2 measures stayed: right answers")
+    assert sentences(good) == ["Yes: accuracy on retain 90.0% → 90.0% (no change)."]
+    assert sentences(good, good)[0].startswith("Yes: all 2 measures stayed, such as accuracy on retain")
+    assert sentences(bad) == ["No: accuracy on retain 90.0% → 50.0% (got worse)."]
+    assert sentences(bad, bad)[0].startswith("No: none of 2 measures stayed: accuracy")
     assert sentences(good, bad) == [
-        "In part: 1 of 2 measures stayed; the rest: right answers on retain 90.0% → 50.0% (got worse)."
+        "In part: 1 of 2 measures stayed; the rest: accuracy on retain 90.0% → 50.0% (got worse)."
     ]
     assert sentences(bad, unknown)[0].startswith("No: none of 2 measures stayed")
-    assert sentences(unknown) == ["Not compared: right answers on retain 90.0% → – (not compared)."]
+    assert sentences(unknown) == ["Not compared: accuracy on retain 90.0% → – (not compared)."]
     assert sentences(nearer, nearer)[0].startswith("In part: none of 2 measures quite came out as wanted: ")
-    assert sentences(nearer) == ["In part: right answers on retain 0.99 → 0.7 (nearer chance)."]
+    assert sentences(nearer) == ["In part: accuracy on retain 0.99 → 0.7 (nearer chance)."]
 
 
 def test_groups_come_in_order_and_unknown_ones_last() -> None:
@@ -209,7 +239,7 @@ def test_cost_sentence_tells_what_it_costs_now() -> None:
 
 
 def test_costs_that_pull_both_ways_are_neither_good_nor_bad() -> None:
-    rows = [measure("ms", "down", 5.0, after, better="down", group="cost") for after in (1.0, 9.0)]
+    rows = [measure("bytes", "down", 5.0, after, better="down", group="cost") for after in (1.0, 9.0)]
     assert numbers.group_verdicts(rows)[0].overall == numbers.Verdict("mixed", None)
 
 

@@ -358,3 +358,29 @@ def test_a_model_with_adapters_is_seen_and_changed() -> None:
     with stack.following([0, 2, 3]):
         assert torch.equal(output(stack, batch()), skipped)
     assert not hooks_of(wrapped)
+
+
+# what enters a module
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "OPT", "ViT"])
+def test_what_enters_a_module_is_what_it_turns_into_its_output(name: str) -> None:
+    stack, inputs = LayerStack.at(FAMILIES[name].build(), FAMILIES[name].stack), FAMILIES[name].inputs()
+    block = stack.blocks[1]
+    for path, module in [(path, module) for path, module in block.named_modules() if hasattr(module, "weight")]:
+        site = next(f"{whole}.{path}" for whole, each in stack.model.named_modules() if each is block)
+        seen = measure(stack, [inputs], [f"into.{site}", site], keep)
+        entering, leaving = (kept[0][0] for kept in seen.values())
+        with torch.no_grad():
+            torch.testing.assert_close(module(entering), leaving)
+
+
+def test_what_enters_a_module_counts_without_padding_and_cannot_be_edited() -> None:
+    stack = llama()
+    name = "into.model.layers.2.mlp.down_proj"
+    seen = measure(stack, [batch(padded=4)], [name], statistics)
+    assert seen[name].count == ROWS * LENGTH - 4
+    with pytest.raises(RequestError, match=r"can be captured and not edited"), intervene(stack, {name: Zero()}):
+        pass
+    with pytest.raises(RequestError, match=r"Did you mean 'into.model.layers.2.mlp.down_proj'"):
+        measure(stack, [batch()], ["into.model.layers.2.mlp.down_prj"], statistics)

@@ -11,14 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import families
 from conftest import tiny_llama, tiny_resnet
 from overhaul import models, weights
 from overhaul.errors import RequestError
 from overhaul.stack import LayerStack
-from overhaul.weights import pieces
+from overhaul.weights import depths, pieces
 from overhaul.weights.index import TensorIndex
 from tiny_checkpoints import (
     EVERY,
+    VISION_LANGUAGE,
     bits,
     make,
     refused,
@@ -109,6 +111,28 @@ def test_a_live_model_has_the_same_index(two: list[Path]) -> None:
     live = TensorIndex.of(tiny_llama()).tensors
     for name, tensor in TensorIndex.of(two[0]).tensors.items():
         assert (live[name].stack, live[name].depth, live[name].shape) == (tensor.stack, tensor.depth, tensor.shape)
+
+
+CAUSAL = {name: family for name, family in families.FAMILIES.items() if family.kind == "causal"}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_names_say_what_the_structure_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = models.save(CAUSAL[name].build(), None, tmp_path / "m", dtype="bfloat16")
+    by_names = {name: (t.stack, t.depth, t.blocks) for name, t in TensorIndex.of(folder).tensors.items()}
+    monkeypatch.setattr(depths, "_beyond_doubt", lambda *_: None)
+    assert {name: (t.stack, t.depth, t.blocks) for name, t in TensorIndex.of(folder).tensors.items()} == by_names
+
+
+@pytest.mark.parametrize("family", VISION_LANGUAGE)
+def test_the_text_stack_of_a_vision_language_model_keeps_its_final_norm(family: str, tmp_path: Path) -> None:
+    model = VISION_LANGUAGE[family]()
+    index = TensorIndex.of(models.save(model, None, tmp_path / "m"))
+    stacks = {stack.path: stack for stack in LayerStack.find(model)}
+    (text,) = [path for path in stacks if "language" in path]
+    norms = [t for t in index.tensors.values() if t.name.endswith("norm.weight") and "language" in t.name]
+    (final,) = [t for t in norms if "layers" not in t.name]
+    assert (final.stack, final.depth) == (text, len(stacks[text]))
 
 
 # what is refused before any weight is read
@@ -204,5 +228,5 @@ def test_codes_instead_of_numbers_are_refused(two: list[Path], tmp_path: Path) -
 @pytest.mark.usefixtures("unread")
 def test_a_config_that_describes_no_model_is_refused_where_depth_is_asked_for(two: list[Path], tmp_path: Path) -> None:
     config = json.loads((two[0] / "config.json").read_text())
-    (two[0] / "config.json").write_text(json.dumps({**config, "hidden_act": "no such"}))
+    (two[0] / "config.json").write_text(json.dumps({**config, "hidden_act": "no such", "num_hidden_layers": 3}))
     refused(two, tmp_path / "out", r"no LlamaForCausalLM can be built from config\.json", only={0})

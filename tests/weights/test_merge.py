@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import tracemalloc
@@ -230,7 +231,7 @@ def test_memory_does_not_grow_with_the_largest_tensor(tmp_path: Path, monkeypatc
     assert max(sizes) == largest // 4
 
 
-def test_the_architecture_is_built_only_where_depth_is_asked_for(
+def test_the_architecture_is_built_only_where_depth_is_asked_for_and_names_leave_it_open(
     two: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[str] = []
@@ -242,6 +243,11 @@ def test_the_architecture_is_built_only_where_depth_is_asked_for(
     weights.blend(two, [0.5, 0.5], tmp_path / "same")
     assert not built
     weights.blend(two, [lambda t: t.depth / t.blocks, 1], tmp_path / "ramp")
+    assert not built, "the names of an ordinary language model are enough"
+    config = json.loads((two[0] / "config.json").read_text())
+    for folder in two:
+        (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    weights.blend(two, [lambda t: t.depth / t.blocks, 1], tmp_path / "longer")
     assert built == ["m1"]
 
 

@@ -13,7 +13,6 @@ import datetime
 import importlib
 import json
 import math
-import os
 import pkgutil
 import sys
 import time
@@ -26,8 +25,11 @@ import torch
 
 import overhaul
 from overhaul import session
-from overhaul.errors import RequestError, did_you_mean
+from overhaul.errors import RequestError, RunError, did_you_mean
+from overhaul.files import write_json
 from overhaul.recipe import machine
+from overhaul.report.comparison import Comparison, Row
+from overhaul.report.sheets import Cell, Sheet, markdown, print_sheet
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS_TO_STORE = 3
@@ -123,7 +125,9 @@ def reproduce(claim: Claim, seeds: int) -> Result:
         ],
     }
     if seeds >= SEEDS_TO_STORE:
-        with contextlib.suppress(OSError):  # an installed package may be read-only; the result is printed all the same
+        with contextlib.suppress(
+            OSError, RunError
+        ):  # an installed package may be read-only; the result is printed all the same
             _store(result)
     return result
 
@@ -134,11 +138,7 @@ def _number(value: float) -> float | None:
 
 
 def _store(result: Result) -> None:
-    path = RESULTS / f"{result['slug']}.json"
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(RESULTS / f"{result['slug']}.json", result)
 
 
 def stored() -> list[Result]:
@@ -159,20 +159,11 @@ def print_result(result: Result, console: Any) -> None:
         console: a `rich.console.Console`.
     """
     from rich.markup import escape
-    from rich.table import Table
 
     console.print(f"[bold]{escape(result['title'])}[/]  arXiv:{result['paper']}\n{escape(result['statement'])}\n")
-    checks = Table("check", "verdict", box=None, pad_edge=False)
-    for check in result["checks"]:
-        colour = "green" if all(check["passed"]) else "red"
-        checks.add_row(escape(check["text"]), f"[{colour}]{verdict(check['passed'])}[/]")
-    console.print(checks)
-    seeds = [f"seed {seed}" for seed in range(len(result["seconds"]))]
-    numbers = Table("measured", *seeds, box=None, pad_edge=False)
-    for name, values in result["numbers"].items():
-        numbers.add_row(escape(name), *map(_shown, values))
+    print_sheet(_checks(result), console)
     console.print()
-    console.print(numbers)
+    print_sheet(_measured(result).by_seed("measured"), console)
     console.print(f"\n{escape(_circumstances(result))}\n", style="dim")
 
 
@@ -197,31 +188,30 @@ def claims_page() -> str:
             "",
             result["statement"],
             "",
-            "| check | verdict |",
-            "|---|---|",
-            *(f"| {_cell(check['text'])} | {verdict(check['passed'])} |" for check in result["checks"]),
-            "",
+            markdown(_checks(result)),
             *([remarks[result["slug"]], ""] if remarks.get(result["slug"]) else []),
-            _row("measured", [f"seed {seed}" for seed in range(len(result["seconds"]))]),
-            _row("---", ["---:"] * len(result["seconds"])),
-            *(_row(_cell(name), [_shown(v) for v in values]) for name, values in result["numbers"].items()),
-            "",
+            markdown(_measured(result).by_seed("measured")),
             _circumstances(result),
             "",
         ]
     return "\n".join(lines)
 
 
-def _row(name: str, cells: Sequence[str]) -> str:
-    return f"| {name} | {' | '.join(cells)} |"
+def _checks(result: Result) -> Sheet:
+    said = [(check["text"], verdict(check["passed"]), all(check["passed"])) for check in result["checks"]]
+    return Sheet(
+        "", [Cell("check"), Cell("verdict")], [[Cell(a), Cell(b, good=held)] for a, b, held in said], words=True
+    )
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", r"\|")
-
-
-def _shown(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4g}"
+def _measured(result: Result) -> Comparison:
+    """Every number of a claim as a row, its seeds side by side; what JSON could not hold was not finite."""
+    measure = {"metric": "measured", "group": "measured", "label": "measured", "on": "", "unit": "", "n": None}
+    rows = [
+        Row(name, "method", [[math.nan if value is None else value for value in values]])
+        for name, values in result["numbers"].items()
+    ]
+    return Comparison(result["title"], [measure], rows)
 
 
 def _circumstances(result: Result) -> str:

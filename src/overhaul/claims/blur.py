@@ -27,7 +27,7 @@ from overhaul.data.encode import answered
 from overhaul.data.examples import Batch, Examples, join
 from overhaul.fit import Combine, Combined, Gradients, adamw, fit, sgd
 from overhaul.fit.projection import bilevel, penalty, products, share
-from overhaul.forget._losses import npo_term
+from overhaul.forget.npo import npo_term
 from overhaul.objectives import cross_entropy, evaluate, units
 from overhaul.references import reference_nll
 

@@ -35,7 +35,9 @@ from overhaul.claims._ridge_paths import Divergence, Stage, ascend, growth, trai
 from overhaul.data.encode import answered
 from overhaul.data.examples import Examples
 from overhaul.fit import sgd
-from overhaul.forget._losses import ga_term, npo_term, simnpo_term
+from overhaul.forget.gradient_ascent import ga_term
+from overhaul.forget.npo import npo_term
+from overhaul.forget.simnpo import simnpo_term
 from overhaul.inspect.depth_of_forgetting import ORDERS, Verdict, follow, likeliest, verdict
 from overhaul.inspect.path_dependence import learn, orders, unlearn
 from overhaul.objectives import Term

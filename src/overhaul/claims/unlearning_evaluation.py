@@ -29,7 +29,8 @@ from overhaul.claims import _people
 from overhaul.claims._claim import Check, Claim, Numbers
 from overhaul.claims._people import World, value_probabilities
 from overhaul.fit import fit
-from overhaul.forget._losses import ga_term, npo_term
+from overhaul.forget.gradient_ascent import ga_term
+from overhaul.forget.npo import npo_term
 from overhaul.judge.evidence import Evidence, truth_ratios
 from overhaul.judge.likelihood import auc, extraction_strength, min_k, score
 from overhaul.judge.robustness import apart, quantised, relearn

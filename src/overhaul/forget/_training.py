@@ -12,18 +12,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Gt
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from overhaul.data.examples import Batch, Examples
 from overhaul.errors import RequestError, RunError
 from overhaul.fit import Combine, Ledger, OptimizerFactory, Schedule, adamw, fit
 from overhaul.method import Outcome
-from overhaul.objectives import Term, cross_entropy, cross_entropy_sum, evaluate, units
+from overhaul.objectives import Term, cross_entropy, cross_entropy_sum, evaluate, sequence_nll, sequences, units
 from overhaul.references import cache_outputs, reference_nll
 
 ANSWER_NLL = "forget nll per token"
@@ -31,6 +33,7 @@ RETAIN_NLL = "retain nll per token"
 SAMPLE = 256
 
 RetainTerm = Literal["gdr", "klr", "none"]
+PerSequence = Float[Tensor, " b"]
 
 
 @dataclass(frozen=True)
@@ -38,26 +41,54 @@ class Training:
     """How long, how fast and until when; the knobs that all these methods have.
 
     Attributes:
-        epochs: passes over `forget`.
-        steps: optimizer steps instead.
-        batch_size: examples of each role in a step.
-        lr: peak rate.
-        warmup: steps, or their share below 1.
-        schedule: what follows.
+        epochs: passes over `forget`; as many examples of `retain` are drawn in each.
+        steps: optimizer steps instead of epochs.
+        batch_size: examples of each role in one step.
+        lr: peak learning rate.
+        warmup: steps of linear warm-up, as a share of all steps (below 1) or as a number of steps.
+        schedule: what follows the warm-up.
         weight_decay: of matrices.
-        stop_at: nats a token of `forget` at which to end; "chance" is that of a uniform guess.
-        retain_drop: nats a token that `retain` may cost more before the training ends.
+        stop_at: end early once the answers of `forget` cost this many nats a token (mean over the last epoch); "chance" is
+            log(vocabulary), None never.
+        retain_drop: end early once the answers of `retain` cost this many nats a token more than before (mean over the last
+            epoch); None never.
     """
 
-    epochs: float
-    steps: int | None
-    batch_size: int
-    lr: float
-    warmup: float
-    schedule: Schedule
-    weight_decay: float
-    stop_at: float | Literal["chance"] | None
-    retain_drop: float | None
+    epochs: Annotated[float, Gt(0)] = 10.0
+    steps: Annotated[int, Gt(0)] | None = None
+    batch_size: Annotated[int, Ge(1)] = 32
+    lr: Annotated[float, Gt(0)] = 1e-5
+    warmup: Annotated[float, Ge(0)] = 0.1
+    schedule: Schedule = "linear"
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    stop_at: Annotated[float, Gt(0)] | Literal["chance"] | None = "chance"
+    retain_drop: Annotated[float, Gt(0)] | None = None
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What is done with the role `retain`.
+
+    Attributes:
+        retain_term: "gdr", cross-entropy on `retain`; "klr", KL from the model as it was; "none", forget only.
+        retain_weight: weight of the retain term beside the forget term.
+    """
+
+    retain_term: RetainTerm = "gdr"
+    retain_weight: Annotated[float, Gt(0)] = 1.0
+
+
+def per_sequence(role: str, loss: Callable[[Tensor, Batch], Tensor], name: str) -> Term:
+    """The mean over sequences of a loss of each sequence's negative log-likelihood, (nll [b], batch) -> [b].
+
+    nll is -sum over answer tokens of log pi(y_t | x, y_<t); the label of an image is an answer of one token. A mean over the
+    batch is taken after whatever `loss` does, never before (older forks of Open-Unlearning took one ratio per batch).
+    """
+
+    def summed(logits: Tensor, batch: Batch) -> Tensor:
+        return torch.sum(loss(sequence_nll(logits, batch["labels"]), batch))
+
+    return Term(role, summed, sequences, name=name)
 
 
 def unlearn(
@@ -68,8 +99,7 @@ def unlearn(
     term: Term,
     training: Training,
     *,
-    retain_term: RetainTerm = "none",
-    retain_weight: float = 1.0,
+    keeping: Keeping = Keeping("none"),
     columns: Mapping[str, Tensor] | None = None,
     combine: Combine | None = None,
     optimizer: OptimizerFactory | None = None,
@@ -83,8 +113,7 @@ def unlearn(
         retain: what is to stay.
         term: on the role "forget".
         training: length, rate and limits.
-        retain_term: "gdr", cross-entropy; "klr", KL from the model as it was; "none".
-        retain_weight: its weight beside the forget term.
+        keeping: what is done with `retain`.
         columns: what else the forget term reads, a value for each example.
         combine: see `fit`.
         optimizer: AdamW if not given.
@@ -93,7 +122,7 @@ def unlearn(
         RequestError: a role is missing or has nothing that carries loss.
         RunError: the answers are beyond `stop_at` already, or training diverged (the last good weights are kept).
     """
-    tokens = _check(name, forget, retain, retain_term, training)
+    tokens = _check(name, forget, retain, keeping.retain_term, training)
     limit = _chance(model, forget) if training.stop_at == "chance" else training.stop_at
     known = reference_nll(model, forget, training.batch_size)
     before = float(known.sum()) / tokens
@@ -109,10 +138,12 @@ def unlearn(
     kept_before = None
     if retain:
         kept_before = _nats(model, retain, training.batch_size)
-        terms += _retaining(model, retain, data, retain_term, retain_weight, training)
+        terms += _retaining(model, retain, data, keeping, training)
     per_epoch = math.ceil(len(forget) / training.batch_size)
     total = training.steps or math.ceil(training.epochs * per_epoch)
-    stop = _Stop(limit, kept_before, training.retain_drop, "retain" if retain_term == "gdr" else RETAIN_NLL, per_epoch)
+    stop = _Stop(
+        limit, kept_before, training.retain_drop, "retain" if keeping.retain_term == "gdr" else RETAIN_NLL, per_epoch
+    )
     ledger = fit(
         model,
         terms,
@@ -195,16 +226,16 @@ def _retaining(
     model: nn.Module,
     retain: Examples,
     data: dict[str, Examples],
-    retain_term: RetainTerm,
-    weight: float,
+    keeping: Keeping,
     training: Training,
 ) -> list[Term]:
     """The terms on `retain`, whose data is put beside the rest; the watch where the retain term is not the watch itself."""
     watch = [Term("retain", _watched, units, 0.0, RETAIN_NLL)] if training.retain_drop is not None else []
-    if retain_term == "gdr":
+    weight = keeping.retain_weight
+    if keeping.retain_term == "gdr":
         data["retain"] = retain
         return [cross_entropy("retain", weight, "retain")]
-    if retain_term == "klr":
+    if keeping.retain_term == "klr":
         reference = cache_outputs(model, retain, training.batch_size)
         data["retain"] = reference.examples
         return [reference.kl_term("retain", weight, "retain"), *watch]

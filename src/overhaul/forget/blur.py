@@ -11,8 +11,10 @@ How it differs from the released code:
 
 1. Both of its forms are here: gamma of BLUR-NPO, alpha of BLUR-RMU.
 2. "npo" is NPO, from log-likelihoods of the labels; the code for MUSE takes raw logits over the vocabulary.
-3. The gradients are combined after accumulation and after they were added up over processes, and clipped after that. The
-   code clips before there is a gradient (MUSE), or each gradient before it is combined (TOFU).
+3. The gradients are combined after accumulation and after they were added up over processes, and clipped after that. What
+   the code steps along is never clipped: its MUSE part clips when no parameter has a gradient, its TOFU part clips the
+   plain sum, which the combined gradient then replaces (and combines those of the last micro-batch alone), its WMDP part
+   does not clip.
 4. Where the forget gradient is nothing beside the retain gradient (a saturated NPO), nothing is projected out.
 
 What AdamW breaks: that the forget loss falls by rate * gamma <g_f, g_f>, whatever the retain gradient, holds for a step
@@ -25,15 +27,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Gt
 from torch import nn
 
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
-from overhaul.fit import Schedule, adamw, sgd
+from overhaul.fit import adamw, sgd
 from overhaul.fit.projection import Metric, bilevel
-from overhaul.forget._losses import ga_term, npo_term, simnpo_term
-from overhaul.forget._training import Training, unlearn
+from overhaul.forget._training import Keeping, Training, unlearn
+from overhaul.forget.gradient_ascent import ga_term
+from overhaul.forget.npo import npo_term
+from overhaul.forget.simnpo import simnpo_term
 from overhaul.method import Outcome, method
 from overhaul.objectives import Term
 
@@ -54,15 +58,7 @@ def blur(
     alpha: Annotated[float, Gt(0)] = 1.0,
     optimizer: Literal["adamw", "sgd"] = "adamw",
     metric: Metric = "euclidean",
-    epochs: Annotated[float, Gt(0)] = 10.0,
-    steps: Annotated[int, Gt(0)] | None = None,
-    batch_size: Annotated[int, Ge(1)] = 32,
-    lr: Annotated[float, Gt(0)] = 1e-5,
-    warmup: Annotated[float, Ge(0)] = 0.1,
-    schedule: Schedule = "linear",
-    weight_decay: Annotated[float, Ge(0)] = 0.0,
-    stop_at: Annotated[float, Gt(0)] | Literal["chance"] | None = "chance",
-    retain_drop: Annotated[float, Gt(0)] | None = None,
+    training: Training = Training(),
 ) -> Outcome:
     """Train a model away from `forget`, and towards `retain` only as far as that does not undo it.
 
@@ -80,17 +76,7 @@ def blur(
         alpha: weight of what is left of the retain gradient.
         optimizer: "adamw", or "sgd", plain descent, for which the promise of the method holds.
         metric: in what inner product the retain gradient is made orthogonal: of the weights, or of AdamW's step ("adam").
-        epochs: passes over `forget`; as many examples of `retain` are drawn in each.
-        steps: optimizer steps instead of epochs.
-        batch_size: examples of each role in one step.
-        lr: peak learning rate.
-        warmup: steps of linear warm-up, as a share of all steps (below 1) or as a number of steps.
-        schedule: what follows the warm-up.
-        weight_decay: of matrices.
-        stop_at: end early once the answers of `forget` cost this many nats a token (mean over the last epoch);
-            "chance" is log(vocabulary), None never.
-        retain_drop: end early once the answers of `retain` cost this many nats a token more than before (mean over the
-            last epoch); None never.
+        training: length, rate and limits.
 
     Returns:
         The model, with curves of both losses and of <g_f, g_f>, <g_f, g_r> and <g_r, g_r>.
@@ -104,11 +90,10 @@ def blur(
         raise RequestError(
             'forget.blur: metric="adam" is that of AdamW\'s step. Write optimizer: adamw, or metric: euclidean.'
         )
-    training = Training(epochs, steps, batch_size, lr, warmup, schedule, weight_decay, stop_at, retain_drop)
     make = adamw if optimizer == "adamw" else sgd
     return unlearn(
         "blur", model, forget, retain, _forget_term(loss, beta), training,
-        retain_term=retain_term, combine=bilevel(gamma, alpha, metric), optimizer=make(weight_decay=weight_decay),
+        keeping=Keeping(retain_term), combine=bilevel(gamma, alpha, metric), optimizer=make(weight_decay=weight_decay),
     )  # fmt: skip
 
 

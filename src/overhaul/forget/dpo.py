@@ -16,19 +16,19 @@ How it differs from the codes:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
-from annotated_types import Ge, Gt, MinLen
+import torch.nn.functional as F
+from annotated_types import Gt, MinLen
 from torch import Tensor, nn
 
 from overhaul.data.encode import answered, encode_chat
-from overhaul.data.examples import IGNORED, Encoded, Examples, collate
+from overhaul.data.examples import IGNORED, Batch, Encoded, Examples, collate
 from overhaul.errors import RequestError
-from overhaul.fit import Schedule
-from overhaul.forget._losses import dpo_term
-from overhaul.forget._training import Training, unlearn
+from overhaul.forget._training import Keeping, PerSequence, Training, unlearn
 from overhaul.method import Outcome, method
+from overhaul.objectives import Term, pair_nll, sequences
 from overhaul.references import reference_nll
 
 REFUSALS = (
@@ -43,6 +43,33 @@ REFUSALS = (
 )
 
 
+def dpo_loss(
+    nll: PerSequence, reference: PerSequence, refusal: PerSequence, refusal_reference: PerSequence, beta: float
+) -> PerSequence:
+    """DPO against a refusal: -(2/beta) log sigmoid(beta (log pi/ref (refusal) - log pi/ref (y))) (arXiv:2401.06121).
+
+    Its gradient starts as that of GA on y plus that of descent on the refusal, and goes to 0 once the refusal is preferred.
+
+    Args:
+        nll: of each whole answer that is to be forgotten under the model, in nats.
+        reference: the same under the model before unlearning.
+        refusal: of each refusal of the same question under the model.
+        refusal_reference: the same under the model before unlearning.
+        beta: inverse temperature, > 0.
+    """
+    return -(2.0 / beta) * F.logsigmoid(beta * ((refusal_reference - refusal) - (reference - nll)))
+
+
+def dpo_term(role: str, beta: float) -> Term:
+    """The mean of `dpo_loss` over pairs, which carry `other_*` (the refusal), `reference_nll` and `other_reference_nll`."""
+
+    def summed(logits: Tensor, batch: Batch) -> Tensor:
+        nll, refusal = pair_nll(logits, batch)
+        return dpo_loss(nll, batch["reference_nll"], refusal, batch["other_reference_nll"], beta).sum()
+
+    return Term(role, summed, sequences, name="DPO")
+
+
 @method(verb="forget", paper="2401.06121", changes="weights", memory="training")
 def dpo(
     model: nn.Module,
@@ -51,17 +78,8 @@ def dpo(
     *,
     refusals: Annotated[Sequence[str], MinLen(1)] = REFUSALS,
     beta: Annotated[float, Gt(0)] = 0.1,
-    retain_term: Literal["gdr", "klr", "none"] = "gdr",
-    retain_weight: Annotated[float, Gt(0)] = 1.0,
-    epochs: Annotated[float, Gt(0)] = 10.0,
-    steps: Annotated[int, Gt(0)] | None = None,
-    batch_size: Annotated[int, Ge(1)] = 32,
-    lr: Annotated[float, Gt(0)] = 1e-5,
-    warmup: Annotated[float, Ge(0)] = 0.1,
-    schedule: Schedule = "linear",
-    weight_decay: Annotated[float, Ge(0)] = 0.0,
-    stop_at: Annotated[float, Gt(0)] | Literal["chance"] | None = "chance",
-    retain_drop: Annotated[float, Gt(0)] | None = None,
+    keeping: Keeping = Keeping(),
+    training: Training = Training(),
 ) -> Outcome:
     """Train a language model to prefer a refusal to the answers in `forget`.
 
@@ -74,19 +92,8 @@ def dpo(
         retain: examples of what is to stay; needed unless retain_term is "none".
         refusals: what to answer instead; each question gets one of them.
         beta: inverse temperature; a large one stops pushing sooner.
-        retain_term: "gdr", cross-entropy on `retain`; "klr", KL from the model as it was; "none", forget only.
-        retain_weight: weight of the retain term beside the forget term.
-        epochs: passes over `forget`; as many examples of `retain` are drawn in each.
-        steps: optimizer steps instead of epochs.
-        batch_size: examples of each role in one step.
-        lr: peak learning rate of AdamW.
-        warmup: steps of linear warm-up, as a share of all steps (below 1) or as a number of steps.
-        schedule: what follows the warm-up.
-        weight_decay: of matrices.
-        stop_at: end early once the answers of `forget` cost this many nats a token (mean over the last epoch);
-            "chance" is log(vocabulary), None never.
-        retain_drop: end early once the answers of `retain` cost this many nats a token more than before (mean over the
-            last epoch); None never.
+        keeping: what is done with `retain`.
+        training: length, rate and limits.
 
     Returns:
         The model, with curves of every term and of the forget answers' nats a token.
@@ -98,11 +105,10 @@ def dpo(
     """
     instead = refused(forget, refusals)
     columns = beside(instead)
-    columns["other_reference_nll"] = reference_nll(model, instead, batch_size)
-    training = Training(epochs, steps, batch_size, lr, warmup, schedule, weight_decay, stop_at, retain_drop)
+    columns["other_reference_nll"] = reference_nll(model, instead, training.batch_size)
     return unlearn(
         "dpo", model, forget, retain, dpo_term("forget", beta), training,
-        retain_term=retain_term, retain_weight=retain_weight, columns=columns,
+        keeping=keeping, columns=columns,
     )  # fmt: skip
 
 

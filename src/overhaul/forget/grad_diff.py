@@ -14,15 +14,11 @@ How it differs from the code of TOFU and from Open-Unlearning:
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from annotated_types import Ge, Gt
 from torch import nn
 
 from overhaul.data.examples import Examples
-from overhaul.fit import Schedule
-from overhaul.forget._losses import ga_term
-from overhaul.forget._training import Training, unlearn
+from overhaul.forget._training import Keeping, Training, unlearn
+from overhaul.forget.gradient_ascent import ga_term
 from overhaul.method import Outcome, method
 
 
@@ -32,17 +28,8 @@ def grad_diff(
     forget: Examples,
     retain: Examples,
     *,
-    retain_term: Literal["gdr", "klr"] = "gdr",
-    retain_weight: Annotated[float, Gt(0)] = 1.0,
-    epochs: Annotated[float, Gt(0)] = 10.0,
-    steps: Annotated[int, Gt(0)] | None = None,
-    batch_size: Annotated[int, Ge(1)] = 32,
-    lr: Annotated[float, Gt(0)] = 1e-5,
-    warmup: Annotated[float, Ge(0)] = 0.1,
-    schedule: Schedule = "linear",
-    weight_decay: Annotated[float, Ge(0)] = 0.0,
-    stop_at: Annotated[float, Gt(0)] | Literal["chance"] | None = "chance",
-    retain_drop: Annotated[float, Gt(0)] | None = None,
+    keeping: Keeping = Keeping(),
+    training: Training = Training(),
 ) -> Outcome:
     """Train a model up the loss of the answers in `forget` and down that of `retain`.
 
@@ -53,19 +40,8 @@ def grad_diff(
         model: a causal language model or an image classifier.
         forget: questions with the answers that are to be forgotten (or texts, or images of a class).
         retain: examples of what is to stay.
-        retain_term: "gdr", cross-entropy on `retain`; "klr", KL from the model as it was.
-        retain_weight: weight of the retain term beside the forget term.
-        epochs: passes over `forget`; as many examples of `retain` are drawn in each.
-        steps: optimizer steps instead of epochs.
-        batch_size: examples of each role in one step.
-        lr: peak learning rate of AdamW.
-        warmup: steps of linear warm-up, as a share of all steps (below 1) or as a number of steps.
-        schedule: what follows the warm-up.
-        weight_decay: of matrices.
-        stop_at: end early once the answers of `forget` cost this many nats a token (mean over the last epoch);
-            "chance" is log(vocabulary), None never.
-        retain_drop: end early once the answers of `retain` cost this many nats a token more than before (mean over the
-            last epoch); None never.
+        keeping: what is done with `retain`.
+        training: length, rate and limits.
 
     Returns:
         The model, with curves of every term and of the forget answers' nats a token.
@@ -74,8 +50,7 @@ def grad_diff(
         RequestError: `retain` is empty, or a role has no answers.
         RunError: the answers are beyond `stop_at` already, or training diverged (the last good weights are kept).
     """
-    training = Training(epochs, steps, batch_size, lr, warmup, schedule, weight_decay, stop_at, retain_drop)
     return unlearn(
         "grad_diff", model, forget, retain, ga_term("forget"), training,
-        retain_term=retain_term, retain_weight=retain_weight,
+        keeping=keeping,
     )  # fmt: skip

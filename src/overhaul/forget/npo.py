@@ -15,16 +15,38 @@ How it differs from the released code and from Open-Unlearning:
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-from annotated_types import Ge, Gt
-from torch import nn
+import torch.nn.functional as F
+from annotated_types import Gt
+from torch import Tensor, nn
 
-from overhaul.data.examples import Examples
-from overhaul.fit import Schedule
-from overhaul.forget._losses import npo_term
-from overhaul.forget._training import Training, unlearn
+from overhaul.data.examples import Batch, Examples
+from overhaul.forget._training import Keeping, PerSequence, Training, per_sequence, unlearn
 from overhaul.method import Outcome, method
+from overhaul.objectives import Term
+
+
+def npo_loss(nll: PerSequence, reference: PerSequence, beta: float) -> PerSequence:
+    """NPO: -(2/beta) log sigmoid(-beta log(pi/ref)) (Zhang et al., arXiv:2404.05868).
+
+    Its gradient is that of GA times 2 pi^beta / (pi^beta + ref^beta): 1 at the start, 0 once y is forgotten.
+
+    Args:
+        nll: of each whole answer under the model, in nats.
+        reference: the same under the model before unlearning.
+        beta: inverse temperature, > 0; towards 0 the loss becomes GA (plus a constant).
+    """
+    return -(2.0 / beta) * F.logsigmoid(beta * (nll - reference))
+
+
+def npo_term(role: str, beta: float) -> Term:
+    """The mean of `npo_loss` over sequences; the examples carry `reference_nll`."""
+
+    def loss(nll: Tensor, batch: Batch) -> Tensor:
+        return npo_loss(nll, batch["reference_nll"], beta)
+
+    return per_sequence(role, loss, "NPO")
 
 
 @method(verb="forget", paper="2404.05868", changes="weights", memory="training")
@@ -34,17 +56,8 @@ def npo(
     retain: Examples | None = None,
     *,
     beta: Annotated[float, Gt(0)] = 0.1,
-    retain_term: Literal["gdr", "klr", "none"] = "gdr",
-    retain_weight: Annotated[float, Gt(0)] = 1.0,
-    epochs: Annotated[float, Gt(0)] = 10.0,
-    steps: Annotated[int, Gt(0)] | None = None,
-    batch_size: Annotated[int, Ge(1)] = 32,
-    lr: Annotated[float, Gt(0)] = 1e-5,
-    warmup: Annotated[float, Ge(0)] = 0.1,
-    schedule: Schedule = "linear",
-    weight_decay: Annotated[float, Ge(0)] = 0.0,
-    stop_at: Annotated[float, Gt(0)] | Literal["chance"] | None = "chance",
-    retain_drop: Annotated[float, Gt(0)] | None = None,
+    keeping: Keeping = Keeping(),
+    training: Training = Training(),
 ) -> Outcome:
     """Train a model away from the answers in `forget`, by NPO.
 
@@ -56,19 +69,8 @@ def npo(
         forget: questions with the answers that are to be forgotten (or texts, or images of a class).
         retain: examples of what is to stay; needed unless retain_term is "none".
         beta: inverse temperature; towards 0 it becomes gradient ascent, and a large one stops pushing sooner.
-        retain_term: "gdr", cross-entropy on `retain`; "klr", KL from the model as it was; "none", forget only.
-        retain_weight: weight of the retain term beside the forget term.
-        epochs: passes over `forget`; as many examples of `retain` are drawn in each.
-        steps: optimizer steps instead of epochs.
-        batch_size: examples of each role in one step.
-        lr: peak learning rate of AdamW.
-        warmup: steps of linear warm-up, as a share of all steps (below 1) or as a number of steps.
-        schedule: what follows the warm-up.
-        weight_decay: of matrices.
-        stop_at: end early once the answers of `forget` cost this many nats a token (mean over the last epoch);
-            "chance" is log(vocabulary), None never.
-        retain_drop: end early once the answers of `retain` cost this many nats a token more than before (mean over the
-            last epoch); None never.
+        keeping: what is done with `retain`.
+        training: length, rate and limits.
 
     Returns:
         The model, with curves of every term and of the forget answers' nats a token.
@@ -77,6 +79,5 @@ def npo(
         RequestError: `retain` is missing although a retain term or limit is asked for, or a role has no answers.
         RunError: the answers are beyond `stop_at` already, or training diverged (the last good weights are kept).
     """
-    training = Training(epochs, steps, batch_size, lr, warmup, schedule, weight_decay, stop_at, retain_drop)
     term = npo_term("forget", beta)
-    return unlearn("npo", model, forget, retain, term, training, retain_term=retain_term, retain_weight=retain_weight)
+    return unlearn("npo", model, forget, retain, term, training, keeping=keeping)

@@ -14,16 +14,50 @@ How it differs from the released code and from Open-Unlearning:
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
+import torch
+import torch.nn.functional as F
 from annotated_types import Ge, Gt
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
-from overhaul.data.examples import Examples
-from overhaul.fit import Schedule
-from overhaul.forget._losses import simnpo_term
-from overhaul.forget._training import Training, unlearn
+from overhaul.data.examples import IGNORED, Batch, Examples
+from overhaul.forget._training import Keeping, PerSequence, Training, per_sequence, unlearn
 from overhaul.method import Outcome, method
+from overhaul.objectives import Term
+
+
+def simnpo_loss(
+    nll: PerSequence, beta: float, tokens: Int[Tensor, " b"] | None = None, margin: float = 0.0
+) -> PerSequence:
+    """SimNPO: -(2/beta) log sigmoid(beta nll / |y| - margin) (Fan et al., arXiv:2410.07163): no reference.
+
+    Args:
+        nll: of each whole answer under the model, in nats.
+        beta: inverse temperature, > 0.
+        tokens: |y|, the length of each answer; None for the summed form of arXiv:2510.16629, in which long answers
+            saturate the sigmoid at once and hardly move.
+        margin: gamma >= 0 of the original.
+    """
+    per_token = nll if tokens is None else nll / tokens
+    return -(2.0 / beta) * F.logsigmoid(beta * per_token - margin)
+
+
+def simnpo_term(role: str, beta: float, margin: float = 0.0, *, per_token: bool = True) -> Term:
+    """The mean of `simnpo_loss` over sequences; `per_token` is the original form."""
+
+    def loss(nll: Tensor, batch: Batch) -> Tensor:
+        # an example none of whose labels carries loss costs nothing, whatever it is divided by
+        tokens = _lengths(batch).clamp(min=1) if per_token else None
+        return simnpo_loss(nll, beta, tokens, margin)
+
+    return per_sequence(role, loss, "SimNPO")
+
+
+def _lengths(batch: Batch) -> Int[Tensor, " b"]:
+    labels = batch["labels"]
+    return torch.ones_like(labels) if labels.ndim == 1 else (labels[:, 1:] != IGNORED).sum(dim=1)
 
 
 @method(verb="forget", paper="2410.07163", changes="weights", memory="training")
@@ -35,17 +69,8 @@ def simnpo(
     beta: Annotated[float, Gt(0)] = 4.5,
     margin: Annotated[float, Ge(0)] = 0.0,
     per_token: bool = True,
-    retain_term: Literal["gdr", "klr", "none"] = "gdr",
-    retain_weight: Annotated[float, Gt(0)] = 8.0,
-    epochs: Annotated[float, Gt(0)] = 10.0,
-    steps: Annotated[int, Gt(0)] | None = None,
-    batch_size: Annotated[int, Ge(1)] = 32,
-    lr: Annotated[float, Gt(0)] = 1e-5,
-    warmup: Annotated[float, Ge(0)] = 0.1,
-    schedule: Schedule = "linear",
-    weight_decay: Annotated[float, Ge(0)] = 0.0,
-    stop_at: Annotated[float, Gt(0)] | Literal["chance"] | None = "chance",
-    retain_drop: Annotated[float, Gt(0)] | None = None,
+    keeping: Keeping = Keeping(retain_weight=8.0),
+    training: Training = Training(),
 ) -> Outcome:
     """Train a model away from the answers in `forget`, by SimNPO.
 
@@ -59,19 +84,8 @@ def simnpo(
         beta: inverse temperature: a large one stops pushing sooner.
         margin: gamma of the paper: nats (times beta) a token that an answer costs where it is pushed by half.
         per_token: whether an answer counts by its nats a token, or by all its nats.
-        retain_term: "gdr", cross-entropy on `retain`; "klr", KL from the model as it was; "none", forget only.
-        retain_weight: weight of the retain term beside the forget term.
-        epochs: passes over `forget`; as many examples of `retain` are drawn in each.
-        steps: optimizer steps instead of epochs.
-        batch_size: examples of each role in one step.
-        lr: peak learning rate of AdamW.
-        warmup: steps of linear warm-up, as a share of all steps (below 1) or as a number of steps.
-        schedule: what follows the warm-up.
-        weight_decay: of matrices.
-        stop_at: end early once the answers of `forget` cost this many nats a token (mean over the last epoch);
-            "chance" is log(vocabulary), None never.
-        retain_drop: end early once the answers of `retain` cost this many nats a token more than before (mean over the
-            last epoch); None never.
+        keeping: what is done with `retain`.
+        training: length, rate and limits.
 
     Returns:
         The model, with curves of every term and of the forget answers' nats a token.
@@ -80,8 +94,5 @@ def simnpo(
         RequestError: `retain` is missing although a retain term or limit is asked for, or a role has no answers.
         RunError: the answers are beyond `stop_at` already, or training diverged (the last good weights are kept).
     """
-    training = Training(epochs, steps, batch_size, lr, warmup, schedule, weight_decay, stop_at, retain_drop)
     term = simnpo_term("forget", beta, margin, per_token=per_token)
-    return unlearn(
-        "simnpo", model, forget, retain, term, training, retain_term=retain_term, retain_weight=retain_weight
-    )
+    return unlearn("simnpo", model, forget, retain, term, training, keeping=keeping)

@@ -36,7 +36,9 @@ from torch import nn
 from overhaul.data.examples import IGNORED, Examples, join
 from overhaul.errors import RequestError
 from overhaul.fit import OptimizerFactory, TrainingState, fit
-from overhaul.forget._losses import ga_term, npo_term, simnpo_term
+from overhaul.forget.gradient_ascent import ga_term
+from overhaul.forget.npo import npo_term
+from overhaul.forget.simnpo import simnpo_term
 from overhaul.method import Outcome, method
 from overhaul.objectives import Term, answer_tokens, cross_entropy, cross_entropy_sum
 from overhaul.references import Reference, cache_outputs, reference_nll

@@ -1,4 +1,4 @@
-"""One row of the unlearning table: everything that is measured on one model, and what is computed against the anchors."""
+"""What the unlearning table measures on one model, and what is computed against the anchors."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import hashlib
 import math
 import statistics
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -39,80 +38,35 @@ SHARE = 0.4
 RATES: Mapping[float, str] = {0.001: "tpr@fpr=1e-3", 0.01: "tpr@fpr=1e-2"}
 """False-positive rates at which the share of members found is reported, and under which name."""
 
-BLOCKS = ("forgetting", "utility", "privacy", "robustness", "representation")
-
 ATTACKS: Mapping[str, Callable[[Scored, str], float]] = {
     "loss": lambda one, _: loss_score(one),
     "zlib": zlib_score,
     "min_k": lambda one, _: min_k(one.logp, SHARE),
     "min_k_plus_plus": lambda one, _: min_k_plus_plus(one, SHARE),
 }
+WITHOUT_EOS = ("min_k", "min_k_plus_plus")
 LEAKAGE = "min_k"
 """The attack behind privacy leakage (MUSE)."""
 
 
 @dataclass(frozen=True)
-class About:
-    """What is known of a row and cannot be measured on its model.
-
-    Attributes:
-        guarantee: what its maker proves; "none" for a method that is judged by attacks alone.
-        seeds: that went into it.
-        seconds: that it took.
-        passes: over the data that it took.
-    """
-
-    guarantee: str = "none"
-    seeds: tuple[int, ...] = ()
-    seconds: float | None = None
-    passes: float | None = None
-
-
-@dataclass(frozen=True)
-class Row:
+class Measured:
     """One model's numbers.
 
     Attributes:
-        name: of the model.
         digest: SHA-256 of its weights.
         values: "block.measure" -> number; what cannot be measured on this data is not there.
         samples: the same names -> one value per example: per distinct question for truth ratios (raw R), paraphrases
             and translations, for members ("privacy.loss.forget") and others ("privacy.loss.holdout") alone.
         intervals: of the AUCs, 95%, drawn over people.
         relearnt: "relearnt", and "unrelated" where that was tried -> the curve.
-        about: what was said of it.
     """
 
-    name: str
     digest: str
-    values: dict[str, float]
-    samples: dict[str, list[float]]
-    intervals: dict[str, tuple[float, float]]
-    relearnt: dict[str, Relearnt]
-    about: About = field(default_factory=About)
-
-    def blocks(self) -> dict[str, Any]:
-        """The numbers nested by block and attack, with intervals and curves; what is not finite is None."""
-        blocks: dict[str, Any] = {block: {} for block in BLOCKS}
-        for name, value in self.values.items():
-            _put(blocks, name, finite(value))
-        for name, ends in self.intervals.items():
-            _put(blocks, name, [finite(end) for end in ends])
-        for name, curve in self.relearnt.items():
-            _put(blocks, f"robustness.{name}_curve", asdict(curve))
-        return blocks
-
-
-def _put(blocks: dict[str, Any], name: str, value: Any) -> None:
-    *path, last = name.split(".")
-    for part in path:
-        blocks = blocks.setdefault(part, {})
-    blocks[last] = value
-
-
-def finite(value: float) -> float | None:
-    """What JSON can hold."""
-    return value if math.isfinite(value) else None
+    values: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    relearnt: dict[str, Relearnt] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,9 +85,9 @@ class Judged:
     by: str | None
     limit: int
 
-    def row(self, name: str, model: nn.Module) -> Row:
+    def measure(self, model: nn.Module) -> Measured:
         """Measure one model, which is left as it was."""
-        row = Row(name, digest(model), {}, {}, {}, {})
+        row = Measured(digest(model))
         with at_rest(model):
             evidence = {role: Evidence(model, part, self.limit) for role, part in self.data.items()}
             _forgetting(row, evidence["forget"])
@@ -147,14 +101,18 @@ class Judged:
         row.values.update({f"robustness.{name}": curve.values[-1] for name, curve in attacked.curves.items()})
         return row
 
-    def _privacy(self, row: Row, members: Evidence, others: Evidence) -> None:
+    def _privacy(self, row: Measured, members: Evidence, others: Evidence) -> None:
         people = [self._people(evidence.examples) for evidence in (members, others)]
         texts = [_texts(evidence) for evidence in (members, others)]
         for name, how in ATTACKS.items():
             if name == "zlib" and None in texts:
                 continue
             scores = [
-                [how(one, text) for one, text in zip(each.scored, said or [""] * len(each.scored), strict=True)]
+                # as the reference codes do, Min-K leaves the closing EOS out and the loss does not
+                [
+                    how(one.without(each.eos) if name in WITHOUT_EOS else one, text)
+                    for one, text in zip(each.scored, said or [""] * len(each.scored), strict=True)
+                ]
                 for each, said in zip((members, others), texts, strict=True)
             ]
             row.samples[f"privacy.{name}.forget"], row.samples[f"privacy.{name}.holdout"] = scores
@@ -162,25 +120,25 @@ class Judged:
             for rate, label in RATES.items():
                 row.values[f"privacy.{name}.{label}"] = tpr_at_fpr(scores[0], scores[1], rate)
             if min(len(set(labels)) for labels in people) > 1:
-                row.intervals[f"privacy.{name}.ci"] = interval(auc, (scores[0], people[0]), (scores[1], people[1]))
+                row.intervals[f"privacy.{name}.auc"] = interval(auc, (scores[0], people[0]), (scores[1], people[1]))
 
     def _people(self, examples: Examples) -> list[Hashable]:
         return list(range(len(examples))) if self.by is None else [row[self.by] for row in examples.rows]
 
 
-def _forgetting(row: Row, evidence: Evidence) -> None:
+def _forgetting(row: Measured, evidence: Evidence) -> None:
     answers = [one.without(evidence.eos) for one in evidence.scored]
     _note(row, "forgetting.ES", [extraction_strength(one.hits) for one in answers])
     _note(row, "forgetting.EM", [exact_memorisation(one.hits) for one in answers])
     _told(row, "forgetting", evidence, lambda ratio: min(ratio, 1 / ratio))
 
 
-def _utility(row: Row, evidence: Evidence) -> None:
+def _utility(row: Measured, evidence: Evidence) -> None:
     _told(row, "utility", evidence, lambda ratio: max(0.0, 1 - ratio))
     row.values["utility.hmean"] = model_utility([v for name, v in row.values.items() if name.startswith("utility.")])
 
 
-def _told(row: Row, block: str, evidence: Evidence, closeness: Callable[[float], float]) -> None:
+def _told(row: Measured, block: str, evidence: Evidence, closeness: Callable[[float], float]) -> None:
     """What both blocks have: probability, generated words, truth ratios."""
     _note(row, f"{block}.prob", [one.probability for one in evidence.scored])
     asked = evidence.examples
@@ -194,7 +152,7 @@ def _told(row: Row, block: str, evidence: Evidence, closeness: Callable[[float],
         row.values[f"{block}.truth_ratio"] = statistics.fmean(map(closeness, ratios))
 
 
-def _representation(row: Row, evidence: Evidence) -> None:
+def _representation(row: Measured, evidence: Evidence) -> None:
     """How probable answers are at the layer that knows them best; the last one is the model's own."""
     if evidence.kind == "images":
         return
@@ -205,19 +163,17 @@ def _representation(row: Row, evidence: Evidence) -> None:
     _note(row, "representation.lens", list(map(math.exp, seen.logp[seen.best])))
 
 
-def _note(row: Row, name: str, values: list[float]) -> None:
+def _note(row: Measured, name: str, values: list[float]) -> None:
     row.samples[name] = values
     row.values[name] = statistics.fmean(values)
 
 
 def _texts(evidence: Evidence) -> list[str] | None:
-    """The answers as they are written, where they can be."""
-    if evidence.kind == "images" or (evidence.kind == "text" and evidence.examples.processor is None):
-        return None
-    return evidence.texts
+    """What was scored as text, where it can be read back."""
+    return None if evidence.kind == "images" or evidence.examples.processor is None else evidence.texts
 
 
-def against(row: Row, original: Row, retrained: Row | None) -> Row:
+def against(row: Measured, original: Measured, retrained: Measured | None) -> Measured:
     """The row with what only its anchors can give: forget quality, privacy leakage, the share recovered by relearning."""
     values = dict(row.values)
     ratios = "forgetting.truth_ratio"

@@ -7,9 +7,7 @@ invisible to the counter.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,29 +19,30 @@ from overhaul.data.examples import Batch, Encoded
 from overhaul.errors import RequestError
 from overhaul.judge.generation import generate, generates
 from overhaul.judge.measure import Measure
+from overhaul.judge.timing import in_turn
 from overhaul.modes import at_rest
 from overhaul.objectives import forward
 
 SEQUENCE = 128
 NEW_TOKENS = 16
-WARM_UPS, FORWARDS, GENERATIONS = 2, 20, 5
-ENOUGH_SECONDS = 20.0
-"""After so long, fewer runs have to do: a large model on a CPU would be timed for hours."""
+FORWARDS, GENERATIONS = 20, 5
 
 
-def cost(model: nn.Module, folder: Path | None = None, sample: Encoded | None = None) -> list[Measure]:
+def cost(model: nn.Module, stored: int | None = None, sample: Encoded | None = None) -> list[Measure]:
     """Size, work and speed of a model; times are the fastest of some warm runs of one example.
 
-    The fastest, since whatever else a machine does only adds to a run, and stages are timed minutes apart.
+    The fastest, since whatever else a machine does only adds to a run, and stages are timed minutes apart. All runs are kept
+    beside it: whether two models differ is told from them.
 
     Args:
         model: a language model or an image classifier, on any device.
-        folder: where it is saved; without it, bytes on disk are left out.
+        stored: bytes of its weights on disk; without them, they are left out.
         sample: one example, for the shape of an image; needed where the model's config does not tell it.
 
     Returns:
         Measures of the group "cost": parameters, bytes_on_disk, flops (per token, in a sequence of 128, or per image),
-        latency (one forward of that) and, where the model generates, decode_latency (per token, with the cache).
+        latency (one forward of that: the prefill of a language model) and, where the model generates, decode_latency (per
+        token, with the cache).
 
     Raises:
         RequestError: the shape of an image is not known.
@@ -51,25 +50,36 @@ def cost(model: nn.Module, folder: Path | None = None, sample: Encoded | None = 
     batch = {name: value.to(next(model.parameters()).device) for name, value in _batch(model, sample).items()}
     is_text = "input_ids" in batch
     tokens = batch["input_ids"].shape[1] if is_text else 1
-    what = f"forward of {tokens} tokens" if is_text else "forward of one image"
     measures = [_cost("parameters", "parameters", "", sum(p.numel() for p in model.parameters()))]
-    if folder is not None:
-        size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-        measures.append(_cost("bytes_on_disk", "weights on disk", "bytes", size))
+    if stored is not None:
+        measures.append(_cost("bytes_on_disk", "weights on disk", "bytes", stored))
     with at_rest(model):
         per = "token" if is_text else "image"
-        measures.append(_cost("flops", f"work per {per}", f"FLOPs/{per}", flops(model, batch) / tokens))
-        seconds, n = _fastest(model, lambda: forward(model, batch), FORWARDS)
-        measures.append(_cost("latency", what, "ms", 1e3 * seconds, n))
+        work = flops(model, batch) / tokens
+        measures.append(_cost("flops", f"FLOPs per {per}", f"FLOPs/{per}", work, "two for each multiply-add"))
+        label, what = ("prefill latency", f"{tokens} tokens") if is_text else ("latency", "one image")
+        seconds = _timed(model, lambda: forward(model, batch), FORWARDS)
+        measures.append(_time("latency", label, "ms", seconds, f"one forward of {what}"))
         if is_text and generates(model):
             prompt = batch["input_ids"][0, :NEW_TOKENS]
-            seconds, n = _fastest(model, lambda: generate(model, [prompt], NEW_TOKENS, ()), GENERATIONS)
-            measures.append(_cost("decode_latency", "generating one token", "ms/token", 1e3 * seconds / NEW_TOKENS, n))
+            seconds = _timed(model, lambda: generate(model, [prompt], NEW_TOKENS, ()), GENERATIONS)
+            each = [one / NEW_TOKENS for one in seconds]
+            measures.append(_time("decode_latency", "decode latency", "ms/token", each, "generating one token"))
     return measures
 
 
-def _cost(metric: str, label: str, unit: str, value: float, n: int = 1) -> Measure:
-    return Measure("cost", metric, label, "model", unit, "down", "down", float(value), n)
+def _cost(metric: str, label: str, unit: str, value: float, help: str = "") -> Measure:
+    return Measure("cost", metric, label, "model", unit, "down", "down", float(value), 1, help=help)
+
+
+def _time(metric: str, label: str, unit: str, seconds: list[float], help: str) -> Measure:
+    runs = tuple(1e3 * one for one in seconds)
+    return Measure("cost", metric, label, "model", unit, "down", "down", min(runs), len(runs), help=help, runs=runs)
+
+
+def _timed(model: nn.Module, run: Callable[[], Any], times: int) -> list[float]:
+    """Seconds of warm runs."""
+    return in_turn({"": run}, times, next(model.parameters()).device)[""]
 
 
 def _batch(model: nn.Module, sample: Encoded | None) -> Batch:
@@ -92,22 +102,3 @@ def flops(model: nn.Module, batch: Batch) -> int:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         forward(model, batch)
     return counter.get_total_flops()
-
-
-@torch.no_grad()
-def _fastest(model: nn.Module, run: Callable[[], Any], times: int) -> tuple[float, int]:
-    """Seconds of the fastest of `times` warm runs, or of as many as fit into `ENOUGH_SECONDS`, and how many those were."""
-    device = next(model.parameters()).device
-    spent: list[float] = []
-    while len(spent) < WARM_UPS + times and sum(spent) < ENOUGH_SECONDS:
-        started = time.perf_counter()
-        run()
-        _wait(device)
-        spent.append(time.perf_counter() - started)
-    warm = spent[WARM_UPS:] or spent[-1:]
-    return min(warm), len(warm)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -116,15 +116,13 @@ class Evidence:
 
     @cached_property
     def texts(self) -> list[str]:
-        """Every example's answer or text as it is written.
+        """What of every example is scored, as text: the tokens of its answer, or of a text all that are predicted.
 
         Raises:
-            RequestError: the text was encoded by a tokenizer that is not there.
+            RequestError: it was encoded by a tokenizer that is not there.
         """
-        if self.kind == "answers":
-            return [str(row["answer"]) for row in self.examples.rows]
         tokenizer = tokenizer_of(self.examples, "Reading a text's tokens back")
-        labels = [item["labels"] for item in self.examples.items]
+        labels = [item["labels"][1:] for item in self.examples.items]
         return [tokenizer.decode(each[each != IGNORED], skip_special_tokens=True) for each in labels]
 
     @cached_property
@@ -151,7 +149,7 @@ class Evidence:
     def choices(self) -> list[Choice]:
         """Every distinct question with its right answer and the row's `wrong` ones.
 
-        The question is the row's `paraphrase` and the right answer its `paraphrased_answer` where it has them, so that
+        The question is the row's own, as in TOFU; the right answer its `paraphrased_answer` where it has one, so that
         knowing a sentence by heart is no advantage.
 
         Raises:
@@ -164,7 +162,7 @@ class Evidence:
                     f"`wrong` must be a list of wrong answers; {row['question']!r} has {row['wrong']!r}."
                 )
             right = row.get("paraphrased_answer") or row["answer"]
-            asked.setdefault((_prompt(row), str(right), *map(str, row["wrong"])), place)
+            asked.setdefault((str(row["prompt"]), str(right), *map(str, row["wrong"])), place)
         said = iter(self._ask([(prompt, answer) for prompt, *answers in asked for answer in answers]))
         return [Choice(place, next(said), [next(said) for _ in key[2:]]) for key, place in asked.items()]
 

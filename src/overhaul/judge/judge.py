@@ -272,6 +272,7 @@ def _measure(request: Request, evidence: Mapping[str, Evidence], anchor: Anchor 
         value=value,
         n=n,
         anchor=target,
+        help=metric.help,
     )
 
 

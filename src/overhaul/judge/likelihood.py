@@ -7,10 +7,12 @@
 Formulas of TOFU (Maini et al., arXiv:2401.06121), Open-Unlearning (Dorna et al., arXiv:2506.12618), Min-K (Shi et al.,
 arXiv:2310.16789) and Min-K++ (Zhang et al., arXiv:2404.02936). How it differs from Open-Unlearning's code:
 1. Extraction strength is 0 where no token is predicted; the released code returns 1/T there.
-2. Extraction strength and exact memorisation leave out the closing EOS, where there is one; the released code leaves out
-   the last token, whatever it is.
+2. Extraction strength, exact memorisation, Min-K and Min-K++ are meant for answers without the closing EOS
+   (`Scored.without`); the released code leaves out the last token, whatever it is.
 3. A membership score is high for members (the released scores are negated), so an AUC above 0.5 means remembered.
-4. The moments of Min-K++ are taken around the largest logit and the variance around its mean, so that a uniform model
+4. The output head is run where answers are and nowhere else, if that gives the model's own logits there, which is tried on
+   a short example: of a large vocabulary it costs as much as several blocks, and most of a question is prompt.
+5. The moments of Min-K++ are taken around the largest logit and the variance around its mean, so that a uniform model
    scores exactly 0; the released code subtracts two large numbers.
 """
 
@@ -26,11 +28,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from overhaul._batching import same
 from overhaul.data.examples import IGNORED, Batch, Encoded, Examples, collate
 from overhaul.errors import RequestError, RunError
-from overhaul.objectives import evaluate
+from overhaul.modes import at_rest
+from overhaul.objectives import forward
+from overhaul.references import head_only_at, output_head
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS, CPU_BATCH_TOKENS = 4096, 1024
+"""Tokens in one forward. On a CPU larger batches leave the cache and take longer."""
+
 IMAGE_TOKENS = 16
 """What an image counts for when batches are filled."""
 
@@ -79,23 +86,21 @@ class Scored:
         return Scored(self.logp[:-1], self.hits[:-1], self.targets[:-1], self.mean[:-1], self.variance[:-1])
 
 
-def score(model: nn.Module, examples: Examples, batch_tokens: int = BATCH_TOKENS) -> list[Scored]:
+def score(model: nn.Module, examples: Examples, batch_tokens: int | None = None) -> list[Scored]:
     """One `Scored` per example, in order. Neither batch size, padding nor order changes a value beyond rounding.
 
     Args:
         model: any module that `objectives.forward` can call; runs in eval mode, its mode is put back.
         examples: sequences whose labels mark the answer, or images.
-        batch_tokens: most tokens in one forward, padding included.
+        batch_tokens: most tokens in one forward, padding included; what suits the model's device if None.
 
     Raises:
         RequestError: an example has no answer tokens.
         RunError: the model's outputs are not finite.
     """
-    plan = list(batches_within(examples, budget(model, batch_tokens)))
     found: dict[int, Scored] = {}
-    batches = [collate([examples.items[i] for i in places]) for places in plan]
-    for places, flat in zip(plan, evaluate(model, _answer_scores, batches), strict=True):
-        flat = flat.cpu()
+    for places, _, logits, labels in answers_of(model, examples, budget(model, batch_tokens)):
+        flat = _answer_scores(logits, labels).cpu()
         if not bool(flat.isfinite().all()):
             raise RunError("The model's outputs are not finite (NaN or infinite), so there is nothing to measure.")
         targets = [_targets(examples.items[i]) for i in places]
@@ -108,8 +113,10 @@ def score(model: nn.Module, examples: Examples, batch_tokens: int = BATCH_TOKENS
     return [found[i] for i in range(len(examples))]
 
 
-def budget(model: nn.Module, batch_tokens: int = BATCH_TOKENS) -> int:
+def budget(model: nn.Module, batch_tokens: int | None = None) -> int:
     """How many tokens one forward may take, so that neither they nor their logits are too many."""
+    if batch_tokens is None:
+        batch_tokens = CPU_BATCH_TOKENS if next(model.parameters()).device.type == "cpu" else BATCH_TOKENS
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
     return min(batch_tokens, LOGITS // vocabulary)
 
@@ -127,6 +134,64 @@ def batches_within(examples: Examples, tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
+@torch.no_grad()
+def answers_of(
+    model: nn.Module, examples: Examples, tokens: int
+) -> Iterator[tuple[list[int], Batch, Float[Tensor, "n v"], Int[Tensor, " n"]]]:
+    """The logits behind every answer token (or image), batch by batch; the model is in eval mode for each.
+
+    Args:
+        model: any module that `objectives.forward` can call.
+        examples: sequences whose labels mark the answer, or images.
+        tokens: most tokens in one forward, padding included.
+
+    Yields:
+        Places of a batch in `examples`, the batch on the model's device, logits and tokens of its answers, one example after
+        the other.
+    """
+    head = None if examples.is_image else output_head(model)
+    device = next(model.parameters()).device
+    plan = list(batches_within(examples, tokens))
+    trial = None if head is None else _trial(examples)
+    if trial is None:
+        head = None
+    else:
+        others = ([i for i in places if i != trial] for places in plan)
+        plan = [[trial], *(places for places in others if places)]
+    for n, places in enumerate(plan):
+        batch = {k: v.to(device) for k, v in collate([examples.items[i] for i in places]).items()}
+        labels = batch["labels"]
+        with at_rest(model):
+            if head is not None and n:
+                yield places, batch, _at_answers(model, head, batch), labels[:, 1:][labels[:, 1:] != IGNORED]
+                continue
+            logits, targets = answer_logits(forward(model, batch), labels)
+            if head is not None and len(plan) > 1 and not _will_do(model, head, batch, logits):
+                head = None
+        yield places, batch, logits, targets
+
+
+def _trial(examples: Examples) -> int | None:
+    """The shortest example with a prompt before its answer: it tells whether logits depend on where they stand."""
+    prompted = (
+        i for i in reversed(examples.by_length()) if not bool((examples.items[i]["labels"][:2] != IGNORED).any())
+    )
+    return next(prompted, None)
+
+
+def _at_answers(model: nn.Module, head: nn.Module, batch: Batch) -> Float[Tensor, "n v"]:
+    with head_only_at(head, batch["labels"][:, 1:] != IGNORED):
+        return forward(model, batch)[0]
+
+
+def _will_do(model: nn.Module, head: nn.Module, batch: Batch, logits: Tensor) -> bool:
+    """Whether the head, run on the answers' positions alone, gives these logits."""
+    try:
+        return bool(len(logits)) and same(_at_answers(model, head, batch), logits)
+    except (RuntimeError, ValueError, IndexError):  # the model does more with logits than one position at a time
+        return False
+
+
 def _targets(item: Encoded) -> Tensor:
     labels = item["labels"]
     return labels[None] if labels.ndim == 0 else labels[1:][labels[1:] != IGNORED]
@@ -140,9 +205,8 @@ def answer_logits(logits: Tensor, labels: Tensor) -> tuple[Float[Tensor, "n v"],
     return logits[keep], labels[keep]
 
 
-def _answer_scores(logits: Tensor, batch: Batch) -> Float[Tensor, "4 n"]:
-    """Log-probability, hit (0 or 1), mean and variance of every answer token of the batch."""
-    chosen, targets = answer_logits(logits, batch["labels"])
+def _answer_scores(chosen: Float[Tensor, "n v"], targets: Int[Tensor, " n"]) -> Float[Tensor, "4 n"]:
+    """Log-probability, hit (0 or 1), mean and variance of every answer token."""
     rows = max(1, CHUNK // chosen.shape[1])
     parts = [_moments(*pair) for pair in zip(chosen.split(rows), targets.split(rows), strict=True)]
     return torch.cat(parts, dim=1)
@@ -182,7 +246,7 @@ def loss_score(one: Scored) -> float:
 
 
 def zlib_score(one: Scored, text: str) -> float:
-    """`loss_score` per byte that zlib needs for the answer's text: what is likely only because it is simple counts less."""
+    """`loss_score` per byte that zlib needs for what was scored: what is likely only by being simple counts less."""
     return loss_score(one) / len(zlib.compress(text.encode()))
 
 

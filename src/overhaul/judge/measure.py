@@ -12,13 +12,15 @@ class Measure:
     Attributes:
         group: what was hoped for: "forgotten", "learned", "kept"; or "cost".
         metric: its name in a recipe.
-        label: its name for a reader.
+        label: the field's name for it.
         on: the role, or "model".
         unit: "share" and "probability" lie between 0 and 1; "" is a plain number.
         better: "up" or "down": which way a model improves.
         wanted: "up", "down", "same", "chance" (towards 0.5) or "anchor": which way it should go in this group.
         n: number of examples, or of timed runs, behind it.
         anchor: what a model that was trained without the data has; known where that is wanted.
+        help: what it is in plain words.
+        runs: of a time, every timed run, of which the value is the fastest.
     """
 
     group: str
@@ -31,3 +33,5 @@ class Measure:
     value: float
     n: int
     anchor: float | None = None
+    help: str = ""
+    runs: tuple[float, ...] = ()

@@ -17,7 +17,8 @@ How it differs from the papers and their codes:
 1. Offline LiRA returns -log Pr[Z > phi], which orders as Pr[Z <= phi] does and does not run into 1 for clear members.
 2. A sample's variance is that of its own models ("sample") or one for all samples ("shared", of centred confidences); the
    released code takes the shared one below 64 models. Neither falls below 1e-12.
-3. RMIA works with logarithms, so that long answers do not underflow.
+3. RMIA works with logarithms, so that long answers do not underflow. Online, p(x) is the mean over all references, be they
+   inside or outside, as in the paper, which trains as many of either; p(z) is the mean over the same.
 4. An AUC near 1/2 bounds this attack and no other: absence is not proved.
 """
 
@@ -124,8 +125,7 @@ def rmia(
         inside: which reference models held which sample; none, if not given.
         gamma: how many times a stranger's gain the sample's must be; 0 is passed by all, 1 to 2 are usual.
         offline: a of p(x) = ((1 + a) p_out(x) + 1 - a) / 2, for references that never held the samples; between 0 and 1.
-            Without it p(x) is the mean over the references inside and that over those outside, half each (over those that
-            there are).
+            Without it p(x) is the mean over all references.
 
     Raises:
         RequestError: shapes do not fit, a sample has no reference model outside, gamma or offline is out of range.
@@ -223,12 +223,11 @@ def _normal(shadows: Tensor, chosen: Tensor, side: str, variance: Literal["sampl
 
 def _prior(shadows: Tensor, inside: Tensor, offline: float | None) -> Tensor:
     """The logarithm of p(x), from reference models."""
+    if offline is None:
+        return _log_mean(shadows, torch.ones_like(inside))
     without = _log_mean(shadows, ~inside)
-    if offline is not None:
-        constant = torch.full_like(without, math.log((1.0 - offline) / 2) if offline < 1 else -math.inf)
-        return torch.logaddexp(without + math.log((1.0 + offline) / 2), constant)
-    both = torch.logaddexp(without, _log_mean(shadows, inside)) - math.log(2)
-    return torch.where(inside.any(dim=0), both, without)
+    constant = torch.full_like(without, math.log((1.0 - offline) / 2) if offline < 1 else -math.inf)
+    return torch.logaddexp(without + math.log((1.0 + offline) / 2), constant)
 
 
 def _log_mean(logp: Tensor, chosen: Tensor) -> Tensor:

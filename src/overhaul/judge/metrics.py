@@ -30,8 +30,8 @@ Better = Literal["up", "down"]
 Wanted = Literal["up", "down", "same", "chance", "anchor"]
 Value = tuple[float, int]
 
-NEXT_QUESTION = re.compile(r"\n\s*\n|\bQuestion\b")
-"""Where a model that does not stop goes on by itself: what follows is no part of its answer."""
+NEXT_QUESTION = re.compile(r"\n\s*\n|\nQuestion|Question:")
+"""Where a model that does not stop goes on by itself: what follows is no part of its answer (MUSE, Open-Unlearning)."""
 
 RETRAINED = "retrained_"
 """How the name of an argument begins that reads the retrained model."""
@@ -42,7 +42,8 @@ class Metric:
     """What the decorator learnt about a function.
 
     Attributes:
-        label: how a report calls it.
+        label: the field's name for it.
+        help: what it is in plain words, beneath the label.
         unit: "share" and "probability" lie between 0 and 1; "" is a plain number.
         better: which way a model improves that is to know the role.
         forgotten: which way it should go where the role is to be forgotten.
@@ -54,6 +55,7 @@ class Metric:
 
     name: str
     label: str
+    help: str
     unit: str
     better: Better
     forgotten: Wanted
@@ -70,6 +72,7 @@ METRICS: dict[str, Metric] = {}
 
 def metric(
     label: str,
+    help: str,
     *,
     unit: str = "",
     better: Better = "up",
@@ -85,7 +88,7 @@ def metric(
         names = list(inspect.signature(function).parameters)
         roles = tuple(each for each in names if not each.startswith(RETRAINED))
         anchored = tuple(each.removeprefix(RETRAINED) for each in names if each.startswith(RETRAINED))
-        METRICS[name] = Metric(name, label, unit, better, worse, reads, columns, roles, anchored, doc, function)
+        METRICS[name] = Metric(name, label, help, unit, better, worse, reads, columns, roles, anchored, doc, function)
         return function
 
     return decorate
@@ -95,19 +98,25 @@ def _mean(values: Sequence[float]) -> Value:
     return math.fsum(values) / len(values), len(values)
 
 
-@metric("probability of the answer", unit="probability", reads=("answers", "text", "images"))
+@metric("answer probability", "how likely the right answer is", unit="probability", reads=("answers", "text", "images"))
 def answer_probability(role: Evidence) -> Value:
     """Mean over examples of P(y|x), the geometric mean of the answer's token probabilities, EOS included (TOFU)."""
     return _mean([one.probability for one in role.scored])
 
 
-@metric("probability of the answer to a paraphrase", unit="probability", reads=("answers",), columns=("paraphrase",))
+@metric(
+    "answer probability, paraphrased question",
+    "how likely the right answer is when the question is put otherwise",
+    unit="probability",
+    reads=("answers",),
+    columns=("paraphrase",),
+)
 def paraphrase_probability(role: Evidence) -> Value:
     """`answer_probability` where each question is put as its row's `paraphrase`; equal pairs count once."""
     return _mean([one.probability for one in role.paraphrased])
 
 
-@metric("right answers", unit="share", reads=("answers", "images"))
+@metric("accuracy", "right answers", unit="share", reads=("answers", "images"))
 def accuracy(role: Evidence) -> Value:
     """Share of greedy answers that the task's verifier accepts, or of images whose label is the most probable one."""
     if role.kind == "images":
@@ -115,50 +124,62 @@ def accuracy(role: Evidence) -> Value:
     return _mean([float(verify(role.examples.rows[one.place], one.text)) for one in role.answered])
 
 
-@metric("words of the answer found (ROUGE-L)", unit="share", reads=("answers", "text"))
+@metric("ROUGE-L recall", "words of the right answer that are said, in order", unit="share", reads=("answers", "text"))
 def rouge(role: Evidence) -> Value:
     """Mean ROUGE-L recall of greedy answers, or of 32-token continuations of text."""
     return _mean([rouge_l(one.expected, one.text) for one in role.answered])
 
 
-@metric("continued word by word (VerbMem)", unit="share", reads=("text",))
+@metric("VerbMem (ROUGE-L F1)", "text that is continued word by word", unit="share", reads=("text",))
 def verbatim_memorisation(role: Evidence) -> Value:
     """Mean ROUGE-L F1 of 32-token continuations of text (MUSE)."""
     return _mean([rouge_l_f1(one.expected, one.text) for one in role.answered])
 
 
-@metric("known on being asked (KnowMem)", unit="share", reads=("answers",))
+@metric("KnowMem (ROUGE-L F1)", "what is known on being asked", unit="share", reads=("answers",))
 def knowledge_memorisation(role: Evidence) -> Value:
-    """Mean ROUGE-L F1 of greedy answers, each cut at the first blank line or further question (MUSE)."""
+    """Mean ROUGE-L F1 of greedy answers, each cut at a blank line, "Question" on a new line or "Question:" (MUSE)."""
     return _mean([rouge_l_f1(one.expected, NEXT_QUESTION.split(one.text)[0]) for one in role.answered])
 
 
-@metric("repeated token pairs", unit="share", better="down", reads=("answers", "text"))
+@metric("Rep-2", "token pairs that the answer repeats", unit="share", better="down", reads=("answers", "text"))
 def repetition(role: Evidence) -> Value:
     """Mean Rep-2 of what is generated: the share of token pairs that occurred before in the same answer."""
     return _mean([repeated_share(one.tokens, 2) for one in role.answered])
 
 
-@metric("extraction strength", unit="share", reads=("answers", "text"))
+@metric(
+    "extraction strength",
+    "the end of an answer that follows without a mistake",
+    unit="share",
+    reads=("answers", "text"),
+)
 def extraction(role: Evidence) -> Value:
     """Mean share of the answer, from its end, that the model completes without a mistake."""
     return _mean([likelihood.extraction_strength(one.without(role.eos).hits) for one in role.scored])
 
 
-@metric("exact memorisation", unit="share", reads=("answers", "text"))
+@metric("exact memorisation", "tokens that the model would have said itself", unit="share", reads=("answers", "text"))
 def memorisation(role: Evidence) -> Value:
     """Mean share of answer tokens that are the most probable ones, teacher-forced."""
     return _mean([likelihood.exact_memorisation(one.without(role.eos).hits) for one in role.scored])
 
 
-@metric("perplexity", better="down", reads=("answers", "text"))
+@metric("perplexity", "how many tokens it wavers between", better="down", reads=("answers", "text"))
 def perplexity(role: Evidence) -> Value:
     """Exponential of the mean negative log-likelihood over all tokens; at most 8e307, where floats end."""
     tokens = sum(len(one.logp) for one in role.scored)
     return math.exp(min(math.fsum(one.nll for one in role.scored) / tokens, 709.0)), len(role.scored)
 
 
-@metric("bits per byte", unit="bits/byte", better="down", reads=("text",), columns=("text_bytes",))
+@metric(
+    "bits per byte",
+    "how short the model can write the text",
+    unit="bits/byte",
+    better="down",
+    reads=("text",),
+    columns=("text_bytes",),
+)
 def bits_per_byte(role: Evidence) -> Value:
     """Negative log-likelihood in bits per UTF-8 byte of text: what an arithmetic coder would need."""
     size = sum(int(row["text_bytes"]) for row in role.examples.rows)
@@ -166,19 +187,25 @@ def bits_per_byte(role: Evidence) -> Value:
 
 
 @metric(
-    "wrong against right answers (truth ratio)", unit="share", better="down", reads=("answers",), columns=("wrong",)
+    "truth ratio",
+    "wrong answers against the right one; 1 cannot tell",
+    unit="share",
+    better="down",
+    reads=("answers",),
+    columns=("wrong",),
 )
 def truth_ratio(role: Evidence) -> Value:
     """Mean of min(R, 1/R), R = geometric mean probability of the row's `wrong` answers over that of the right one.
 
-    1 cannot tell them apart. The right answer is the row's `paraphrased_answer`, the question its `paraphrase`, where it
-    has them (TOFU as in its code).
+    1 cannot tell them apart. The question is the row's own, the right answer its `paraphrased_answer` where it has one (TOFU
+    as in its code).
     """
     return _mean([min(ratio, 1 / ratio) for ratio in truth_ratios(role)])
 
 
 @metric(
-    "wrong against right answers (arithmetic)",
+    "truth ratio, arithmetic mean",
+    "wrong answers against the right one; 1 cannot tell",
     unit="share",
     better="down",
     reads=("answers",),
@@ -189,13 +216,25 @@ def truth_ratio_arithmetic(role: Evidence) -> Value:
     return _mean([min(ratio, 1 / ratio) for ratio in truth_ratios(role, "arithmetic")])
 
 
-@metric("right preferred to wrong answers", unit="share", reads=("answers",), columns=("wrong",))
+@metric(
+    "max(0, 1 - truth ratio)",
+    "how far the right answer is preferred to wrong ones",
+    unit="share",
+    reads=("answers",),
+    columns=("wrong",),
+)
 def truth_preference(role: Evidence) -> Value:
     """Mean of max(0, 1 - R) of the truth ratio R: what TOFU counts on data that is to stay."""
     return _mean([max(0.0, 1 - ratio) for ratio in truth_ratios(role)])
 
 
-@metric("model utility", unit="share", reads=("answers",), columns=("wrong",))
+@metric(
+    "model utility",
+    "harmonic mean of probability, ROUGE-L and truth ratio",
+    unit="share",
+    reads=("answers",),
+    columns=("wrong",),
+)
 def model_utility(role: Evidence) -> Value:
     """Harmonic mean of `answer_probability`, `rouge` and `truth_preference`: 0 if one of them is (TOFU).
 
@@ -220,18 +259,18 @@ def by_zlib(role: Evidence) -> list[float]:
 
 
 def by_min_k(role: Evidence, share: float = 0.2) -> list[float]:
-    """The mean log-probability of the `share` of the tokens that is least likely (Min-K)."""
-    return [likelihood.min_k(one.logp, share) for one in role.scored]
+    """The mean log-probability of the `share` of the tokens that is least likely, the closing EOS left out (Min-K)."""
+    return [likelihood.min_k(one.without(role.eos).logp, share) for one in role.scored]
 
 
 def by_min_k_plus_plus(role: Evidence) -> list[float]:
     """As `by_min_k`, in deviations from what the model expected at each token (Min-K++)."""
-    return [likelihood.min_k_plus_plus(one) for one in role.scored]
+    return [likelihood.min_k_plus_plus(one.without(role.eos)) for one in role.scored]
 
 
 ATTACKS: Mapping[str, tuple[str, Attack, tuple[Kind, ...]]] = {
     "membership": ("loss", by_loss, ("answers", "text", "images")),
-    "membership_zlib": ("loss per zlib byte", by_zlib, ("answers", "text")),
+    "membership_zlib": ("zlib", by_zlib, ("answers", "text")),
     "membership_min_k": ("Min-20%", by_min_k, ("answers", "text")),
     "membership_min_k_plus_plus": ("Min-20%++", by_min_k_plus_plus, ("answers", "text")),
 }
@@ -263,16 +302,20 @@ def _tpr(name: str, label: str, attack: Attack, fpr: float) -> Callable[[Evidenc
     return found
 
 
+TOLD = "told from examples that the model never saw; 0.5 is a guess"
+FOUND = "members found while hardly any stranger is taken for one"
+
 for _name, (_label, _attack, _reads) in ATTACKS.items():
-    metric(f"told from unseen by {_label} (AUC)", forgotten="chance", reads=_reads)(_auc(_name, _label, _attack))
+    metric(f"membership inference AUC ({_label})", TOLD, forgotten="chance", reads=_reads)(_auc(_name, _label, _attack))
     for _suffix, _fpr in FALSE_POSITIVE_RATES.items():
-        metric(f"told from unseen by {_label} (TPR at {_fpr:.1%} FPR)", unit="share", reads=_reads)(
+        metric(f"membership inference TPR at {_fpr:.1%} FPR ({_label})", FOUND, unit="share", reads=_reads)(
             _tpr(_name + _suffix, _label, _attack, _fpr)
         )
 
 
 @metric(
     "forget quality (log10 p)",
+    "whether truth ratios look like the retrained model's; above -1.3 they do",
     unit="log10 p",
     better="down",
     forgotten="anchor",
@@ -289,7 +332,13 @@ def forget_quality(role: Evidence, retrained_role: Evidence) -> Value:
     return standards.forget_quality(ratios, truth_ratios(retrained_role)), len(ratios)
 
 
-@metric("privacy leakage (PrivLeak, %)", better="down", forgotten="anchor", reads=("answers", "text"))
+@metric(
+    "PrivLeak (%)",
+    "privacy leakage: 0 as retrained, below it remembered, above it shunned",
+    better="down",
+    forgotten="anchor",
+    reads=("answers", "text"),
+)
 def privacy_leakage(
     members: Evidence, others: Evidence, retrained_members: Evidence, retrained_others: Evidence
 ) -> Value:
@@ -304,13 +353,25 @@ def privacy_leakage(
     return leakage, len(ours) + len(theirs)
 
 
-@metric("KL from the retrained model (nats)", better="down", forgotten="anchor", reads=("answers", "text", "images"))
+@metric(
+    "KL from the retrained model (nats)",
+    "how far outputs are from those of a model that never saw it",
+    better="down",
+    forgotten="anchor",
+    reads=("answers", "text", "images"),
+)
 def retrained_kl(role: Evidence, retrained_role: Evidence) -> Value:
     """Mean over examples of KL(retrained || model) per answer token, or image."""
     return _mean([kl for kl, _ in role.distances_from(retrained_role)])
 
 
-@metric("JS from the retrained model (nats)", better="down", forgotten="anchor", reads=("answers", "text", "images"))
+@metric(
+    "JS from the retrained model (nats)",
+    "the same, at most log 2",
+    better="down",
+    forgotten="anchor",
+    reads=("answers", "text", "images"),
+)
 def retrained_js(role: Evidence, retrained_role: Evidence) -> Value:
     """As `retrained_kl`, by the Jensen-Shannon divergence, which is at most log 2."""
     return _mean([js for _, js in role.distances_from(retrained_role)])

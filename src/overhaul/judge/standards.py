@@ -22,10 +22,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from overhaul.data.examples import IGNORED, Batch, Examples, collate
+from overhaul.data.examples import IGNORED, Batch, Examples
 from overhaul.errors import RequestError, RunError
-from overhaul.judge.likelihood import CHUNK, answer_logits, batches_within, budget
-from overhaul.objectives import evaluate
+from overhaul.judge.likelihood import CHUNK, answer_logits, answers_of, batches_within, budget
 from overhaul.references import COLUMN, Reference, cache_outputs
 
 LEAST_SHARE = 1e-10
@@ -95,10 +94,8 @@ def distances(model: nn.Module, reference: Reference) -> list[tuple[float, float
     """
     examples = reference.examples
     found: dict[int, tuple[float, float]] = {}
-    for places in batches_within(examples, budget(model)):
-        batch = collate([examples.items[i] for i in places])
-        (flat,) = evaluate(model, lambda logits, batch: _distances(logits, batch, reference), [batch])
-        flat = flat.double().cpu()
+    for places, batch, logits, _ in answers_of(model, examples, budget(model)):
+        flat = _distances(logits, batch, reference).double().cpu()
         if not bool(flat.isfinite().all()):
             raise RunError("The model's outputs are not finite (NaN or infinite), so there is nothing to compare.")
         labels = batch["labels"]
@@ -109,11 +106,9 @@ def distances(model: nn.Module, reference: Reference) -> list[tuple[float, float
     return [found[i] for i in range(len(examples))]
 
 
-def _distances(logits: Tensor, batch: Batch, reference: Reference) -> Tensor:
-    """KL and Jensen-Shannon divergence of every answer token of the batch, [2, n]."""
-    labels = batch["labels"]
-    ours, _ = answer_logits(logits, labels)
-    cached, _ = answer_logits(batch[COLUMN], labels)
+def _distances(ours: Tensor, batch: Batch, reference: Reference) -> Tensor:
+    """KL and Jensen-Shannon divergence of every answer token of the batch, [2, n], from the logits behind them."""
+    cached, _ = answer_logits(batch[COLUMN], batch["labels"])
     rows = max(1, CHUNK // ours.shape[1])
     parts: list[Tensor] = []
     for start in range(0, len(ours), rows):

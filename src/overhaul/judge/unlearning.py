@@ -7,8 +7,7 @@ logit lens still reads in the layer that knows most. How it differs from their c
 1. What is to be forgotten should come to the value of the retrained model (→), not to zero: an answer much less likely
    than a model gives that never saw it is a mark that an attacker can read. Without a retrained model such columns point
    down, and forget quality and privacy leakage are left out, never computed against a made-up 0.5.
-2. The null control is a copy of the original, trained on `retain` alone: it shares data, optimizer and cost with the
-   methods that train and lacks the one thing on trial, the signal to forget. What it seems to forget is plain drift.
+2. Nothing is trained here but by attacks: null controls are models like the others, made by who asks.
 3. Model utility is the harmonic mean of probability, ROUGE-L and max(0, 1 - R) on `retain`; join other sets of questions
    to it to have them counted.
 4. Values are kept per example, and intervals are drawn over `by` (people), not over questions.
@@ -18,175 +17,81 @@ logit lens still reads in the layer that knows most. How it differs from their c
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import nn
 
 from overhaul import session
 from overhaul.data.examples import Examples, join
-from overhaul.errors import RequestError, did_you_mean, writing
-from overhaul.fit import fit
-from overhaul.judge._rows import ATTACKS, BLOCKS, LEAKAGE, About, Judged, Row, against, finite
+from overhaul.errors import RequestError, did_you_mean
+from overhaul.judge._rows import SHARE, Judged, Measured, against
 from overhaul.judge.evidence import Evidence
 from overhaul.judge.generation import rouge_l_f1
-from overhaul.judge.likelihood import auc, score
+from overhaul.judge.judge import LIMIT
+from overhaul.judge.likelihood import auc
+from overhaul.judge.metrics import by_min_k
 from overhaul.judge.robustness import Attacks
 from overhaul.judge.standards import privacy_leakage
 from overhaul.method import Outcome
 from overhaul.modes import at_rest
-from overhaul.objectives import cross_entropy
+from overhaul.report.comparison import Comparison, Kind, Row
 
 Source = nn.Module | Callable[[], nn.Module]
 """A model, or what opens it: then no two are in memory at once."""
 
-Direction = Literal["up", "down", "anchor", "zero"]
-ARROWS: Mapping[str, str] = {"up": "↑", "down": "↓", "anchor": "→", "zero": "→0"}
-
-LIMIT = 200
-NULL = "fine-tuned on retain"
-MISSING = "–"
-
-LABELS: Mapping[str, tuple[str, Direction]] = {
-    "forgetting.prob": ("P(answer)", "anchor"),
-    "forgetting.rouge": ("ROUGE-L", "anchor"),
-    "forgetting.ES": ("extraction strength", "anchor"),
-    "forgetting.EM": ("exact memorisation", "anchor"),
-    "forgetting.truth_ratio": ("truth ratio", "anchor"),
-    "forgetting.fq_p": ("forget quality (log10 p)", "up"),
-    "utility.prob": ("P(answer)", "up"),
-    "utility.rouge": ("ROUGE-L", "up"),
-    "utility.truth_ratio": ("max(0, 1 - R)", "up"),
-    "utility.hmean": ("model utility", "up"),
-    "privacy.loss.auc": ("AUC loss", "anchor"),
-    "privacy.zlib.auc": ("AUC zlib", "anchor"),
-    "privacy.min_k.auc": ("AUC Min-K", "anchor"),
-    "privacy.min_k_plus_plus.auc": ("AUC Min-K++", "anchor"),
-    "privacy.min_k.tpr@fpr=1e-3": ("TPR at 0.1%", "anchor"),
-    "privacy.min_k.tpr@fpr=1e-2": ("TPR at 1%", "anchor"),
-    "privacy.leakage": ("privacy leakage", "zero"),
-    "robustness.8bit": ("8 bit", "anchor"),
-    "robustness.4bit": ("4 bit", "anchor"),
-    "robustness.paraphrase": ("paraphrase", "anchor"),
-    "robustness.translated": ("translated", "anchor"),
-    "robustness.prefix": ("prefix", "anchor"),
-    "robustness.few_shot": ("few shots", "anchor"),
-    "robustness.best_of_k": ("best of k", "anchor"),
-    "robustness.relearnt": ("relearnt", "anchor"),
-    "robustness.recovered": ("recovered", "anchor"),
-    "robustness.unrelated": ("other training", "anchor"),
-    "representation.lens": ("P(answer), best layer", "anchor"),
+MEASURES: Mapping[str, tuple[str, str, str, str]] = {
+    "forgetting.prob": ("answer probability", "probability", "up", "anchor"),
+    "forgetting.rouge": ("ROUGE-L recall", "share", "up", "anchor"),
+    "forgetting.ES": ("extraction strength", "share", "up", "anchor"),
+    "forgetting.EM": ("exact memorisation", "share", "up", "anchor"),
+    "forgetting.truth_ratio": ("truth ratio", "share", "down", "anchor"),
+    "forgetting.fq_p": ("forget quality (log10 p)", "log10 p", "up", "anchor"),
+    "utility.prob": ("answer probability", "probability", "up", "up"),
+    "utility.rouge": ("ROUGE-L recall", "share", "up", "up"),
+    "utility.truth_ratio": ("max(0, 1 - truth ratio)", "share", "up", "up"),
+    "utility.hmean": ("model utility", "share", "up", "up"),
+    "privacy.loss.auc": ("AUC (loss)", "", "up", "anchor"),
+    "privacy.zlib.auc": ("AUC (zlib)", "", "up", "anchor"),
+    "privacy.min_k.auc": ("AUC (Min-40%)", "", "up", "anchor"),
+    "privacy.min_k_plus_plus.auc": ("AUC (Min-40%++)", "", "up", "anchor"),
+    "privacy.min_k.tpr@fpr=1e-3": ("TPR at 0.1% FPR (Min-40%)", "share", "up", "anchor"),
+    "privacy.min_k.tpr@fpr=1e-2": ("TPR at 1% FPR (Min-40%)", "share", "up", "anchor"),
+    "privacy.leakage": ("PrivLeak (%)", "", "up", "anchor"),
+    "robustness.8bit": ("rounded to 8 bits", "probability", "up", "anchor"),
+    "robustness.4bit": ("rounded to 4 bits", "probability", "up", "anchor"),
+    "robustness.paraphrase": ("paraphrased", "probability", "up", "anchor"),
+    "robustness.translated": ("translated", "probability", "up", "anchor"),
+    "robustness.prefix": ("prefix", "probability", "up", "anchor"),
+    "robustness.few_shot": ("few shots", "probability", "up", "anchor"),
+    "robustness.best_of_k": ("best of k (ROUGE-L)", "share", "up", "anchor"),
+    "robustness.relearnt": ("relearnt", "probability", "up", "anchor"),
+    "robustness.recovered": ("share recovered by relearning", "share", "up", "anchor"),
+    "robustness.unrelated": ("after other training", "probability", "up", "anchor"),
+    "representation.lens": ("answer probability, best layer", "probability", "up", "anchor"),
 }
-"""What the printed table shows, under which name, and where it should go."""
+"""What is measured, by block: the field's name, unit, which way knowing more goes, and where it should go. What is measured
+besides stands behind it in the JSON file."""
 
 
 @dataclass(frozen=True)
-class RetainOnly:
-    """The null control's training: as long and at such a rate as the methods it stands beside."""
-
-    steps: int = 60
-    lr: float = 1e-4
-    batch_size: int = 16
-
-
-@dataclass(frozen=True)
-class Table:
-    """All rows: the original, the retrained, the null control, then the methods in the order in which they were given.
+class About:
+    """What is known of a row and cannot be measured on its model.
 
     Attributes:
-        rows: one per model.
-        original: the name of the row that knows.
-        retrained: the name of the row that never knew, or None.
-        data: sizes and hashes of the roles.
+        guarantee: what its maker proves; "none" for a method that is judged by attacks alone.
+        seeds: that went into it.
+        seconds: that it took.
+        passes: over the data that it took.
     """
 
-    rows: list[Row]
-    original: str
-    retrained: str | None
-    data: dict[str, Any]
-
-    def __getitem__(self, name: str) -> Row:
-        return next(row for row in self.rows if row.name == name)
-
-    def direction(self, column: str) -> Direction:
-        """Where a column should go; to the anchor only where there is one."""
-        wanted = LABELS[column][1] if column in LABELS else "anchor"
-        return "down" if wanted == "anchor" and self.retrained is None else wanted
-
-    def ranked(self, column: str) -> list[str]:
-        """The methods from best to worst in one column; the anchors are left out, and what was not measured comes last."""
-        wanted = self.direction(column)
-        aim = self[self.retrained].values.get(column, math.nan) if self.retrained and wanted == "anchor" else 0.0
-
-        def badness(row: Row) -> float:
-            value = row.values.get(column, math.nan)
-            off = {"up": -value, "down": value}.get(wanted, abs(value - aim))
-            return math.inf if math.isnan(off) else off
-
-        others = [row for row in self.rows if row.name not in (self.original, self.retrained)]
-        return [row.name for row in sorted(others, key=badness)]
-
-    def to_markdown(self) -> str:
-        """One table for each block that was measured, with an arrow at each column."""
-        parts: list[str] = []
-        for block in BLOCKS:
-            columns = [c for c in LABELS if c.startswith(f"{block}.") and any(c in row.values for row in self.rows)]
-            if not columns:
-                continue
-            heads = [f"{LABELS[c][0]} {ARROWS[self.direction(c)]}" for c in columns]
-            lines = [f"| {block} | {' | '.join(heads)} |", f"|---|{'---:|' * len(columns)}"]
-            for row in self.rows:
-                cells = [_cell(row.values.get(c, math.nan)) for c in columns]
-                lines.append(f"| {row.name.replace('|', chr(92) + '|')} | {' | '.join(cells)} |")
-            parts.append("\n".join(lines))
-        anchor = "→ towards the retrained model" if self.retrained else "no retrained model: the target is not known"
-        return "\n\n".join([*parts, f"↑ higher is better, ↓ lower is better, {anchor}."]) + "\n"
-
-    def to_json(self) -> dict[str, Any]:
-        """Directions by column, and one report per row; a number that is missing or not finite is null."""
-        base = self[self.original]
-        anchor = self[self.retrained] if self.retrained else None
-        blocks = {row.name: row.blocks() for row in self.rows}
-        anchors = {"original": blocks[base.name], "retrain": blocks[anchor.name] if anchor else None}
-        names = {name for row in self.rows for name in row.values}
-        reports = [
-            {
-                "model_hash": row.digest,
-                "base_hash": base.digest,
-                "retrain_hash": anchor.digest if anchor else None,
-                "method": row.name,
-                "guarantee_level": row.about.guarantee,
-                "seeds": list(row.about.seeds),
-                "data": self.data,
-                **blocks[row.name],
-                "anchors": anchors,
-                "per_sample": f"per-sample-{place}.json",
-                "cost": {"seconds": row.about.seconds, "passes": row.about.passes},
-            }
-            for place, row in enumerate(self.rows)
-        ]
-        return {"directions": {name: self.direction(name) for name in sorted(names)}, "rows": reports}
-
-    def write(self, folder: str | Path) -> Path:
-        """Write `unlearning.md`, `unlearning.json` and the values per example that it names, each renamed when complete."""
-        folder = Path(folder)
-        files = {"unlearning.md": self.to_markdown(), "unlearning.json": json.dumps(self.to_json(), indent=1) + "\n"}
-        for place, row in enumerate(self.rows):
-            values = {name: [finite(value) for value in each] for name, each in row.samples.items()}
-            files[f"per-sample-{place}.json"] = json.dumps({"method": row.name, "values": values}) + "\n"
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, text in files.items():
-                partial = folder / f".{name}.partial"
-                partial.write_text(text, encoding="utf-8")
-                os.replace(partial, folder / name)
-        return folder
+    guarantee: str = "none"
+    seeds: tuple[int, ...] = ()
+    seconds: float | None = None
+    passes: float | None = None
 
 
 def unlearning_table(
@@ -197,12 +102,12 @@ def unlearning_table(
     holdout: Examples,
     original: str = "original",
     retrained: str | None = "retrained",
-    null: RetainOnly | None = RetainOnly(),
+    null: str | None = None,
     attacks: Attacks | None = None,
     by: str | None = None,
     about: Mapping[str, About] | None = None,
     limit: int = LIMIT,
-) -> Table:
+) -> Comparison:
     """Judge all models by the field's standards, one after the other.
 
     Args:
@@ -213,52 +118,69 @@ def unlearning_table(
         holdout: of the same kind as `forget`, and seen by no model.
         original: which of the models is the one before unlearning.
         retrained: which was trained without `forget`; None where there is none, and some columns with it.
-        null: how the null control is trained, or None for none.
+        null: which is the null control, such as the original trained on `retain` alone (`overhaul.retain_only`).
         attacks: how hard robustness is tried, and with which `shots`; `Attacks(by=by)` if not given.
         by: the row column whose values (people) are independent of one another; examples if None.
         about: what a report should say of a row besides.
         limit: most examples of a role that answers are generated for.
 
+    Returns:
+        The original, the retrained, the null control, then the methods in the order in which they were given. Each row
+        keeps its values per example, intervals of the AUCs and curves of relearning.
+
     Raises:
         RequestError: a named row is missing, or the data is not what the measures read.
     """
-    for name in (original, *([] if retrained is None else [retrained]), *(about or {})):
+    named = {"before": original, "retrained": retrained, "null control": null}
+    for name in (*filter(None, named.values()), *(about or {})):
         if name not in models:
             raise RequestError(f"No model is called {name!r}.{did_you_mean(name, models)}")
-    if null is not None and NULL in models:
-        raise RequestError(f"{NULL!r} is the null control's row; give that model another name, or null=None.")
     data = {"forget": forget, "retain": retain, "holdout": holdout}
     judged = Judged(data, attacks or Attacks(by=by), by, limit)
-    sources = {name: models[name] for name in (original, *([] if retrained is None else [retrained]))}
-    if null is not None:
-        sources[NULL] = lambda: retain_only(models[original], retain, null)
-    sources |= models
+    kinds: dict[str, Kind] = {name: kind for kind, name in named.items() if name is not None}  # pyright: ignore[reportAssignmentType]
+    order = [*kinds, *(name for name in models if name not in kinds)]
+    found = {name: judged.measure(opened(models[name])) for name in session.progress(order, "judging", len(order))}
+    anchors = found[original], None if retrained is None else found[retrained]
+    found = {name: against(one, *anchors) for name, one in found.items()}
+    known = {name for one in found.values() for name in one.values}
+    names = [*(name for name in MEASURES if name in known), *sorted(known - set(MEASURES))]
     rows = [
-        judged.row(name, opened(source)) for name, source in session.progress(sources.items(), "judging", len(sources))
+        _row(name, kinds.get(name, "method"), one, names, (about or {}).get(name, About()))
+        for name, one in found.items()
     ]
-    first, second = rows[0], None if retrained is None else rows[1]
-    rows = [replace(against(row, first, second), about=(about or {}).get(row.name, About())) for row in rows]
-    sizes: dict[str, Any] = {f"{role}_n": len(part) for role, part in data.items()}
-    hashes = {role: part.digest() for role, part in data.items()}
-    return Table(rows, original, retrained, {**sizes, "hashes": hashes})
+    facts = {
+        "data": {f"{role}_n": len(part) for role, part in data.items()},
+        "materials_sha256": {role: part.digest() for role, part in data.items()},
+        "note": "towards the retrained model" if retrained else "no retrained model: the target is not known",
+    }
+    return Comparison("Unlearning", [_measure(name, retrained is not None) for name in names], rows, facts)
 
 
-def _cell(value: float) -> str:
-    return MISSING if math.isnan(value) else f"{value:.3g}"
+def _measure(name: str, anchored: bool) -> dict[str, Any]:
+    label, unit, better, wanted = MEASURES.get(name, (name.partition(".")[2], "", "up", "anchor"))
+    if wanted == "anchor" and not anchored:
+        wanted = "down" if better == "up" else "up"
+    block = name.partition(".")[0]
+    said = {"group": block, "metric": name, "label": label, "help": "", "on": "", "unit": unit, "n": None}
+    return {**said, "better": better, "wanted": wanted, "aside": name not in MEASURES}
+
+
+def _row(label: str, kind: Kind, one: Measured, names: Sequence[str], about: About) -> Row:
+    facts = {
+        "digest": one.digest,
+        "about": asdict(about),
+        "intervals": {name: list(ends) for name, ends in one.intervals.items()},
+        "curves": {name: asdict(curve) for name, curve in one.relearnt.items()},
+    }
+    known = {name: value for name, value in one.values.items() if math.isfinite(value)}
+    values: list[list[float | None]] = [[known.get(name)] for name in names]
+    samples: dict[str, list[float | None]] = {name: list(each) for name, each in one.samples.items()}
+    return Row(label, kind, values, about.seconds, None, facts, samples)
 
 
 def opened(source: Source) -> nn.Module:
     """The model, opened if need be."""
     return source if isinstance(source, nn.Module) else source()
-
-
-def retain_only(original: Source, retain: Examples, how: RetainOnly) -> nn.Module:
-    """The null control: the original, trained on what is to stay and never told what to forget."""
-    model = fresh(original)
-    with session.using(scratch=None):
-        data = {"retain": retain}
-        fit(model, [cross_entropy("retain")], data, steps=how.steps, lr=how.lr, batch_size=how.batch_size, name=NULL)
-    return model
 
 
 def fresh(source: Source) -> nn.Module:
@@ -305,7 +227,7 @@ def criteria(
 
     with at_rest(model):
         said = {"verbatim": f1(text)} if text is not None else {}
-        members, others = ([ATTACKS[LEAKAGE](one, "") for one in score(model, part)] for part in (forget, holdout))
+        members, others = (by_min_k(Evidence(model, part, limit), SHARE) for part in (forget, holdout))
         leakage = privacy_leakage(auc(members, others), retrained_auc)
         return {**said, "knowledge": f1(forget), "leakage": leakage, "utility": f1(retain)}
 

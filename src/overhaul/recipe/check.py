@@ -80,6 +80,10 @@ class Checked:
         """The materials that are models or products of steps."""
         return self.materials.references
 
+    def references_read(self) -> list[models.Checkpoint]:
+        """The models that come from outside the run."""
+        return [models.facts(one["model"]) for one in self.references.values() if "model" in one]
+
     @property
     def compares_with_retrained(self) -> bool:
         """Whether what is measured is to be held against a retrained model, which the recipe names."""
@@ -128,12 +132,11 @@ def _positions(config: Mapping[str, Any]) -> int | None:
     return config.get("max_position_embeddings", config.get("n_positions"))
 
 
-def check(document: Document, *, shapes: bool = True) -> Checked:
+def check(document: Document) -> Checked:
     """Check a recipe from its names to its files, columns and roles.
 
     Args:
         document: the recipe.
-        shapes: also compare the shapes of the weights with those that the model's config describes.
 
     Raises:
         RequestError: with what is wrong, where, and what to write instead.
@@ -148,8 +151,7 @@ def check(document: Document, *, shapes: bool = True) -> Checked:
     steps, warnings = _steps(recipe.steps, materials)
     requests = judging.check(recipe.judge, materials.rows, retrained="model" in materials.references.get(RETRAINED, {}))
     used = _used(steps, requests, materials)
-    if shapes:
-        models.check_shapes(known)
+    models.check_shapes(known)
     processor = models.load_processor(known)
     for role in used:
         if any(form_of(*source) != "image" for source in materials.rows[role]) and not hasattr(processor, "encode"):

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from overhaul import __version__, method, models, processes
-from overhaul.errors import OverhaulError, RequestError, writing
+from overhaul.errors import OverhaulError, RequestError
 from overhaul.recipe import machine
 from overhaul.recipe.check import RETRAINED, Checked, check, with_steps
-from overhaul.recipe.run import Run, Runner
+from overhaul.recipe.run import Run
+from overhaul.recipe.runner import Runner
 from overhaul.recipe.spec import read
-from overhaul.recipe.store import RunFolder, Stage, key_of, write_json
-from overhaul.report.comparison import write_comparison
+from overhaul.recipe.store import RunFolder, Stage, key_of
+from overhaul.report.comparison import Comparison, Kind, Row
 from overhaul.weights import TensorFacts, delta_norms, stream
 
 Entry = Mapping[str, Mapping[str, Any]]
@@ -145,7 +146,7 @@ class _Comparison:
 
     def go(self) -> Run:
         """Every variant's run, the table and the page."""
-        rows: dict[str, list[dict[str, Any]]] = {}
+        rows: dict[str, list[_Judged]] = {}
         measures: list[dict[str, Any]] = []
         anchored = None
         failed: list[tuple[str, OverhaulError]] = []
@@ -159,25 +160,26 @@ class _Comparison:
                 continue
             anchored = runner.anchored
             if not rows:
-                measures = [{k: v for k, v in one.items() if k != "value"} for one in judged[0]["measures"]]
-                rows["before"] = [_row(judged[0], None, variant.checked.recipe.model)]
+                measures = [
+                    {k: v for k, v in one.items() if k not in ("value", "runs")} for one in judged[0]["measures"]
+                ]
+                rows["before"] = [_Judged("before", judged[0], variant.checked.recipe.model)]
                 if RETRAINED in self.base.references:
                     anchor = self.retrained(runner, stages)
-                    rows[RETRAINED] = [_row(runner.judge(anchor), None, self.base.references[RETRAINED]["model"])]
+                    judgement = runner.judge(anchor)
+                    rows[RETRAINED] = [_Judged("retrained", judgement, self.base.references[RETRAINED]["model"])]
             record = stages[variant.place + 1].record
-            rows.setdefault(variant.label, []).append(_row(judged[-1], record, f"{variant.folder}/model"))
+            rows.setdefault(variant.label, []).append(_Judged("method", judged[-1], f"{variant.folder}/model", record))
             if "null control" not in rows and (noisy := self.null_control(stages, variant.place)):
-                rows["null control"] = [_row(runner.judge(noisy), None, f"noise as large as {variant.label}'s change")]
+                what = f"noise as large as {variant.label}'s change"
+                rows["null control"] = [_Judged("null control", runner.judge(noisy), what)]
         if not rows:
             raise failed[0][1]
-        report = self.report(measures, rows)
-        report["warnings"] += [f"{label} is missing: {error}" for label, error in failed]
+        found = self.comparison(measures, rows, [f"{label} is missing: {error}" for label, error in failed])
         if processes.is_main():
-            write_json(self.folder.root / "comparison.json", report)
-            with writing(self.folder.root):
-                write_comparison(report, self.folder.root / "comparison.html")
+            found.write(self.folder.root)
         processes.wait()
-        return Run(self.folder.root, report)
+        return Run(self.folder.root, found.to_json())
 
     def retrained(self, runner: Runner, stages: Sequence[Stage]) -> Stage:
         """The model that never saw what is to be forgotten."""
@@ -197,43 +199,50 @@ class _Comparison:
         processes.wait()
         return Stage("null control", key, models.facts(target))
 
-    def report(self, measures: list[dict[str, Any]], rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-        """The content of comparison.json: a row for each model, its values aligned with `measures`, one list a seed."""
+    def comparison(
+        self, measures: list[dict[str, Any]], found: Mapping[str, list[_Judged]], missing: list[str]
+    ) -> Comparison:
+        """A row for each model, its values aligned with `measures`, one a seed."""
         recipe, facts = self.base.recipe, self.base.model
         steps = {variant.label: variant.checked.recipe.steps[variant.place] for variant in self.variants}
-        return {
-            "title": self.base.document.name,
+        # the same roles are odd for every method that reads them
+        odd = {warning.partition(": ")[2]: warning for v in self.variants for warning in v.checked.warnings}
+        rows = [_row(label, runs, steps.get(label)) for label, runs in found.items()]
+        about = {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "overhaul": __version__,
             "machine": machine.describe(),
             "recipe": self.base.document.text,
             "model": {"source": recipe.model, "class": facts.architecture, "parameters": facts.parameters},
             "seeds": sorted({variant.checked.recipe.seed for variant in self.variants}),
-            # the same roles are odd for every method that reads them
-            "warnings": list(
-                {warning.partition(": ")[2]: warning for v in self.variants for warning in v.checked.warnings}.values()
-            ),
-            "measures": measures,
-            "rows": [
-                {
-                    "label": label,
-                    "kind": "method" if label in steps else "anchor",
-                    "step": steps.get(label),
-                    "models": [run["model"] for run in runs],
-                    "values": [[run["values"][n] for run in runs] for n in range(len(measures))],
-                    "seconds": None if runs[0]["seconds"] is None else statistics.mean(run["seconds"] for run in runs),
-                    "peak_bytes": None if runs[0]["seconds"] is None else max(run["peak_bytes"] for run in runs),
-                }
-                # what the methods are held against comes first
-                for label, runs in sorted(rows.items(), key=lambda row: row[1][0]["seconds"] is not None)
-            ],
+            "warnings": [*odd.values(), *missing],
         }
+        # what the methods are held against comes first
+        return Comparison(self.base.document.name, measures, sorted(rows, key=lambda row: row.kind == "method"), about)
 
 
-def _row(judged: Mapping[str, Any], record: Mapping[str, Any] | None, model: str) -> dict[str, Any]:
-    values = [measure["value"] for measure in judged["measures"]]
-    spent = {"seconds": None, "peak_bytes": None} if record is None else record
-    return {"values": values, "model": model, "seconds": spent["seconds"], "peak_bytes": spent["peak_bytes"]}
+@dataclass(frozen=True)
+class _Judged:
+    """What was found of one model with one seed."""
+
+    kind: Kind
+    judgement: Mapping[str, Any]
+    model: str
+    record: Mapping[str, Any] | None = None
+
+
+def _row(label: str, runs: Sequence[_Judged], step: Entry | None) -> Row:
+    """One row of all seeds."""
+    records = [run.record for run in runs if run.record is not None]
+    columns = zip(*([measure["value"] for measure in run.judgement["measures"]] for run in runs), strict=True)
+    return Row(
+        label,
+        runs[0].kind,
+        [list(values) for values in columns],
+        statistics.mean(record["seconds"] for record in records) if records else None,
+        max(record["peak_bytes"] for record in records) if records else None,
+        {"step": step, "models": [run.model for run in runs]},
+    )
 
 
 def _noise(sizes: Mapping[str, float], seed: str) -> Any:

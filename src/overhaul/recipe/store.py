@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from overhaul.errors import RequestError, writing
+from overhaul.files import write_json, write_text
 from overhaul.models import Checkpoint
 
 
@@ -30,20 +31,6 @@ def key_of(*parts: Any) -> str:
 def code_version(folder: Path) -> str:
     """A short hash of a package's own source files."""
     return key_of(*((path.name, path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.py"))))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside the place, then rename."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON; NaN is refused."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 @dataclass(frozen=True)

@@ -1,150 +1,257 @@
-"""A comparison of methods: one table and one scatter, as a page, in the terminal and as Markdown.
+"""Models by measures, side by side: one object, and one writer each for a page, Markdown, JSON and the terminal.
 
-A cell is the mean over seeds. Its colour is the verdict that a report gives a change from the model before to this one.
+A cell is the mean over seeds. Its colour is the verdict that a report gives a change from the model before to this one. Null
+controls, baselines and retrained models are rows like any other, which say what they are.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from markupsafe import Markup
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from overhaul.recipe.store import write_text
+from overhaul import __version__
+from overhaul.files import write_json, write_text
 from overhaul.report import numbers, plots
 from overhaul.report.html import draw
-from overhaul.report.terminal import COLOURS
+from overhaul.report.sheets import Cell, Sheet, markdown, print_sheet
 
-Report = Mapping[str, Any]
-"""The content of comparison.json."""
-
+Kind = Literal["before", "retrained", "null control", "method"]
+Number = float | None
 ARROWS: Mapping[str, str] = {"up": "↑", "down": "↓", "same": "=", "chance": "→ 0.5", "anchor": "→ retrained"}
 
+NOTHING: Mapping[str, Any] = {"created": "", "machine": {}, "recipe": "", "model": None, "seeds": [], "warnings": []}
+"""What a page says of a comparison that does not know it."""
 
-@dataclass(frozen=True)
-class Cell:
-    """One model's value of one measure as a reader sees it: the mean, the deviation over seeds, the verdict."""
-
-    text: str
-    spread: str
-    good: bool | None
+WIDE = 8
+"""Judged measures that share one table; of more, every group has its own."""
 
 
 @dataclass(frozen=True)
-class Column:
-    """One measure: what it is, and the cell of every model by its label."""
+class Row:
+    """One model.
 
-    measure: dict[str, Any]
-    cells: dict[str, Cell]
+    Attributes:
+        label: its name.
+        kind: what it is to the others.
+        values: for every measure one value a seed; None where it was not measured.
+        seconds: that making it took, a mean over seeds.
+        peak_bytes: the largest over seeds.
+        facts: what else is known of it, plain JSON.
+        samples: measure -> one value per example, where they are kept.
+    """
 
-    @property
-    def heading(self) -> str:
-        """Label, role and the wanted direction: "probability of the answer on forget ↓"."""
-        wanted = self.measure["better"] if self.measure["group"] == "cost" else self.measure["wanted"]
-        return f"{numbers.subject(self.measure)} {ARROWS.get(wanted, wanted)}"
-
-
-def columns(report: Report) -> list[Column]:
-    """The table by measures."""
-    first = report["rows"][0]
-    found: list[Column] = []
-    for n, measure in enumerate(report["measures"]):
-        before = _mean(first["values"][n])
-        cells = {
-            row["label"]: _cell(measure, before, row["values"][n], row is first or row["label"] == "retrained")
-            for row in report["rows"]
-        }
-        found.append(Column(measure, cells))
-    return found
+    label: str
+    kind: Kind
+    values: list[list[Number]]
+    seconds: float | None = None
+    peak_bytes: float | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, list[Number]] = field(default_factory=dict)
 
 
-def _cell(measure: Mapping[str, Any], before: float | None, values: Sequence[float | None], is_anchor: bool) -> Cell:
-    mean, known = _mean(values), [value for value in values if numbers.finite(value)]
-    spread = numbers.humanise(statistics.stdev(known), measure["unit"]) if len(known) > 1 else ""
-    good = None if is_anchor else numbers.verdict({**measure, "values": [before, mean]}).good
-    return Cell(numbers.humanise(mean, measure["unit"]), spread, good)
+@dataclass(frozen=True)
+class Comparison:
+    """All rows and what was measured.
+
+    Attributes:
+        title: above the tables.
+        measures: as in a report: group, metric, label, help, on, unit, better, wanted, n; what is `aside` is in the JSON
+            file alone.
+        rows: the models.
+        facts: what a page says besides: created, machine, recipe, model, seeds, warnings, settings.
+    """
+
+    title: str
+    measures: list[dict[str, Any]]
+    rows: list[Row]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, label: str) -> Row:
+        return next(row for row in self.rows if row.label == label)
+
+    def of_kind(self, kind: Kind) -> Row | None:
+        """The first row of a kind."""
+        return next((row for row in self.rows if row.kind == kind), None)
+
+    def place(self, metric: str, on: str | None = None) -> int:
+        """Where a measure stands in `measures`."""
+        return next(n for n, one in enumerate(self.measures) if one["metric"] == metric and on in (None, one["on"]))
+
+    def value(self, label: str, metric: str, on: str | None = None) -> Number:
+        """The mean over seeds of one measure of one model."""
+        return mean(self[label].values[self.place(metric, on)])
+
+    def ranked(self, metric: str, on: str | None = None) -> list[str]:
+        """The methods and null controls from best to worst in one measure; what was not measured comes last."""
+        place = self.place(metric, on)
+        measure, anchor = self.measures[place], self._anchor(place)
+
+        def badness(row: Row) -> float:
+            value = mean(row.values[place])
+            if not numbers.finite(value):
+                return math.inf
+            aims = {"up": -value, "down": value, "chance": abs(value - numbers.CHANCE)}
+            return aims.get(measure["wanted"], abs(value - (anchor or 0.0)))
+
+        return [row.label for row in sorted(self.rows, key=badness) if row.kind in ("method", "null control")]
+
+    def _anchor(self, place: int) -> Number:
+        retrained = self.of_kind("retrained")
+        return mean(retrained.values[place]) if retrained is not None else self.measures[place].get("anchor")
+
+    def cell(self, row: Row, place: int) -> Cell:
+        """A model's value of one measure as a reader sees it: the mean, the deviation over seeds, the verdict."""
+        measure, found = self.measures[place], mean(row.values[place])
+        known = [value for value in row.values[place] if numbers.finite(value)]
+        spread = f"± {numbers.humanise(statistics.stdev(known), measure['unit'])}" if len(known) > 1 else ""
+        text, before = numbers.humanise(found, measure["unit"]), self.of_kind("before")
+        if row.kind in ("before", "retrained") or before is None or found is None:
+            return Cell(text, spread)
+        if measure["wanted"] == "anchor" and self._anchor(place) is None:
+            return Cell(text, spread)
+        change = {**measure, "values": [mean(before.values[place]), found], "anchor": self._anchor(place)}
+        return Cell(text, spread, numbers.verdict(change).good)
+
+    def sheets(self, judged_only: bool = False) -> list[Sheet]:
+        """The tables to be shown: all measures in one where they fit, else one for each group; costs have their own.
+
+        Args:
+            judged_only: leave the costs out, but for the time.
+        """
+        groups: dict[str, list[int]] = {}
+        for place, measure in enumerate(self.measures):
+            if not measure.get("aside"):
+                groups.setdefault(measure["group"], []).append(place)
+        costs = groups.pop("cost", [])
+        judged = [place for places in groups.values() for place in places]
+        if judged_only and len(judged) <= WIDE:
+            return [self._sheet("", judged, costs=["time"])] if judged else []
+        found = [self._sheet(numbers.heading(group), places) for group, places in groups.items()]
+        if not judged_only and (costs or any(row.seconds is not None for row in self.rows)):
+            found.append(self._sheet(numbers.heading("cost"), costs, costs=["time", "peak memory"]))
+        return found
+
+    def _sheet(self, heading: str, places: Sequence[int], costs: Sequence[str] = ()) -> Sheet:
+        heads = [
+            Cell("model"),
+            *(Cell(arrowed(self.measures[n]), numbers.small_print(self.measures[n])) for n in places),
+        ]
+        rows = []
+        for row in self.rows:
+            said = {
+                "time": numbers.MISSING if row.seconds is None else numbers.duration(row.seconds),
+                "peak memory": numbers.humanise(row.peak_bytes, "bytes"),
+            }
+            named = Cell(row.label, "" if row.kind in ("method", row.label) else f"({row.kind})")
+            rows.append([named, *(self.cell(row, n) for n in places), *(Cell(said[cost]) for cost in costs)])
+        return Sheet(heading, [*heads, *map(Cell, costs)], rows)
+
+    def by_seed(self, name: str, place: int = 0) -> Sheet:
+        """One measure with a column for each seed."""
+        count = max(len(row.values[place]) for row in self.rows)
+        unit = self.measures[place]["unit"]
+        rows = [
+            [Cell(row.label), *(Cell(numbers.humanise(value, unit)) for value in row.values[place])]
+            for row in self.rows
+        ]
+        return Sheet("", [Cell(name), *(Cell(f"seed {seed}") for seed in range(count))], rows)
+
+    def to_markdown(self) -> str:
+        """The judged measures: mean ± standard deviation over seeds; a table for each group where there are many."""
+        return "\n".join(
+            f"**{sheet.heading}**\n\n{markdown(sheet)}" if sheet.heading else markdown(sheet)
+            for sheet in self.sheets(judged_only=True)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; values per example are left out, `write` keeps them beside it."""
+        rows = [{name: part for name, part in asdict(row).items() if name != "samples"} for row in self.rows]
+        return _plain({**self.facts, "title": self.title, "measures": self.measures, "rows": rows})
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Comparison:
+        """What `to_json` gave."""
+        facts = {name: part for name, part in content.items() if name not in ("title", "measures", "rows")}
+        return cls(content["title"], list(content["measures"]), [Row(**row) for row in content["rows"]], facts)
+
+    def to_html(self) -> str:
+        """A self-contained page."""
+        runs = max((len(values) for row in self.rows for values in row.values), default=1)
+        note = f"Means over {runs} seeds, ± their standard deviation." if runs > 1 else "One seed."
+        said = {**NOTHING, "overhaul": __version__, **self.to_json()}
+        return draw("comparison.html", said, sheets=self.sheets(), spread_note=note, figure=self.scatter())
+
+    def scatter(self) -> Markup:
+        """What was to change against what was to stay: the first measure of each group; empty where one is missing."""
+
+        def first(*groups: str) -> int | None:
+            return next((n for group in groups for n, one in enumerate(self.measures) if one["group"] == group), None)
+
+        x, y = first("forgotten", "learned", "cost"), first("kept")
+        if x is None or y is None:
+            return Markup("")
+        points = {row.label: list(zip(row.values[x], row.values[y], strict=True)) for row in self.rows}
+        names = [numbers.subject(self.measures[n]) for n in (x, y)]
+        return plots.scatter(f"{names[1]}, against {names[0]}", points, *names)
+
+    def print(self, console: Console, most: int = 7) -> None:
+        """Print the judged measures, as many as fit; the others are on the page."""
+        for sheet in self.sheets(judged_only=True):
+            if sheet.heading:
+                console.print(Text(sheet.heading, "bold"))
+            print_sheet(sheet, console, most + 1)
+            if len(sheet.heads) > most + 2:
+                console.print(f"{len(sheet.heads) - most - 2} more measures are on the page.")
+        for warning in self.facts.get("warnings", []):
+            console.print(Text(f"Note: {warning}", "yellow"))
+
+    def write(self, folder: str | Path, name: str = "comparison") -> Path:
+        """Write `NAME.json`, `NAME.md`, `NAME.html`, and the values per example of every row that has some.
+
+        Raises:
+            RunError: the place cannot be written.
+        """
+        folder = Path(folder)
+        for place, row in enumerate(self.rows):
+            if row.samples:
+                write_json(folder / f"per-example-{place}.json", _plain({"label": row.label, "values": row.samples}))
+        write_json(folder / f"{name}.json", self.to_json())
+        write_text(folder / f"{name}.md", self.to_markdown())
+        write_text(folder / f"{name}.html", self.to_html())
+        return folder
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def arrowed(measure: Mapping[str, Any]) -> str:
+    """Label, role and the wanted direction: "answer probability on forget ↓"."""
+    wanted = measure["better"] if measure["group"] == "cost" else measure["wanted"]
+    return f"{numbers.subject(measure)} {ARROWS.get(wanted, wanted)}"
+
+
+def mean(values: Sequence[Number]) -> Number:
     """None where a value is missing; not finite where one is not."""
-    if any(value is None for value in values):
+    if not values or any(value is None for value in values):
         return None
     return math.fsum(value for value in values if value is not None) / len(values)
 
 
-def write_comparison(report: Report, path: Path) -> None:
-    """Draw `report` as one self-contained page at `path`.
-
-    Raises:
-        RunError: the place cannot be written.
-    """
-    groups: dict[str, list[Column]] = {}
-    for column in columns(report):
-        groups.setdefault(column.measure["group"], []).append(column)
-    runs = len(report["seeds"])
-    note = f"Means over {runs} seeds, ± their standard deviation." if runs > 1 else "One seed."
-    page = draw(
-        "comparison.html",
-        report,
-        groups=groups,
-        last_group=list(groups)[-1] if groups else "",
-        spread_note=note,
-        figure=scatter(report),
-    )
-    write_text(path, page)
+def read(path: Path) -> Comparison:
+    """A comparison that was written."""
+    return Comparison.from_json(json.loads(path.read_text(encoding="utf-8")))
 
 
-def scatter(report: Report) -> Markup:
-    """What was to change against what was to stay: the first measure of each group; empty where one is missing."""
-    measures = report["measures"]
-
-    def first(*groups: str) -> int | None:
-        return next((n for group in groups for n, one in enumerate(measures) if one["group"] == group), None)
-
-    x, y = first("forgotten", "learned", "cost"), first("kept")
-    if x is None or y is None:
-        return Markup("")
-    points = {row["label"]: list(zip(row["values"][x], row["values"][y], strict=True)) for row in report["rows"]}
-    names = [numbers.subject(measures[n]) for n in (x, y)]
-    return plots.scatter(f"{names[1]}, against {names[0]}", points, *names)
-
-
-def print_comparison(report: Report, console: Console, most: int = 7) -> None:
-    """Print the table: a row for each model, and as many judged measures as fit; the others are on the page."""
-    judged = [column for column in columns(report) if column.measure["group"] != "cost"]
-    table = Table("model", box=None, pad_edge=False, show_lines=False)
-    for column in judged[:most]:
-        table.add_column(Text(column.heading), justify="right", vertical="bottom", max_width=13)
-    table.add_column("time", justify="right", vertical="bottom")
-    for row in report["rows"]:
-        cells = [column.cells[row["label"]] for column in judged[:most]]
-        texts = [Text(cell.text, COLOURS[cell.good]) for cell in cells]
-        seconds = numbers.MISSING if row["seconds"] is None else numbers.duration(row["seconds"])
-        table.add_row(Text(row["label"]), *texts, seconds)
-    console.print(table)
-    if len(judged) > most:
-        console.print(f"{len(judged) - most} more measures are on the page.")
-    for warning in report["warnings"]:
-        console.print(Text(f"Note: {warning}", "yellow"))
-
-
-def markdown(report: Report) -> str:
-    """The judged measures as a Markdown table: mean ± standard deviation over seeds."""
-    judged = [column for column in columns(report) if column.measure["group"] != "cost"]
-    lines = [
-        f"| model | {' | '.join(column.heading for column in judged)} | time |",
-        f"|---|{'---:|' * (len(judged) + 1)}",
-    ]
-    for row in report["rows"]:
-        cells = [column.cells[row["label"]] for column in judged]
-        texts = [f"{cell.text} ± {cell.spread}" if cell.spread else cell.text for cell in cells]
-        seconds = numbers.MISSING if row["seconds"] is None else numbers.duration(row["seconds"])
-        lines.append(f"| {row['label']} | {' | '.join(texts)} | {seconds} |")
-    return "\n".join(lines) + "\n"
+def _plain(value: Any) -> Any:
+    """The same with None in place of what JSON cannot hold."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value

@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from overhaul.recipe.store import write_text
-from overhaul.report import numbers, plots
+from overhaul.files import write_text
+from overhaul.report import numbers, plots, tables
 
 ASIDE = ("lr", "gradient norm")
 """Curves of how the training was driven rather than of what it reached; drawn on demand."""
@@ -42,6 +42,8 @@ def render(report: Mapping[str, Any]) -> str:
         depth_plots=_depth_plots(report["steps"]),
         loss_plots=_loss_plots(report["steps"]),
         aside_plots=_aside_plots(report["steps"]),
+        findings=tables.findings(report["steps"]),
+        products=tables.products(report["steps"]),
         samples=_samples(report["samples"]),
         samples_shown=SAMPLES_SHOWN,
     )

@@ -3,7 +3,9 @@
 A verdict looks at the first and the last stage only. What counts as moved:
 
 1. A share (accuracy, extraction, ROUGE-L, area under a curve): more than 3 points.
-2. Any other number: more than 5% of what it was before; a latency, which no machine measures the same twice, 10%.
+2. Any other number: more than 5% of what it was before. A time: only outside its own noise, that is if the fastest run of
+   the slower model takes 1.25 times the median run of the faster one. Stages are timed minutes apart, and a busy machine
+   alone has made one of two equal models slower by a third: nothing is said of a time whose runs are not known.
 3. A change that was wanted is one only if it is large: a share or a probability must at least halve to have fallen, and
    gain 20 points or half of what was missing to have risen; any other number must move by more than 10%. What moved
    less moved "a little".
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -27,18 +30,19 @@ Measure = Mapping[str, Any]
 """One entry of the report's `measures`."""
 
 POINTS = 0.03
-RELATIVE: Mapping[str, float] = {"ms": 0.10}
-RELATIVE_ELSE = 0.05
+RELATIVE = 0.05
+TIMES_APART = 1.25
 LARGE_POINTS, LARGE_RELATIVE = 0.20, 0.10
 CHANCE, NEAR_CHANCE = 0.5, 0.10
 NEAR_ANCHOR = 0.10
 LEAST, LEAST_LOG10_P = 1e-30, math.log10(0.05)
 
 TOLERANCE = (
-    "A share has moved if it differs by more than 3 points, a latency by more than 10%, any other number by more than "
-    "5%. A change is as wanted if it is large: a share or probability halved, or gained 20 points or half of what was "
-    "missing; any other number moved by more than 10%. Chance is 0.5, reached within 0.1. The value of a retrained model is "
-    "reached within a tenth of the distance there was to it, a probability within a factor of two."
+    "A share has moved if it differs by more than 3 points, a time if the fastest run of the slower model takes 1.25 times "
+    "the median run of the faster one, any other number if it differs by more than 5%. A change is as wanted if it is "
+    "large: a share or probability halved, or gained 20 points or half of what was missing; any other number moved by more "
+    "than 10%. Chance is 0.5, reached within 0.1. The value of a retrained model is reached within a tenth of the distance "
+    "there was to it, a probability within a factor of two."
 )
 
 MISSING = "–"
@@ -163,24 +167,31 @@ def paper_address(paper: str | None) -> str | None:
 
 
 def subject(measure: Measure) -> str:
-    """What was measured, on what: "right answers on retain"."""
-    return str(measure["label"]) if measure["group"] == "cost" else f"{measure['label']} on {measure['on']}"
+    """What was measured, on what: "accuracy on retain"."""
+    said = str(measure["label"])
+    return said if measure["group"] == "cost" or not measure["on"] else f"{said} on {measure['on']}"
 
 
 def aim(measure: Measure) -> str:
     """What was wanted of a measure; of a cost, which way is better."""
     if measure["group"] == "cost":
         return "less is better" if measure["better"] == "down" else "more is better"
-    wanted = WANTED[measure["wanted"]]
-    return f"{wanted}: {humanise(measure['anchor'], measure['unit'])}" if measure["wanted"] == "anchor" else wanted
+    wanted, anchor = WANTED[measure["wanted"]], measure.get("anchor")
+    return (
+        f"{wanted}: {humanise(anchor, measure['unit'])}"
+        if measure["wanted"] == "anchor" and anchor is not None
+        else wanted
+    )
 
 
 def small_print(measure: Measure) -> str:
-    """What stands under a measure's name: "forget · n = 20 · should fall", "fastest of 9 · less is better"."""
-    n = count(measure)
+    """What stands under a measure's name: "forget · n = 20 · should fall", "one forward · fastest of 9 · less is better"."""
+    n, plainly = count(measure), measure.get("help", "")
     if measure["group"] == "cost":
-        return " · ".join(part for part in (f"fastest of {n}" if n else "", aim(measure)) if part)
-    return " · ".join((measure["on"], f"n\u00a0=\u00a0{n}", aim(measure)))
+        return " · ".join(part for part in (plainly, f"fastest of {n}" if n else "", aim(measure)) if part)
+    return " · ".join(
+        part for part in (plainly, measure["on"], f"n\u00a0=\u00a0{n}" if n else "", aim(measure)) if part
+    )
 
 
 def count(measure: Measure) -> str:
@@ -194,9 +205,20 @@ def count(measure: Measure) -> str:
 def direction(before: float, after: float, unit: str) -> int:
     """-1, 0 or 1: fallen, hardly moved, risen."""
     step = after - before
-    allowed = POINTS if unit == "share" else RELATIVE.get(_base(unit), RELATIVE_ELSE) * abs(before)
+    allowed = POINTS if unit == "share" else RELATIVE * abs(before)
     # the margin itself still counts as unmoved, also after rounding in binary
     return 0 if abs(step) <= allowed * (1 + 1e-9) else (1 if step > 0 else -1)
+
+
+def time_direction(measure: Measure) -> int | None:
+    """As `direction`, of a time: None where it is within its noise, or the runs are not known."""
+    runs = measure.get("runs") or [()]
+    first, last = runs[0], runs[-1]
+    if not (first and last):
+        return None
+    if min(last) >= TIMES_APART * statistics.median(first):
+        return 1
+    return -1 if min(first) >= TIMES_APART * statistics.median(last) else None
 
 
 def change(measure: Measure) -> str:
@@ -255,6 +277,8 @@ def verdict(measure: Measure) -> Verdict:
         return _against_chance(before, after)
     if measure["wanted"] == "anchor":
         return _against_anchor(before, after, measure["anchor"], unit)
+    if measure["group"] == "cost" and _base(unit) == "ms" and time_direction(measure) is None:
+        return Verdict("as before", None) if after == before else Verdict("within noise", None)
     moved = direction(before, after, unit)
     gain = moved if measure["better"] == "up" else -moved
     if measure["group"] == "cost":
@@ -376,7 +400,8 @@ def _say_cost(rows: Sequence[Measure]) -> tuple[str, Verdict]:
     for row in rows:
         moved = change(row)
         now = f"{row['label']} {humanise(row['values'][-1], row['unit'])}"
-        parts.append(now if moved in (MISSING, "no change") else f"{now} ({moved})")
+        noise = "within noise" if len(row["values"]) > 1 and verdict(row).word == "within noise" else ""
+        parts.append(now if moved in (MISSING, "no change") else f"{now} ({noise or moved})")
     goods = {verdict(row).good for row in rows} - {None}
     overall = Verdict("less", True) if goods == {True} else Verdict("more", False) if goods == {False} else None
     lead = "As before" if not goods and len(rows[0]["values"]) > 1 else "Now"

@@ -153,7 +153,7 @@ def scatter(
         )
         said.append(f"{name} at {number(a)}, {number(b)}")
     keys = [Markup("<span>{}\u00a0{}</span>").format(n, name) for n, name in enumerate(drawn, 1)]
-    return _drawing(title, parts, "; ".join(said), keys)
+    return drawing(title, parts, "; ".join(said), keys)
 
 
 def _free(x: float, y: float, taken: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -175,7 +175,7 @@ def _vertical(values: Sequence[float]) -> Scale:
 
 def _frame(y: Scale, name: str) -> Markup:
     """Horizontal grid lines with their numbers, the zero line stronger, and what the values are."""
-    parts = [Markup('<text class="name" x="0" y="11">{}</text>').format(_clipped(name))]
+    parts = [Markup('<text class="name" x="0" y="11">{}</text>').format(clipped(name))]
     for value in ticks(y.low, y.high):
         parts.append(
             Markup(
@@ -192,7 +192,8 @@ def _frame(y: Scale, name: str) -> Markup:
     return Markup("").join(parts)
 
 
-def _clipped(name: str, most: int = 56) -> str:
+def clipped(name: str, most: int = 56) -> str:
+    """A name that is no longer than there is room for."""
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
@@ -216,14 +217,24 @@ def _figure(title: str, parts: Sequence[Markup], said: str, note: str = "", lege
                'y1="4" y2="4"/></svg>{}</span>').format(i % STYLES, name)
         for i, name in enumerate(legend) if len(legend) > 1
     ]  # fmt: skip
-    return _drawing(title, parts, said, keys, note)
+    return drawing(title, parts, said, keys, note)
 
 
-def _drawing(title: str, parts: Sequence[Markup], said: str, keys: Sequence[Markup], note: str = "") -> Markup:
+def drawing(
+    title: str,
+    parts: Sequence[Markup],
+    said: str,
+    keys: Sequence[Markup],
+    note: str = "",
+    size: tuple[float, float] = (WIDTH, HEIGHT),
+    kind: str = "",
+) -> Markup:
+    """A figure: caption, legend, and the parts on a canvas of this size; `said` is its description for a screen reader."""
     return Markup(
-        '<figure><figcaption><b>{}</b>{}</figcaption><div class="legend">{}</div>'
-        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg></figure>'
+        '<figure{}><figcaption><b>{}</b>{}</figcaption><div class="legend">{}</div>'
+        '<svg viewBox="0 0 {:.0f} {:.0f}" role="img" aria-label="{}">{}</svg></figure>'
     ).format(
-        title, Markup(" <small>{}</small>").format(note) if note else "", Markup("").join(keys), WIDTH, HEIGHT,
+        Markup(' class="{}"').format(kind) if kind else "", title,
+        Markup(" <small>{}</small>").format(note) if note else "", Markup("").join(keys), *size,
         f"{title}: {said}", Markup("").join(parts),
     )  # fmt: skip

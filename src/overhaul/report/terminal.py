@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -11,9 +11,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from overhaul.report import numbers
+from overhaul.report import numbers, tables
+from overhaul.report.sheets import COLOURS
 
-COLOURS: Mapping[bool | None, str] = {True: "green", False: "red", None: ""}
 STAGE_WIDTH, OTHER_WIDTH = 9, 62
 PLAIN = str.maketrans({"✓": "+", "✗": "!", "○": "o", "−": "-", "–": "-", "×": "x", "→": ">", "±": "+-"})
 
@@ -61,8 +61,33 @@ def print_table(report: dict[str, Any], console: Console) -> None:
                 text(f"{said.overall.sign} {said.heading}. ", f"bold {COLOURS[said.overall.good]}"), text(said.sentence)
             )
         )
+    _print_findings(report["steps"], console, text)
     for warning in report["warnings"]:
         console.print(text(f"Note: {warning}", "yellow"))
+
+
+def _print_findings(steps: Sequence[Mapping[str, Any]], console: Console, text: Callable[..., Text]) -> None:
+    """The small tables of the steps, how many more there are on the page, and what the steps left."""
+    larger = 0
+    for step in steps:
+        for title, one in step.get("tables", {}).items():
+            if not tables.small(one):
+                larger += 1
+                continue
+            numeric = [all(not isinstance(row[n], str) for row in one["rows"]) for n in range(len(one["columns"]))]
+            table = Table(box=box.ASCII if console.options.ascii_only else None, pad_edge=False)
+            for name, is_number in zip(one["columns"], numeric, strict=True):
+                table.add_column(text(str(name)), justify="right" if is_number else "left")
+            for row in one["rows"]:
+                table.add_row(*map(text, tables.texts(row, one["unit"])))
+            console.print(text(f"\n{step['name']}: {title}", "bold"))
+            console.print(table)
+    if larger:
+        console.print(
+            text(f"{larger} {'table or figure is' if larger == 1 else 'tables and figures are'} on the page.", "dim")
+        )
+    for step, what, path in tables.products(steps):
+        console.print(text(f"{step} left {what} ({path})"))
 
 
 def _broken(stage: str) -> str:

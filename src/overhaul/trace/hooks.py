@@ -11,8 +11,8 @@
         model.generate(...)
 
 A *site* is written "entering.N" or "leaving.N" (the stream at block N), "entering" or "leaving" (at every block), or is
-the name of any module: the first tensor that it returns. `sites.sites` finds the modules whose outputs are the
-contributions of attention and MLP.
+the name of any module: the first tensor that it returns; "into.NAME" is the first tensor that it is given. `sites.sites`
+finds the modules whose outputs are the contributions of attention and MLP.
 
 1. States are reduced as they pass, in float32, so nothing of the size [blocks, samples, positions, width] is held. For a
    pair of sites the first state waits for the second, within one forward.
@@ -48,7 +48,7 @@ Result = TypeVar("Result")
 Site = str | tuple[str, str]
 """A site, or two whose states are reduced together."""
 
-_ENTERING, _LEAVING = "entering", "leaving"
+_ENTERING, _LEAVING, _INTO = "entering", "leaving", "into."
 
 
 @contextmanager
@@ -59,6 +59,7 @@ def capture(
     *,
     skip_first: int = 0,
     stream: Stream = MAIN,
+    mask: Tensor | None = None,
 ) -> Iterator[dict[Any, Result]]:
     """Reduce the states that pass these sites in all forwards inside the `with`.
 
@@ -70,6 +71,7 @@ def capture(
         skip_first: how many positions at the start of each sample do not count: those of a text's first token are so
             large that they hide the others.
         stream: the stream of a joint block that "entering" and "leaving" mean.
+        mask: which positions are no padding, [b, t], where blocks are run by hand and no model says so.
 
     Yields:
         Site -> result, filled as forwards run; two of them are joined by `merged`. Sites at which `reduce` found nothing
@@ -79,7 +81,7 @@ def capture(
         RequestError: an unknown site, or (at the end) no position counted.
         RunError: (at the end) nothing passed a site.
     """
-    watch = Watch(reduce, skip_first, list(dict.fromkeys(_expanded(stack, sites))))
+    watch = Watch(reduce, skip_first, list(dict.fromkeys(_expanded(stack, sites))), given=mask)
     with ExitStack() as undo:
         _run_uncompiled(undo)
         for module in _around(stack):
@@ -88,7 +90,9 @@ def capture(
             _hook(undo, block.register_forward_pre_hook, watch.shape.note)
         for name in watch.names:
             place, module = _located(stack, name)
-            if place is None:
+            if name.startswith(_INTO):
+                _hook(undo, module.register_forward_pre_hook, partial(watch.read_into, name))
+            elif place is None:
                 _hook(undo, module.register_forward_hook, partial(watch.read_module, name))
             elif name.startswith(_ENTERING):
                 _hook(undo, module.register_forward_pre_hook, partial(watch.read_entering, name, stream))
@@ -156,14 +160,16 @@ def intervene(
         stream: the stream of a joint block that "entering" and "leaving" mean.
 
     Raises:
-        RequestError: an unknown site, `Skip` at anything but "leaving", a value that is not finite or of the wrong width;
-            from a forward, before its first block runs: a selection or value that does not fit the batch. With a cache, a
-            forward holds only the new positions.
+        RequestError: an unknown site, one that is only read ("into.NAME"), `Skip` at anything but "leaving", a value that
+            is not finite or of the wrong width; from a forward, before its first block runs: a selection or value that
+            does not fit the batch. With a cache, a forward holds only the new positions.
         RunError: (at the end) nothing passed a site, so nothing was edited there.
     """
     width = getattr(stack.config, "hidden_size", None) if stream == MAIN else None
     chains: dict[str, list[Primitive]] = {}
     for site, given in edits.items():
+        if site.startswith(_INTO):
+            raise RequestError(f"{site!r} can be captured and not edited: edit what the modules before it return.")
         for name in _expanded(stack, [site]):
             for edit in given if isinstance(given, Sequence) else [given]:
                 primitives.check(edit, None if _located(stack, name)[0] is None else width, name)
@@ -218,17 +224,19 @@ def _located(stack: LayerStack, name: str) -> tuple[int | None, nn.Module]:
         number = name.removeprefix(f"{kind}.")
         if number != name and number.isdecimal() and int(number) < len(blocks):
             return int(number), blocks[int(number)]
+    path = name.removeprefix(_INTO)
     try:
-        if name:
-            return None, stack.model.get_submodule(name)
+        if path:
+            return None, stack.model.get_submodule(path)
     except AttributeError:
         pass
     known = [f"{kind}.{n}" for kind in (_ENTERING, _LEAVING) for n in range(len(blocks))]
-    modules = [path for path, _ in stack.model.named_modules() if path]
+    prefix = name[: len(name) - len(path)]
+    modules = [f"{prefix}{module}" for module, _ in stack.model.named_modules() if module]
     near = difflib.get_close_matches(name, [*known, *modules], n=1)
     raise RequestError(
         f"There is no site {name!r}.{did_you_mean(name, near or [known[0], known[-1], stack.path])} A site is "
-        f'"entering.N" or "leaving.N" with a block from 0 to {len(blocks) - 1}, or the name of a module.'
+        f'"entering.N" or "leaving.N" with a block from 0 to {len(blocks) - 1}, the name of a module, or "into.NAME".'
     )
 
 

@@ -19,7 +19,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -99,15 +99,16 @@ class BlockSites:
 
 
 @torch.no_grad()
-def sites(stack: LayerStack, inputs: Mapping[str, Any]) -> list[BlockSites]:
-    """Map every block of a stack by running it on `inputs`.
+def sites(stack: LayerStack, inputs: Mapping[str, Any], places: Collection[int] | None = None) -> list[BlockSites]:
+    """Map the blocks of a stack by running them on `inputs`.
 
     Args:
         stack: the stack. Its weights are the same bits afterwards; it is run in eval mode, which is put back.
         inputs: a small collated batch, or the model's own keyword arguments: a few real samples of 8 to 64 positions.
+        places: which blocks; all if None. The blocks before them only run.
 
     Returns:
-        One map for each block.
+        One map for each of these blocks, in the order in which they run.
 
     Raises:
         RequestError: the inputs have a single position, or the blocks cannot be run by hand (see `Calls.record`).
@@ -118,7 +119,11 @@ def sites(stack: LayerStack, inputs: Mapping[str, Any]) -> list[BlockSites]:
         calls = Calls.record(stack, inputs)
         names = {block: name for name, block in model.named_modules()}
         state, found = calls.entering, list[BlockSites]()
-        for place, block in enumerate(stack.blocks):
+        last = max(range(len(stack)) if places is None else places)
+        for place, block in enumerate(stack.blocks[: last + 1]):
+            if places is not None and place not in places:
+                state = calls.run(place, state)
+                continue
             seen = BlockRun.watch(calls, place, names[block], state)
             found.append(_mapped(seen))
             state = seen.left

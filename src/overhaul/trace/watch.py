@@ -37,6 +37,7 @@ class Watch(Generic[Result]):
         wanted: the sites and pairs of sites.
         shape: of the stream.
         seen: site -> result so far.
+        given: the mask that the model was given, if it was, [b, t].
     """
 
     reduce: Callable[..., Result | None]
@@ -44,10 +45,10 @@ class Watch(Generic[Result]):
     wanted: Sequence[str | tuple[str, str]]
     shape: Shape = field(default_factory=Shape)
     seen: dict[Any, Result] = field(default_factory=dict)
+    given: Tensor | None = None
     _users: dict[str, list[Any]] = field(default_factory=dict)
     _passed: dict[Any, bool] = field(default_factory=dict)  # whether any position counted
     _waiting: dict[Any, tuple[str, Tensor]] = field(default_factory=dict)
-    _given: Tensor | None = None
     _mask: tuple[Any, Tensor, bool] | None = None
 
     def __post_init__(self) -> None:
@@ -66,12 +67,18 @@ class Watch(Generic[Result]):
             mask = argument(module, "attention_mask", args, kwargs)
             # masks that were made ready for attention, [b, 1, t, t], say the same in another form
             if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
-                self._given, self._mask = mask, None
+                self.given, self._mask = mask, None
 
     def read_module(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """A hook after a module."""
         index = first_tensor(output)
         self._arrive(name, None if index is None else parts(output)[index])
+
+    def read_into(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook before a module that is no block."""
+        given = (*args, *kwargs.values())
+        index = first_tensor(given)
+        self._arrive(name, None if index is None else given[index])
 
     def read_entering(self, name: str, stream: Stream, block: nn.Module, args: Any, kwargs: Any) -> None:
         """A hook before a block."""
@@ -132,8 +139,8 @@ class Watch(Generic[Result]):
         key = (batch, length, state.device)
         if self._mask is None or self._mask[0] != key:
             mask = torch.ones(batch, length, dtype=torch.bool, device=state.device)
-            if self._given is not None:
-                mask = self._given.to(state.device).bool()
+            if self.given is not None:
+                mask = self.given.to(state.device).bool()
                 if len(mask) != batch or mask.shape[1] < length or length != (self.shape.value or (0, length))[1]:
                     raise RequestError(
                         f"{name} gives a state of {batch} samples with {length} positions, to which the attention mask "

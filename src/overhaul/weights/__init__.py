@@ -1,10 +1,13 @@
 """Weights: checkpoints as vectors, streamed; see `merge` for what is written and `compare` for what is measured."""
 
+from overhaul.weights.agreement import differences as differences
 from overhaul.weights.compare import Reduction as Reduction
+from overhaul.weights.compare import Totals as Totals
 from overhaul.weights.compare import cosine as cosine
 from overhaul.weights.compare import delta_norms as delta_norms
 from overhaul.weights.compare import reduction as reduction
 from overhaul.weights.compare import relative_change as relative_change
+from overhaul.weights.compare import totals as totals
 from overhaul.weights.index import Source as Source
 from overhaul.weights.index import TensorFacts as TensorFacts
 from overhaul.weights.index import TensorIndex as TensorIndex
@@ -20,3 +23,4 @@ from overhaul.weights.merge import weighted_deltas as weighted_deltas
 from overhaul.weights.merge import weighted_sum as weighted_sum
 from overhaul.weights.output import Combine as Combine
 from overhaul.weights.output import Storage as Storage
+from overhaul.weights.ranks import kth_largest as kth_largest

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from overhaul.weights.index import Source, TensorFacts, check_alike, indexed
+from overhaul.weights.agreement import aligned
+from overhaul.weights.index import Source, TensorFacts, check_alike
 from overhaul.weights.pieces import Piece, Workspace, run
 
 
@@ -29,26 +30,30 @@ class Reduction:
     total: float
 
 
-def reduction(
-    sources: Sequence[Source],
-    sums: Callable[[TensorFacts, list[Tensor]], Tensor],
-    finish: Callable[[Tensor], float],
-    *,
-    whole: bool = False,
-) -> Reduction:
-    """Numbers that come from sums over the weights: norms, cosines, counts. Integers and booleans are left out.
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the weights [k], float64: by tensor, by (path of the stack, depth), and over all."""
+
+    by_tensor: Mapping[str, Tensor]
+    by_depth: Mapping[tuple[str, int], Tensor]
+    total: Tensor
+
+
+def totals(
+    sources: Sequence[Source], sums: Callable[[TensorFacts, list[Tensor]], Tensor], *, whole: bool = False
+) -> Totals:
+    """Sums over the weights. Integers and booleans are left out.
 
     Args:
         sources: checkpoints with the same tensors.
         sums: of the same tensor or piece of it in all models, the sums to add up [k]; is called in several threads.
-        finish: makes the number out of the sums [k], float64.
         whole: as in `stream`, for sums that are not taken number by number.
 
     Raises:
         RequestError: as in `stream`.
         RunError: a number is not finite.
     """
-    indexes = indexed(sources)
+    indexes = aligned(sources)
     check_alike(indexes, lambda tensor: tensor.dtype.is_floating_point)
     inputs = [
         [index.tensors[name] for index in indexes]
@@ -66,11 +71,31 @@ def reduction(
             by_tensor[tensor.name] = by_tensor.get(tensor.name, 0) + part
             place = (tensor.stack, tensor.depth)
             by_depth[place] = by_depth.get(place, 0) + part
-    total = torch.stack(list(by_tensor.values())).sum(0)
+    return Totals(
+        by_tensor, {place: by_depth[place] for place in sorted(by_depth)}, torch.stack(list(by_tensor.values())).sum(0)
+    )
+
+
+def reduction(
+    sources: Sequence[Source],
+    sums: Callable[[TensorFacts, list[Tensor]], Tensor],
+    finish: Callable[[Tensor], float],
+    *,
+    whole: bool = False,
+) -> Reduction:
+    """Numbers that come from sums over the weights: norms, cosines, counts. For the other arguments and errors see `totals`.
+
+    Args:
+        sources: checkpoints with the same tensors.
+        sums: the sums to add up [k].
+        finish: makes the number out of the sums [k], float64.
+        whole: give `sums` whole tensors.
+    """
+    found = totals(sources, sums, whole=whole)
     return Reduction(
-        {name: finish(value) for name, value in by_tensor.items()},
-        {place: finish(by_depth[place]) for place in sorted(by_depth)},
-        finish(total),
+        {name: finish(value) for name, value in found.by_tensor.items()},
+        {place: finish(value) for place, value in found.by_depth.items()},
+        finish(found.total),
     )
 
 

@@ -1,10 +1,14 @@
 """The depth of every tensor of a checkpoint, told by the structure of its architecture and not by a table of names.
 
 1. The class that config.json names is built on torch's meta device, without memory for weights, and its stacks are asked.
-2. transformers renames tensors when it loads and saves ("vit.encoder.layer.0" in a file is "vit.layers.0" in the model).
-   A numbered list of stored names that the model lacks is taken for the stack of as many blocks whose path shares the
-   most words with it.
-3. Where the class is unknown (its code lies in the folder and is not run), the numbered lists of names are the stacks,
+2. transformers renames tensors when it loads and saves ("vit.encoder.layer.0" in a file is "vit.layers.0" in the model, and
+   the text stack of a vision-language model lies elsewhere than its files say): a stored name stands for the tensor that the
+   class would load it into. A numbered list of stored names that the model lacks even then is taken for the stack of as many
+   blocks whose path shares the most words with it.
+3. Building an architecture imports for seconds. Where nothing can be in doubt, names are enough: a causal language model
+   with one numbered list, as long as its config says, around which there are only tensors that every such model has
+   before or after its blocks.
+4. Where the class is unknown (its code lies in the folder and is not run), the numbered lists of names are the stacks,
    and what lies outside them comes after the blocks only if its name says so.
 """
 
@@ -12,7 +16,8 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +27,9 @@ Place = tuple[str, int, int]
 """(path of the stack, depth, number of blocks); depth as in `LayerStack.depth`. ("", -1, 0) where there is no stack."""
 
 _NUMBERED = re.compile(r"(?:(?P<path>.*?)\.)?(?P<number>\d+)\.")
+_CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
+_BEFORE_BLOCKS = re.compile(r"(?:\w+\.)*(embed_tokens|wte|wpe)\.weight")
+_AFTER_BLOCKS = re.compile(r"(?:\w+\.)*(norm|ln_f|lm_head)\.(weight|bias)")
 _LAST = re.compile(r"(^|[._])(final|out|head|norm|ln_f|score|classifier)([._]|$)")
 
 
@@ -31,19 +39,24 @@ class Places:
     To build an architecture, transformers imports for seconds; a blend that is the same at all depths need not wait for it.
     """
 
-    def __init__(self, names: Collection[str], model: Callable[[], nn.Module | None]) -> None:
+    def __init__(
+        self, names: Collection[str], model: Callable[[], nn.Module | None], config: Mapping[str, Any] | None = None
+    ) -> None:
         """Keep what is needed to find out.
 
         Args:
             names: of stored tensors, or of parameters and buffers.
             model: gives the model they belong to, with or without weights, or None if its class is unknown.
+            config: config.json, which with the names may be enough.
         """
-        self._names, self._model = names, model
+        self._names, self._model, self._config = names, model, config or {}
         self._found: dict[str, Place] | None = None
         self._lock = threading.Lock()
 
     def __getitem__(self, name: str) -> Place:
         with self._lock:
+            if self._found is None:
+                self._found = _beyond_doubt(self._names, self._config)
             if self._found is None:
                 model = self._model()
                 stacks = LayerStack.find(model) if model is not None else []
@@ -51,10 +64,33 @@ class Places:
         return self._found[name]
 
 
+def _beyond_doubt(names: Collection[str], config: Mapping[str, Any]) -> dict[str, Place] | None:
+    """The places of an ordinary causal language model's tensors; None unless there is only one way to see them."""
+    numbered = {path for name in names if (found := _NUMBERED.match(name)) for path in [found["path"] or ""]}
+    sizes = {config.get(key) for key in ("num_hidden_layers", "n_layer")} - {None}
+    causal = [_CAUSAL.search(name) for name in config.get("architectures") or [""]]
+    nested = any(isinstance(value, dict) and "model_type" in value for value in config.values())
+    if len(numbered) != 1 or not all(causal) or nested:
+        return None
+    (path,) = numbered
+    blocks = _numbered(names).get(path, 0)
+    if blocks < 2 or sizes != {blocks}:
+        return None
+    places: dict[str, Place] = {}
+    for name in names:
+        if found := _NUMBERED.match(name):
+            places[name] = path, int(found["number"]), blocks
+        elif _BEFORE_BLOCKS.fullmatch(name) or _AFTER_BLOCKS.fullmatch(name):
+            places[name] = path, -1 if _BEFORE_BLOCKS.fullmatch(name) else blocks, blocks
+        else:
+            return None
+    return places
+
+
 def _by_structure(stacks: Sequence[LayerStack], names: Collection[str]) -> dict[str, Place]:
     model = stacks[0].model
-    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    own |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    own = own_names(model)
+    built = built_names(model, names)
     sizes = {stack.path: len(stack) for stack in stacks}
     lists: dict[str, tuple[LayerStack, int]] = {}
     for stack in stacks:
@@ -62,7 +98,7 @@ def _by_structure(stacks: Sequence[LayerStack], names: Collection[str]) -> dict[
         for path in stack.lists:
             lists[path] = (stack, before)
             before += len(list(model.get_submodule(path).children()))
-    for path, count in _numbered(name for name in names if name not in own).items():
+    for path, count in _numbered(name for name in built.values() if name not in own).items():
         twins = [stack for stack in stacks if sizes[stack.path] == count and stack.lists == (stack.path,)]
         if path not in lists and twins:
             lists[path] = (max(twins, key=lambda stack: len(_words(path) & _words(stack.path))), 0)
@@ -72,16 +108,47 @@ def _by_structure(stacks: Sequence[LayerStack], names: Collection[str]) -> dict[
             number = name[len(path) + 1 :].partition(".")[0] if name.startswith(f"{path}.") else ""
             if number.isdigit():  # files may hold more blocks than the config counts, such as those for drafting tokens
                 return stack.path, min(before + int(number), sizes[stack.path]), sizes[stack.path]
-        built = _as_built(name, own, getattr(model, "base_model_prefix", ""))
-        owner = _owner(stacks, built)
-        return owner.path, owner.depth(built), sizes[owner.path]
+        owner = _owner(stacks, name)
+        return owner.path, owner.depth(name), sizes[owner.path]
 
-    return {name: place(name) for name in names}
+    return {name: place(built[name]) for name in names}
 
 
-def _as_built(name: str, own: Collection[str], prefix: str) -> str:
-    """The model's name for a stored tensor: with or without the prefix that a model with a head puts before its body."""
-    return next((n for n in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if n in own), name)
+def own_names(model: nn.Module) -> set[str]:
+    """The names of all parameters and buffers, tied ones included."""
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return own | {name for name, _ in model.named_buffers(remove_duplicate=False)}
+
+
+def built_names(model: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """For each stored name, the tensor that the class loads it into: by the library's own renaming where it has one.
+
+    A model with a head puts a prefix before its body, which files may lack or have without need.
+    """
+    own, prefix = own_names(model), getattr(model, "base_model_prefix", "")
+    renamed = _renaming(model)
+
+    def built(name: str) -> str:
+        found = renamed(name)
+        candidates = (found, f"{prefix}.{found}", found.removeprefix(f"{prefix}."))
+        return next((one for one in candidates if one in own), found)
+
+    return {name: name if name in own else built(name) for name in names}
+
+
+def _renaming(model: Any) -> Callable[[str], str]:
+    """How transformers renames stored tensors; not at all for models of other libraries."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return lambda name: name
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    return lambda name: rename_source_key(name, renamings, converters)[0]
 
 
 def _owner(stacks: Sequence[LayerStack], name: str) -> LayerStack:

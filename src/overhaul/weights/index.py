@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from overhaul.checkpoints import Checkpoint
 from overhaul.checkpoints import header as header_of
 from overhaul.checkpoints import listed as _listed
 from overhaul.errors import RequestError
 from overhaul.models import facts, planned
 from overhaul.weights.depths import Places
 
-Source = str | Path
-"""A checkpoint: a folder, a hub name, or `starter:NAME`."""
+Source = str | Path | Checkpoint
+"""A checkpoint: a folder, a hub name, `starter:NAME`, or one whose facts are known already."""
 
 DTYPE_CODES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -31,6 +32,11 @@ DTYPE_CODES: Mapping[str, torch.dtype] = {
 }  # fmt: skip
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+
+def facts_of(source: Source) -> Checkpoint:
+    """What is known of a checkpoint before any weight is read."""
+    return source if isinstance(source, Checkpoint) else facts(source)
 
 
 @dataclass(frozen=True)
@@ -96,8 +102,8 @@ class TensorIndex:
     tensors: Mapping[str, TensorFacts]
 
     @classmethod
-    def of(cls, source: str | Path | nn.Module) -> TensorIndex:
-        """Index a checkpoint (folder, hub name, `starter:NAME`) by its headers, or a live model by its state dict.
+    def of(cls, source: Source | nn.Module) -> TensorIndex:
+        """Index a checkpoint by its headers, or a live model by its state dict.
 
         Raises:
             RequestError: files are missing, damaged or contradict each other, or a dtype is one to copy and not to count
@@ -105,7 +111,7 @@ class TensorIndex:
         """
         if isinstance(source, nn.Module):
             return _of_model(source)
-        known = facts(source)
+        known = facts_of(source)
         if known.is_adapter or known.is_new:
             kind = "an adapter" if known.is_adapter else "a config without weights"
             raise RequestError(
@@ -117,7 +123,7 @@ class TensorIndex:
             start = path.stat().st_size - max(entry["data_offsets"][1] for entry in header.values())
             for name in sorted(header, key=lambda name: header[name]["data_offsets"][0]):
                 found[name] = (path, start, header[name])
-        where = Places(found, lambda: planned(known))
+        where = Places(found, lambda: planned(known), known.config)
         tensors = {name: _stored(name, *entry, where) for name, entry in found.items()}
         return cls(known.source, known.folder, known.config, tensors)
 
@@ -189,7 +195,7 @@ def _check_shapes(first: TensorIndex, other: TensorIndex, differing: Sequence[st
         return
     shapes = [(first.tensors[name].shape, other.tensors[name].shape) for name in differing]
     listed = [f"{name} {list(a)} and {list(b)}" for name, (a, b) in zip(differing, shapes, strict=True)]
-    rows = _vocabulary(first.config), _vocabulary(other.config)
+    rows = vocabulary(first.config), vocabulary(other.config)
     if all(a[1:] == b[1:] and (a[:1], b[:1]) == (rows[:1], rows[1:]) for a, b in shapes):
         raise RequestError(
             f"{first.source} and {other.source} have vocabularies of {rows[0]} and {rows[1]} tokens: {_listed(listed)}. "
@@ -202,16 +208,6 @@ def _check_shapes(first: TensorIndex, other: TensorIndex, differing: Sequence[st
     )
 
 
-def _vocabulary(config: Mapping[str, Any]) -> int | None:
+def vocabulary(config: Mapping[str, Any]) -> int | None:
+    """How many rows of words a model has."""
     return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-
-
-def indexed(sources: Sequence[Source | nn.Module]) -> list[TensorIndex]:
-    """The index of each model.
-
-    Raises:
-        RequestError: there is none, or as in `TensorIndex.of`.
-    """
-    if not sources:
-        raise RequestError("There is no model. Give at least one.")
-    return [TensorIndex.of(source) for source in sources]

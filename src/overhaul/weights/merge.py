@@ -14,6 +14,7 @@ Everything rests on `stream`: a pure function of the same tensor in several mode
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Unpack
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from overhaul.errors import RequestError, RunError
-from overhaul.weights.index import Source, TensorFacts, TensorIndex, check_alike, indexed
+from overhaul.weights.agreement import aligned, check_words, differences
+from overhaul.weights.index import Source, TensorFacts, TensorIndex, check_alike
 from overhaul.weights.output import Combine, Storage, agreed, checked, write_new
 
 Coefficient = float | Callable[[TensorFacts], float]
@@ -140,9 +142,9 @@ def stream(
         RequestError: the checkpoints do not correspond, a folder is damaged, or `out` exists or cannot hold the result.
         RunError: a number is not finite, integers differ, or the disk is full. Nothing is left behind.
     """
-    indexes = indexed(sources)
+    indexes = aligned(sources)
     chosen = _chooser(only, indexes[0])
-    check_alike(indexes, chosen)
+    _check(indexes, sources, chosen, storage)
     inputs = {
         name: [index.tensors[name] for index in indexes] if chosen(tensor) else [tensor]
         for name, tensor in indexes[0].tensors.items()
@@ -227,11 +229,22 @@ def restore(tuned: Source, base: Source, chosen: Chosen, out: str | Path, **stor
         RequestError: as in `stream`.
         RunError: as in `stream`.
     """
-    indexes = indexed([tuned, base])
+    indexes = aligned([tuned, base])
     wanted = _chooser(chosen, indexes[0])
-    check_alike(indexes, wanted)
+    _check(indexes, [tuned, base], wanted, storage)
     inputs = {name: [indexes[wanted(tensor)].tensors[name]] for name, tensor in indexes[0].tensors.items()}
     return write_new(indexes[0], inputs, _first, Path(out), False, storage)
+
+
+def _check(
+    indexes: Sequence[TensorIndex], sources: Sequence[Source], chosen: Callable[[TensorFacts], bool], storage: Storage
+) -> None:
+    """Refuse checkpoints that do not correspond, and say in what else they differ."""
+    check_alike(indexes, chosen)
+    if not storage.get("any_words"):
+        check_words(indexes, [tensor for tensor in indexes[0].tensors.values() if chosen(tensor)])
+    if said := differences(sources):
+        warnings.warn(f"The configs differ, and the result follows the first: {'; '.join(said)}.", stacklevel=3)
 
 
 def _check_count(coefficients: Sequence[Coefficient], sources: Sequence[Source], what: str) -> None:
@@ -277,7 +290,7 @@ def combined(models: Sequence[nn.Module], combine: Combine) -> dict[str, Tensor]
         RequestError: names or shapes differ.
         RunError: the result is not finite, or integers differ.
     """
-    indexes = indexed(models)
+    indexes = [TensorIndex.of(model) for model in models]
     check_alike(indexes, lambda _: True)
     states = [model.state_dict(keep_vars=True) for model in models]
     made: dict[int, Tensor] = {}  # by identity: tied tensors are one, at the depth of its first name

@@ -31,20 +31,27 @@ are float32 and must not be changed; they are flat pieces, or have their own sha
 
 _CODES = {dtype: code for code, dtype in DTYPE_CODES.items()}
 _COPIED = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"}
-_NOT_COPIED = {INDEX, "lineage.json"}  # both speak of the old weights
+_NOT_COPIED = {
+    INDEX,
+    "lineage.json",
+    "adapter_config.json",
+}  # they speak of the old weights, or of an adapter beside them
+_PARTS = "modules.json"  # where sentence-transformers lists the folders of what follows the network
 _COUNTER = "num_batches_tracked"
 
 
 class Storage(TypedDict, total=False):
-    """How a new folder is stored.
+    """How a new folder is stored, and what is let pass.
 
     Attributes:
         dtype: "float32", "bfloat16" or "float16"; that of the first model's files if not given.
         shard_bytes: most bytes in a file; the first model's files, by name and content, if not given.
+        any_words: also combine embeddings of tokenizers that number words differently.
     """
 
     dtype: str
     shard_bytes: int
+    any_words: bool
 
 
 def write_new(
@@ -216,6 +223,8 @@ def copy_rest(index: TensorIndex, folder: Path, shards: Sequence[Shard], dtype: 
         wanted = path.suffix in _COPIED or path.stem in {"LICENSE", "NOTICE"}
         if path.is_file() and wanted and path.name not in _NOT_COPIED:
             shutil.copyfile(path, folder / path.name)
+    for part in _parts(index.folder):
+        shutil.copytree(index.folder / part, folder / part)
     if dtype is not None:
         stored = str(dtype).removeprefix("torch.")
         key = "torch_dtype" if "torch_dtype" in index.config else "dtype"
@@ -226,6 +235,15 @@ def copy_rest(index: TensorIndex, folder: Path, shards: Sequence[Shard], dtype: 
         total = sum(tensor.bytes for shard in shards for tensor in shard.tensors)
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _parts(folder: Path) -> list[str]:
+    """The subfolders that belong to a model of sentence-transformers, such as its pooling."""
+    if not (folder / _PARTS).exists():
+        return []
+    listed = [str(part.get("path", "")) for part in json.loads((folder / _PARTS).read_text())]
+    inside = {child.name for child in folder.iterdir() if child.is_dir()}
+    return [path for path in dict.fromkeys(listed) if path in inside]
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from overhaul.data.examples import Encoded, Examples
 from overhaul.errors import RequestError, RunError, writing
+from overhaul.selectors import blocks_of
 from overhaul.stack import LayerStack
 
 Where = Literal["embedding", "all", "first block", "last blocks"]
@@ -64,11 +65,8 @@ def chosen(model: nn.Module, where: Where | list[int]) -> dict[str, nn.Parameter
         found = {name: parameter for name, parameter in named.items() if parameter is weight}
     else:
         stack = LayerStack.of(model)
-        names = {"first block": [0], "last blocks": [*range(len(stack))][-LAST_BLOCKS:]}
-        depths = names[where] if isinstance(where, str) else where
-        for depth in depths:
-            if depth not in range(len(stack)):
-                raise RequestError(f"{stack.path} has the blocks 0 to {len(stack) - 1}; there is no block {depth}.")
+        names = {"first block": "first:1", "last blocks": f"last:{min(LAST_BLOCKS, len(stack))}"}
+        depths = blocks_of(stack, names[where] if isinstance(where, str) else where)
         found = {name: parameter for name, parameter in named.items() if stack.depth(name) in depths}
     if not found:
         raise RequestError(f"where={where!r} selects no parameter of {type(model).__name__} that can be trained.")

@@ -14,8 +14,8 @@ How it differs from the paper and the released code:
 2. The head reads what it always reads, behind the final norm; the released code leaves that norm out. The head of the given
    model is trained on; there, it is a fresh one.
 3. An accuracy on forgotten classes near 1/C is what the loss asks for, not 0: forgotten images get a uniform output.
-4. Adapters are merged into the weights at the end. They sit on the projections whose names begin with q or v; where query,
-   key and value are one projection, on all three.
+4. Adapters are merged into the weights at the end. They sit on the projections of queries and values, found by what they
+   do; where query, key and value are one projection, on all three.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from overhaul.forget.prompt_tokens.gating import gated, logits_under, recover, u
 from overhaul.forget.prompt_tokens.prompts import PromptedClassifier, inputs_of
 from overhaul.method import Outcome, method
 from overhaul.objectives import Term, cross_entropy_sum, sequences
+from overhaul.selectors import select
 from overhaul.stack import LayerStack
 
 MEASURED = 1000
@@ -110,7 +111,8 @@ def prompt_tokens(
         prompted = PromptedClassifier.around(model, collate(full.items[:2]), prompts_per_class)
         _check_labels(full, prompted)
         prompted.check(_classes(forget), harden)
-        with _trainable(prompted, weights, rank, alpha, dropout):
+        adapted = _queries_and_values(prompted, full) if weights == "lora" else None
+        with _trainable(prompted, adapted, rank, alpha, dropout):
             steps = max(1, round(epochs * len(full) / batch_size))
             model, data = Gated(prompted, inputs_of(full[0], prompted)), {"full": full}
             curves = fit(
@@ -136,14 +138,15 @@ def _check_labels(full: Examples, model: PromptedClassifier) -> None:
 
 
 @contextmanager
-def _trainable(model: PromptedClassifier, weights: str, rank: int, alpha: int, dropout: float) -> Iterator[None]:
-    """What trains, and nothing else requires a gradient; adapters are part of the weights afterwards."""
+def _trainable(
+    model: PromptedClassifier, adapted: list[str] | None, rank: int, alpha: int, dropout: float
+) -> Iterator[None]:
+    """What trains, and nothing else requires a gradient; adapters (on `adapted`) are part of the weights afterwards."""
     needed = {name: p.requires_grad for name, p in model.named_parameters()}
     heads = [parameter for head in model.heads() for parameter in head.parameters()]
-    lora = weights == "lora"
     try:
-        with adapters(model.inner, rank, alpha, dropout, _queries_and_values(model)) if lora else nullcontext():
-            for parameter in [model.bank, *heads] if lora else model.parameters():
+        with adapters(model.inner, rank, alpha, dropout, adapted) if adapted else nullcontext():
+            for parameter in [model.bank, *heads] if adapted else model.parameters():
                 parameter.requires_grad_(parameter.is_floating_point())
             yield
     finally:
@@ -151,22 +154,14 @@ def _trainable(model: PromptedClassifier, weights: str, rank: int, alpha: int, d
             parameter.requires_grad_(needed[name])
 
 
-def _queries_and_values(model: PromptedClassifier) -> list[str]:
+def _queries_and_values(model: PromptedClassifier, full: Examples) -> list[str]:
     """The names of the projections that are adapted."""
     stack = LayerStack.at(model.inner, model.config.stack)
-    names = [
-        name
-        for name, module in model.inner.named_modules()
-        if isinstance(module, nn.Linear)
-        and name.rpartition(".")[2].startswith(("q", "v"))
-        and 0 <= stack.depth(name) < len(stack)
-    ]
-    if not names:
-        raise RequestError(
-            f"forget.prompt_tokens: the blocks of {model.config.inner_class} hold no linear projection whose name begins "
-            'with q or v, for queries and values to be adapted. Write weights: "all".'
-        )
-    return names
+    inputs = {name: value for name, value in collate(full.items[:2]).items() if name != "labels"}
+    try:
+        return list(dict.fromkeys(p.module for p in select(stack, "attention.q, attention.v", inputs=inputs).parts))
+    except RequestError as error:
+        raise RequestError(f'forget.prompt_tokens: {error} Write weights: "all".') from None
 
 
 class Gated(nn.Module):

@@ -1,0 +1,78 @@
+"""What all merges do: write the folder, count what moved, and refuse a merge that changes nothing."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from overhaul import weights
+from overhaul.errors import RequestError, RunError
+from overhaul.models import Checkpoint
+from overhaul.weights import Combine, TensorFacts, TensorIndex
+
+
+def written(method: str, base: Checkpoint, tuned: Sequence[Checkpoint], combine: Combine, out: Path) -> dict[str, Any]:
+    """Stream `combine` into a new folder.
+
+    Args:
+        method: for messages.
+        base: gives what is not merged: config, tokenizer, integers.
+        tuned: the others.
+        combine: as for `weights.stream`.
+        out: folder to write.
+
+    Returns:
+        Facts: how many tensors there are and how many are not the base's, and in what the folders differ.
+
+    Raises:
+        RequestError: as in `weights.stream`.
+        RunError: as there, or nothing differs from the base: the folder is then removed.
+    """
+    moved: set[str] = set()
+    lock = threading.Lock()
+
+    def watched(tensor: TensorFacts, models: list[Tensor]) -> Tensor:
+        made = combine(tensor, models)
+        if tensor.name not in moved and not torch.equal(made.to(tensor.dtype), models[0].to(tensor.dtype)):
+            with lock:
+                moved.add(tensor.name)
+        return made
+
+    weights.stream([base, *tuned], watched, out)
+    if not moved:
+        shutil.rmtree(out)
+        raise RunError(
+            f"{method} changed nothing: every tensor is the base's, {base.source}. Either the tuned checkpoints are the "
+            "base, or what is added is lost in rounding to its dtype; check the folders or use larger coefficients."
+        )
+    index = TensorIndex.of(base)
+    numbers = sum(tensor.dtype.is_floating_point for tensor in index.tensors.values())
+    return {"tensors": numbers, "tensors_changed": len(moved), "differences": weights.differences([base, *tuned])}
+
+
+def by_depth(base: Checkpoint, value: Callable[[TensorFacts], float]) -> dict[str, dict[int, float]]:
+    """A coefficient at every depth, for `Outcome.layers`: a line for each stack."""
+    index = TensorIndex.of(base)
+    found: dict[str, dict[int, float]] = {}
+    for tensor in index.tensors.values():
+        if tensor.dtype.is_floating_point:
+            name = "coefficient" if len(index.stacks) < 2 else f"coefficient, {tensor.stack}"
+            found.setdefault(name, {})[tensor.depth] = value(tensor)
+    return {name: dict(sorted(values.items())) for name, values in found.items()}
+
+
+def some(method: str, tuned: Sequence[Checkpoint]) -> int:
+    """How many tuned checkpoints there are.
+
+    Raises:
+        RequestError: there is none.
+    """
+    if not tuned:
+        raise RequestError(f"{method}: there is no tuned checkpoint. Give at least one: tuned=[...].")
+    return len(tuned)

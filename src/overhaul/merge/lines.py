@@ -1,0 +1,140 @@
+"""LiNeS: scale what training changed by a factor that grows with depth, and get back what the base could do.
+
+Wang et al., "LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging", ICLR 2025,
+arXiv:2410.17146.
+
+    tau       = theta_1 - theta_0, or what merges several models (task arithmetic or TIES)
+    lambda(l) = alpha + beta l / (L - 1)                for block l = 0 .. L-1
+    theta     = theta_0 + lambda(l) tau
+
+    one model:  beta = 1 - alpha, so that the last block keeps its change; alpha is chosen on data, 1 is the tuned model
+    several:    alpha = (1/T) ||sum_t tau_t||_1 / ||tau||_1 (1/T for a plain sum); beta is chosen on data
+
+How it differs from the paper and its code:
+
+1. The paper is silent on what lies outside the blocks; the code scales it by alpha, also the norm and the head after the
+   last block: `outside="alpha"`. `outside="by_position"` gives what comes after the blocks alpha + beta. A tied head is one
+   tensor with the embedding, which comes before.
+2. The norms are of size, as in the code; those of all changes are taken untrimmed for TIES too.
+3. A network with several stacks has a ramp over each; one with a single block gets alpha + beta.
+4. The code finds a block by the first number in a name, which is wrong for T5 and ResNet; here the stack is asked.
+5. On networks without the general early layers of long pre-training the ramp need not beat a constant factor: measure it.
+6. Integers are the base's. Running statistics of batch norms are scaled like weights, which they are not: measure them anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge, Gt, Le
+from torch import Tensor
+
+from overhaul.errors import RequestError
+from overhaul.merge._writing import by_depth, some, written
+from overhaul.merge.ties import Election, elect
+from overhaul.method import Outcome, method
+from overhaul.models import Checkpoint
+from overhaul.weights import TensorFacts, totals, weighted_deltas
+
+Outside = Literal["alpha", "by_position"]
+
+
+@method(verb="merge", paper="2410.17146", changes="weights", memory="stream")
+def lines(
+    base: Checkpoint,
+    tuned: Sequence[Checkpoint],
+    *,
+    alpha: Annotated[float, Ge(0)] | None = None,
+    beta: float | None = None,
+    merge: Literal["task_arithmetic", "ties"] = "task_arithmetic",
+    density: Annotated[float, Gt(0), Le(1)] = 0.2,
+    outside: Outside = "alpha",
+    out: Path | None = None,
+) -> Outcome:
+    """Scale the change of one fine-tuned checkpoint, or the merged change of several, linearly over depth.
+
+    Args:
+        base: the checkpoint from which all were tuned; config, tokenizer and dtype are taken from it.
+        tuned: the fine-tuned checkpoints, with the same tensors.
+        alpha: the factor of the first block. For one checkpoint it has to be given (the paper tries 1.0, 0.9 .. 0.0 and
+            shows 0.1; smaller forgets less and learns less); for several it comes from the norms if it is not given.
+        beta: what the last block's factor is larger by; 1 - alpha for one checkpoint if not given. For several it has to be
+            given: the paper tries 0.1 to 1.0 in steps of 0.1, to 1.5 for "ties".
+        merge: how several changes become one: their sum, or that of `merge.ties`.
+        density: for "ties", the share of each checkpoint's changes that is kept.
+        outside: the factor of what lies outside the blocks: "alpha", or alpha before and alpha + beta after them
+            ("by_position").
+        out: folder to write.
+
+    Returns:
+        The folder. Facts: alpha, beta, number of tensors, how many changed, in what the folders differ; for "ties" also
+        its own. Layers: the coefficient by depth.
+
+    Raises:
+        RequestError: the checkpoints do not correspond, or alpha or beta is missing.
+        RunError: nothing changed, or a number is not finite.
+    """
+    count = some("merge.lines", tuned)
+    check_given(count, alpha, beta)
+    assert out is not None
+    election = elect(base, tuned, density, "size", "model", "released") if merge == "ties" else None
+    if alpha is None:
+        alpha = (ratio(election, base, tuned) if election else 1.0) / count
+    if beta is None:
+        beta = 1.0 - alpha
+    factor = ramp(alpha, beta, outside)
+
+    def scaled(tensor: TensorFacts, models: list[Tensor]) -> Tensor:
+        assert election is not None
+        return torch.add(models[0], election.change(tensor, models), alpha=factor(tensor))
+
+    facts = written("merge.lines", base, tuned, scaled if election else weighted_deltas([factor] * count), out)
+    more, layers = (election.facts, election.layers) if election else ({}, {})
+    return Outcome(
+        out, facts={"alpha": alpha, "beta": beta, **facts, **more}, layers={**layers, **by_depth(base, factor)}
+    )
+
+
+def ratio(election: Election, base: Checkpoint, tuned: Sequence[Checkpoint]) -> float:
+    """||sum_t tau_t||_1 / ||tau||_1; 0 where nothing is merged."""
+
+    def sums(tensor: TensorFacts, models: list[Tensor]) -> Tensor:
+        whole = models[1] - models[0]
+        for model in models[2:]:
+            whole += model - models[0]
+        return torch.stack([whole.abs_().sum(), election.change(tensor, models).abs_().sum()])
+
+    whole, merged = totals([base, *tuned], sums).total.tolist()
+    return whole / merged if merged else 0.0
+
+
+def ramp(alpha: float, beta: float, outside: Outside) -> Callable[[TensorFacts], float]:
+    """lambda(l) of a tensor."""
+
+    def factor(tensor: TensorFacts) -> float:
+        if 0 <= tensor.depth < tensor.blocks:
+            return alpha + beta * (tensor.depth / (tensor.blocks - 1) if tensor.blocks > 1 else 1.0)
+        return alpha + beta if outside == "by_position" and tensor.depth >= tensor.blocks > 0 else alpha
+
+    return factor
+
+
+def check_given(count: int, alpha: float | None, beta: float | None) -> None:
+    """Refuse what the formulas leave open.
+
+    Raises:
+        RequestError: alpha is missing for one checkpoint, or beta for several.
+    """
+    if count == 1 and alpha is None:
+        raise RequestError(
+            "merge.lines: with one tuned checkpoint, alpha has to be given: 1 is that checkpoint, 0 keeps the base's first "
+            "block. Try 0.1, 0.3 and 0.5 and judge both tasks."
+        )
+    if count > 1 and beta is None:
+        raise RequestError(
+            f"merge.lines: with {count} tuned checkpoints, beta has to be given: the last block's factor is alpha + beta. "
+            "Try 0.3, 0.5 and 0.8 and judge all tasks."
+        )

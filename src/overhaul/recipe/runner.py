@@ -1,0 +1,324 @@
+"""Run a recipe: step by step, each keyed by all it depends on, each judged from the files it wrote.
+
+1. A step begins from the saved result of the one before, also in an uninterrupted run. So a run that was killed and one
+   that was not give the same numbers, and every checkpoint is loaded once before anybody relies on it.
+2. A step that changes nothing writes no model, and nothing is judged again: the stage before goes on. What a step makes
+   beside the model lies in its folder, where later steps find it.
+3. Under `torchrun` or `accelerate launch` every process walks through the same steps. The main one alone judges and
+   writes, the others wait where its files are read back, so all must see the run folder. What a method does outside
+   `fit`, each of them does for itself.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from overhaul import __version__, models, processes, session
+from overhaul.data.examples import Examples
+from overhaul.errors import OverhaulError, RequestError, RunError, writing
+from overhaul.files import write_json, write_text
+from overhaul.judge import judge as judging
+from overhaul.method import Material
+from overhaul.outcome import OutcomeError
+from overhaul.recipe import finished, lineage, machine, products, results
+from overhaul.recipe.check import RETRAINED, Checked, Step, check, encode_made, maker_of
+from overhaul.recipe.materials import Reference
+from overhaul.recipe.spec import Document
+from overhaul.recipe.store import RunFolder, Stage, code_version, key_of
+from overhaul.report.html import write_html
+
+
+def start(document: Document, root: Path) -> dict[str, Any]:
+    """Run a recipe in the folder `root`, or go on with it; the report's numbers.
+
+    Raises:
+        RequestError: the recipe, its data or the folder is wrong; nothing was started.
+        RunError: a step failed; the steps before it are kept.
+    """
+    processes.start()
+    checked = check(document)
+    if not checked.steps:
+        raise RequestError("The recipe has nothing but `compare:`, which `overhaul compare` runs.")
+    folder = RunFolder(root)
+    if processes.is_main():
+        folder = RunFolder.claim(root, document.name, checked.model.bytes * (1 + len(checked.steps)))
+    processes.wait()
+    return Runner(checked, folder).go()
+
+
+class Runner:
+    """One walk through a checked recipe's steps.
+
+    Args:
+        checked: the request.
+        folder: where steps and judgements are kept.
+        data: the examples of every role, where they are at hand already.
+        shown: where the model, the report and the lineage go; `folder` if not given.
+    """
+
+    def __init__(
+        self,
+        checked: Checked,
+        folder: RunFolder,
+        data: Mapping[str, Examples] | None = None,
+        shown: RunFolder | None = None,
+    ) -> None:
+        self.checked, self.folder, self.shown = checked, folder, shown or folder
+        session.current().report("reading data", 0, 1, "")
+        self.data = checked.encode() if data is None else data
+        judging.check_data(checked.requests, self.data)
+        self.digests = {role: examples.digest() for role, examples in self.data.items()}
+        self.digests |= {role: key_of(parts) for role, parts in self.raw_rows().items() if role not in self.digests}
+        self.warnings = [*checked.warnings, *self.repeated()]
+        self.model: tuple[str, nn.Module] | None = None
+        self.anchored: judging.Anchor | None = None
+
+    def go(self) -> dict[str, Any]:
+        """All steps, all judgements and the published model; the report."""
+        report = self.walk()[2]
+        if processes.is_main():
+            finished.remember(self.shown.root, self.checked)
+        return report
+
+    def walk(self) -> tuple[list[Stage], list[dict[str, Any]], dict[str, Any]]:
+        """As `go`; the stages, what the judge said of each, and the report."""
+        start = Stage("before", key_of(self.checked.model.digest(), self.checked.recipe.dtype), self.checked.model)
+        stages = [start]
+        judged = [self.judge(start)]
+        for step in self.checked.steps:
+            stages.append(self.step(step, stages))
+            judged.append(self.judge(stages[-1]))
+        report = self.report(stages, judged)
+        if processes.is_main():
+            self.publish(stages, report)
+        processes.wait()
+        return stages, judged, report
+
+    def raw_rows(self) -> dict[str, list[Mapping[str, Any]]]:
+        """The rows of every material that a step reads as they are."""
+        return {
+            name: [row for _, rows in self.checked.rows[name] for row in rows]
+            for step in self.checked.steps
+            for role in step.method.roles
+            if role.kind == "rows"
+            for name in step.names(role.name)
+            if name in self.checked.rows
+        }
+
+    def publish(self, stages: list[Stage], report: dict[str, Any]) -> None:
+        """Put the last stage's model, the report and where all came from in their places."""
+        history = lineage.lineage(self.checked, stages, self.digests, report)
+        self.shown.publish(
+            stages[-1].facts.folder,
+            {
+                "recipe.yaml": self.checked.document.text,
+                "lineage.json": json.dumps(history, indent=1) + "\n",
+                "README.md": lineage.model_card(self.checked, report),
+            },
+        )
+        write_text(self.shown.root / "recipe.yaml", self.checked.document.text)
+        write_json(self.shown.root / "lineage.json", history)
+        write_json(self.shown.root / "report.json", report)
+        with writing(self.shown.root):
+            write_html(report, self.shown.root / "report.html")
+
+    def repeated(self) -> list[str]:
+        """A warning for every step that is to forget what this model was made to forget before."""
+        found = []
+        for step in self.checked.steps:
+            digest = self.digests.get("".join(step.names("forget")))
+            earlier = lineage.forgotten_before(self.checked.model.folder, digest) if digest else None
+            if earlier is not None:
+                found.append(
+                    f"Step {step.number}, {step.name}: {earlier} made this model forget the same examples before. What is "
+                    "forgotten twice ends up less likely than what was never seen, and an attacker can tell."
+                )
+        return found
+
+    def load(self, stage: Stage) -> nn.Module:
+        """The model of a stage; the last one loaded is kept."""
+        if self.model is None or self.model[0] != stage.key:
+            self.model = None
+            self.model = (stage.key, self.opened(stage.facts))
+        return self.model[1]
+
+    def opened(self, facts: models.Checkpoint) -> nn.Module:
+        """A checkpoint's model, on the device that the run uses."""
+        torch.manual_seed(self.checked.recipe.seed)  # a start without weights draws them
+        model = models.load_weights(facts, self.checked.recipe.dtype, self.checked.recipe.trust_remote_code)
+        return model.to("cuda") if torch.cuda.is_available() else model
+
+    def key(self, step: Step, stages: list[Stage]) -> str:
+        """All that a step's result depends on."""
+        reads = {
+            role: [self.digests.get(name) or self.reference_key(name, stages) for name in step.names(role)]
+            for role in step.reads
+        }
+        parts = (step.name, step.method.version, dict(step.knobs), reads, self.checked.recipe.seed, __version__)
+        return key_of(stages[-1].key, *parts)
+
+    def reference_key(self, name: str, stages: list[Stage]) -> str:
+        """The key of a model or product that a step only reads."""
+        reference = self.checked.references[name]
+        if "model" in reference:
+            return models.facts(reference["model"]).digest()
+        if "made" in reference:
+            return key_of(self.maker(reference, stages).step_key, reference)
+        return self.after(reference["after"], stages).key
+
+    def after(self, name: str, stages: list[Stage]) -> Stage:
+        """The stage a recipe calls `after: NAME`."""
+        if name == "start":
+            return stages[0]
+        return stages[next(step.number for step in self.checked.steps if step.goes_by(name))]
+
+    def maker(self, reference: Reference, stages: list[Stage]) -> Stage:
+        """The stage of the step that made a product."""
+        step = maker_of(reference, self.checked.steps[: len(stages) - 1])
+        assert step is not None, "the recipe was checked"
+        return stages[step.number]
+
+    def reference_facts(self, name: str, stages: list[Stage]) -> models.Checkpoint:
+        """The checkpoint of a model that a step only reads."""
+        reference = self.checked.references[name]
+        if "model" in reference:
+            return models.facts(reference["model"])
+        return self.after(reference["after"], stages).facts
+
+    def material(self, role: Material, name: str, stages: list[Stage]) -> Any:
+        """One material, as the method's role wants it."""
+        reference = self.checked.references.get(name)
+        if reference is None:
+            return self.data[name] if role.kind == "examples" else self.raw_rows()[name]
+        if "made" in reference:
+            stage = self.maker(reference, stages)
+            assert stage.place is not None and stage.record is not None, "a stage that made something has a place"
+            kind = stage.record["made"][reference["name"]]["kind"]
+            value = products.read(kind, products.place_of(stage.place, reference["name"], kind), self.checked.processor)
+            if kind == "rows" and role.kind == "examples":
+                return encode_made(name, reference, value, self.checked.processor)
+            return self.opened(value) if role.kind == "model" else value
+        facts = self.reference_facts(name, stages)
+        return self.opened(facts) if role.kind == "model" else facts
+
+    def step(self, step: Step, stages: list[Stage]) -> Stage:
+        """The stage after a step: found where it was done before, else made."""
+        key = self.key(step, stages)
+        place = self.folder.step(step.number, step.name, key)
+        if not processes.agreed((place / "step.json").exists()):
+            self.make(step, stages, key, place)
+            processes.wait()
+        record = json.loads((place / "step.json").read_text())
+        if not (place / "model").exists():
+            return replace(stages[-1], name=step.name, record=record, place=place, step_key=key, changed=False)
+        facts = replace(models.facts(place / "model"), source=f"step {step.number}")
+        return Stage(step.name, key, facts, record, place, key)
+
+    def make(self, step: Step, stages: list[Stage], key: str, place: Path) -> None:
+        """Run one step into its place."""
+        partial = place.with_name(f".{place.name}.partial")
+        if processes.is_main():
+            with writing(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        given: dict[str, Any] = {}
+        if (subject := step.method.subject) is not None:
+            opened = subject.kind == "model"
+            given[subject.name] = self.load(stages[-1]) if opened else stages[-1].facts
+        self.model = None  # the method may change it in place
+        for role in step.method.roles:
+            if role.name in step.reads:
+                found = [self.material(role, name, stages) for name in step.names(role.name)]
+                given[role.name] = found if role.many else found[0]
+        if step.method.writes:
+            given["out"] = partial / "model"
+        torch.manual_seed(self.checked.recipe.seed)
+        with session.using(scratch=self.folder.scratch(key)), machine.measured() as cost:
+            try:
+                outcome = step.method.call(**given, **step.knobs)
+            except OutcomeError as error:
+                kept = place.with_name(f"{place.name}.refused")
+                raise results.refused(step, error, kept, self.checked) from error
+            except OverhaulError as error:
+                raise type(error)(f"Step {step.number}, {step.name}: {error}") from error
+            except torch.OutOfMemoryError as error:
+                raise RunError(
+                    f"Step {step.number}, {step.name}, ran out of memory. A smaller `batch_size`, `weights: lora` where the "
+                    "method has it, or `dtype: bfloat16` need less; `overhaul plan` shows how much."
+                ) from error
+        if processes.is_main():
+            record = results.save(step, stages[-1].facts, outcome, partial, self.checked)
+            record |= {"seconds": cost.seconds, "peak_bytes": cost.peak_bytes, "roles": self.sizes(step)}
+            self.folder.finish_step(place, partial, record, key)
+
+    def sizes(self, step: Step) -> dict[str, int]:
+        """How many examples each of a step's roles has."""
+        return {role: len(self.data[name]) for role in step.reads for name in step.names(role) if name in self.data}
+
+    def judge(self, stage: Stage) -> dict[str, Any]:
+        """What the judge says of a stage: found where it was judged before, else measured."""
+        requests = [asdict(request) for request in self.checked.requests]
+        roles = {role: self.digests[role] for request in self.checked.requests for role in request.roles.values()}
+        anchor = [self.reference_key(RETRAINED, [])] if self.checked.compares_with_retrained else []
+        parts = (stage.key, requests, roles, code_version(Path(judging.__file__).parent), *anchor)
+        path = self.folder.judged(key_of(*parts))
+        if processes.is_main() and not path.exists():
+            anchored = self.anchor()
+            model = self.load(stage)
+            torch.manual_seed(self.checked.recipe.seed)
+            judgement = judging.judge(model, self.checked.requests, self.data, anchor=anchored)
+            sample = next((data[0] for data in self.data.values() if len(data)), None)
+            measures = [*judgement.measures, *judging.cost(model, stage.facts.bytes, sample)]
+            write_json(path, {"measures": [asdict(measure) for measure in measures], "samples": judgement.samples})
+        processes.wait()
+        return json.loads(path.read_text())
+
+    def anchor(self) -> judging.Anchor | None:
+        """What the retrained model says, if the judge compares with one: read once, before another model is loaded."""
+        if self.checked.compares_with_retrained and self.anchored is None:
+            self.model = None
+            model = self.opened(self.reference_facts(RETRAINED, []))
+            torch.manual_seed(self.checked.recipe.seed)
+            self.anchored = judging.anchor_of(model, self.checked.requests, self.data)
+        return self.anchored
+
+    def report(self, stages: list[Stage], judged: list[dict[str, Any]]) -> dict[str, Any]:
+        """Everything the report shows, aligned over the stages."""
+        first = judged[0]
+        judged = [one for one, stage in zip(judged, stages, strict=True) if stage.changed]
+        measures = []
+        for n, measure in enumerate(first["measures"]):
+            common = {name: value for name, value in measure.items() if name not in ("value", "runs")}
+            runs = {"runs": [one["measures"][n]["runs"] for one in judged]} if measure["runs"] else {}
+            measures.append({**common, "values": [one["measures"][n]["value"] for one in judged], **runs})
+        samples = [
+            {
+                **{k: v for k, v in sample.items() if k != "output"},
+                "outputs": [one["samples"][n]["output"] for one in judged],
+            }
+            for n, sample in enumerate(first["samples"])
+        ]
+        recipe, facts = self.checked.recipe, self.checked.model
+        return {
+            "title": self.checked.document.name,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "overhaul": __version__,
+            "machine": machine.describe(),
+            "seed": recipe.seed,
+            "recipe": self.checked.document.text,
+            "model": {"source": recipe.model, "class": facts.architecture, "parameters": facts.parameters},
+            "stages": [stage.name for stage in stages if stage.changed],
+            "measures": measures,
+            "steps": [stage.record for stage in stages if stage.record is not None],
+            "samples": samples,
+            "warnings": self.warnings,
+        }

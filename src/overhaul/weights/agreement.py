@@ -1,0 +1,146 @@
+"""Whether checkpoints mean the same by the same numbers: names of tensors, words, and what their configs say.
+
+1. Names are compared as the class reads them: with or without the prefix before a model's body, as older and newer versions
+   of the library write them, and with a tied tensor stored once or twice.
+2. A word's embedding is a row. Where two tokenizers give one row to different words, a blend of the rows means nothing.
+3. What else the configs say differently (the base of rotary positions, head counts, the class) changes no shape, so only the
+   user can tell whether it matters: it is said.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from overhaul.errors import RequestError
+from overhaul.models import Checkpoint, planned
+from overhaul.weights.depths import built_names
+from overhaul.weights.index import Source, TensorFacts, TensorIndex, facts_of, vocabulary
+
+_UNIMPORTANT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+_TOLD_BY_SHAPES = {"vocab_size", "tie_word_embeddings"}
+_SAID = 8
+_MISSING = object()
+
+
+def aligned(sources: Sequence[Source]) -> list[TensorIndex]:
+    """The index of each checkpoint, with the names that the first one uses.
+
+    Raises:
+        RequestError: as in `TensorIndex.of`; there is no checkpoint; or a tensor is tied in one and not in another.
+    """
+    if not sources:
+        raise RequestError("There is no model. Give at least one.")
+    checkpoints = [facts_of(source) for source in sources]
+    first, *others = (TensorIndex.of(known) for known in checkpoints)
+    return [first, *(_renamed(checkpoints[0], first, *pair) for pair in zip(checkpoints[1:], others, strict=True))]
+
+
+def _renamed(ours: Checkpoint, first: TensorIndex, theirs: Checkpoint, other: TensorIndex) -> TensorIndex:
+    """The other's tensors under the first's names, where both classes can be built."""
+    if first.tensors.keys() == other.tensors.keys():
+        return other
+    try:
+        models = planned(ours), planned(theirs)
+    except RequestError:
+        return other
+    if models[0] is None or models[1] is None:
+        return other
+    ties = [dict(getattr(model, "all_tied_weights_keys", None) or {}) for model in models]
+    built = [built_names(model, index.tensors) for model, index in zip(models, (first, other), strict=True)]
+    mine, yours = (
+        {name: tied.get(one, one) for name, one in names.items()} for tied, names in zip(ties, built, strict=True)
+    )
+    _check_ties(first, other, ties[0], set(yours.values()) - set(mine.values()))
+    _check_ties(other, first, ties[1], set(mine.values()) - set(yours.values()))
+    # of a tied tensor that is stored twice, the one that the other is tied to counts: it comes last here
+    by_key: dict[str, list[str]] = {}
+    for name in sorted(yours, key=lambda name: built[1][name] == yours[name]):
+        by_key.setdefault(yours[name], []).append(name)
+    held: dict[str, TensorFacts] = {}
+    for name, tensor in first.tensors.items():
+        names = [name] if name in other.tensors and yours[name] == mine[name] else by_key.get(mine[name], [])
+        if len({built[1][one] for one in names}) == len(names) and names:  # else the class makes one of several
+            held[name] = replace(other.tensors[names[-1]], name=name, places=tensor.places)
+    read = set(mine.values())
+    rest = {name: tensor for name, tensor in other.tensors.items() if yours[name] not in read and name not in held}
+    return replace(other, tensors={**held, **rest})
+
+
+def _check_ties(tied: TensorIndex, own: TensorIndex, ties: Mapping[str, str], lacking: Set[str]) -> None:
+    """Refuse what one checkpoint holds and the other ties to something else."""
+    for name in sorted(lacking & ties.keys()):
+        raise RequestError(
+            f"{name} is a tensor of its own in {own.source} and is tied to {ties[name]} in {tied.source}. Untie it there: "
+            "open the model, set `model.config.tie_word_embeddings = False` and "
+            f"`model.{name} = torch.nn.Parameter(model.{ties[name]}.detach().clone())`, and save it."
+        )
+
+
+def differences(sources: Sequence[Source]) -> list[str]:
+    """What the configs of checkpoints say differently, a sentence each; dtypes and versions aside."""
+    first, *others = (facts_of(source) for source in sources)
+    ours = _flat(first.config)
+    said: list[str] = []
+    for other in others:
+        theirs = _flat(other.config)
+        for key in sorted(ours.keys() | theirs.keys()):
+            a, b = ours.get(key, _MISSING), theirs.get(key, _MISSING)
+            if a != b and key.rpartition(".")[2] not in _UNIMPORTANT | _TOLD_BY_SHAPES:
+                x, y = ("not given" if value is _MISSING else json.dumps(value) for value in (a, b))
+                said.append(f"{key} is {x} in {first.source} and {y} in {other.source}")
+    return [*said[:_SAID], f"{len(said) - _SAID} more"] if len(said) > _SAID else said
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def check_words(indexes: Sequence[TensorIndex], needed: Sequence[TensorFacts]) -> None:
+    """Refuse tokenizers that give one number to different words, if rows of words are among what is needed.
+
+    Raises:
+        RequestError: they do; it names a word.
+    """
+    first, *others = indexes
+    rows = vocabulary(first.config)
+    if first.folder is None or not any(tensor.shape[:1] == (rows,) for tensor in needed):
+        return
+    for other in others:
+        if other.folder is None or _same_file(first.folder, other.folder):
+            continue
+        ours, theirs = words(first.folder), words(other.folder)
+        differing = [number for number in sorted(ours.keys() & theirs.keys()) if ours[number] != theirs[number]]
+        if differing:
+            number = differing[0]
+            raise RequestError(
+                f"The tokenizers of {first.source} and {other.source} number {len(differing)} words differently: {number} "
+                f"is {ours[number]!r} in one and {theirs[number]!r} in the other, so their embeddings do not correspond. "
+                "Leave these tensors as the first model has them (`only=lambda t: 0 <= t.depth < t.blocks`), or write "
+                "`any_words=True` to merge them all the same."
+            )
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    files = [folder / "tokenizer.json" for folder in (one, other)]
+    return all(file.exists() for file in files) and files[0].read_bytes() == files[1].read_bytes()
+
+
+def words(folder: Path) -> dict[int, str]:
+    """A folder's words by number, from tokenizer.json or vocab.json; none where it has neither."""
+    if (folder / "tokenizer.json").exists():
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        listed = (content.get("model") or {}).get("vocab") or {}
+        found = (
+            {n: w for w, n in listed.items()} if isinstance(listed, dict) else {n: w[0] for n, w in enumerate(listed)}
+        )
+        return found | {token["id"]: token["content"] for token in content.get("added_tokens") or []}
+    if (folder / "vocab.json").exists():
+        return {n: w for w, n in json.loads((folder / "vocab.json").read_text(encoding="utf-8")).items()}
+    return {}
