@@ -41,7 +41,7 @@ def layout_of(stack: LayerStack, inputs: Mapping[str, Any] | None = None) -> dic
 
 
 def _in_block(block: BlockSites) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The norms that read the stream and the modules that write to it, by their names in it; none where it is no such block."""
+    """The norms that read the stream and the modules that write to it, by their names in it; none if it is no such block."""
     attention, mlp = block.attention, block.mlp
     fits = block.placement in ("pre", "sandwich") and not block.parallel and block.cross_attention is None
     if attention is None or mlp is None or not fits:
