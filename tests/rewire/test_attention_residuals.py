@@ -120,7 +120,7 @@ def reference(model: Any, size: int, scaled: bool) -> Tensor:
     v = [body.embed_tokens(IDS)]
     position = body.rotary_emb(v[0], torch.arange(IDS.shape[1]).unsqueeze(0))
 
-    def sources(layer: int) -> list[Tensor]:  # layers count from 1; L + 1 is the head
+    def sources(layer: int) -> list[Any]:  # layers count from 1; L + 1 is the head
         done = (layer - 1) // size
         blocks = [sum(v[1 + n * size : 1 + (n + 1) * size]) for n in range(done)]
         rest = v[1 + done * size : layer]
@@ -251,7 +251,7 @@ def test_the_method_trains_and_shows_where_each_sublayer_reads() -> None:
     assert outcome.model is model and outcome.facts["sources"] == 4 and outcome.facts["added_parameters"] == 9 * 64
     assert float(outcome.facts["difference_at_step_0"]) < 1e-5
     assert len(outcome.curves["loss"]) == 3
-    table = outcome.tables["depth weights"]
+    table: Any = outcome.tables["depth weights"]
     assert [row[0] for row in table.rows] == [f"{n} {part}" for n in range(4) for part in ("attention", "mlp")] + [
         "head"
     ]

@@ -113,7 +113,12 @@ def attention_residuals(
             name="attention residuals",
         )
     rows = depth_weights(model, text)
-    facts = {"sublayers_in_a_block": size, "sources": len(rows[-1]), "added_parameters": added, "steps": ledger.step}
+    facts: dict[str, Any] = {
+        "sublayers_in_a_block": size,
+        "sources": len(rows[-1]),
+        "added_parameters": added,
+        "steps": ledger.step,
+    }
     facts["difference_at_step_0"] = difference
     return Outcome(model, facts, _layers(rows), ledger.curves, {"depth weights": _table(rows)})
 

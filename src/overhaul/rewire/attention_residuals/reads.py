@@ -30,6 +30,7 @@ class Read(nn.Module):
     """
 
     eps = 1e-6
+    routing: Routing
 
     def __init__(self, width: int, routing: Routing) -> None:
         super().__init__()
