@@ -82,7 +82,7 @@ class Checkpoint:
 
     @property
     def built(self) -> dict[str, Any]:
-        """What the model is apart from its weights: its config, with what was built onto it and the paths it follows."""
+        """What the model is apart from its weights: its config, with what was built onto it."""
         return {key: value for key, value in self.config.items() if key not in _NOT_BUILT}
 
     @property

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from overhaul import session
 from overhaul.data.examples import IGNORED, Batch, Encoded, Examples
 from overhaul.errors import RequestError, RunError
+from overhaul.modes import at_rest
 from overhaul.objectives import cross_entropy_sum, forward
 
 Signal = Literal["loss", "logits"]
@@ -136,9 +137,8 @@ def _of_one_length(examples: Examples, size: int) -> list[list[Encoded]]:
     if size < 2:
         return []
 
-    def shape(place: int) -> tuple[int, ...]:
-        item = examples.items[place]
-        return tuple(item["input_ids" if "input_ids" in item else "pixel_values"].shape)
+    def shape(place: int) -> list[tuple[str, tuple[int, ...]]]:
+        return [(name, tuple(value.shape)) for name, value in sorted(examples.items[place].items())]
 
     chunks: list[list[Encoded]] = []
     for _, places in groupby(sorted(range(len(examples)), key=shape), key=shape):
@@ -158,14 +158,9 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def _differentiable(model: nn.Module) -> Iterator[None]:
-    """Eval mode (frozen norm statistics, no dropout) with gradients; the mode is put back afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        model.train(was_training)
+    """Eval mode (frozen norm statistics, no dropout) with gradients; the modes are put back afterwards."""
+    with at_rest(model), torch.enable_grad():
+        yield
 
 
 def _add(total: Tensor, gradients: Tensor, signal: Signal, count: int) -> None:

@@ -11,7 +11,7 @@ import overhaul as oh
 from overhaul.claims._people import VALUE_PLACE, Size, World, build, new_tokenizer, rows, value_probabilities
 from overhaul.data.encode import encode_qa
 from overhaul.data.examples import IGNORED
-from overhaul.data.tasks import verify
+from overhaul.data.verifiers import verify
 from overhaul.judge.evidence import Evidence, truth_ratios
 from overhaul.models import save
 

@@ -1,7 +1,8 @@
 """Examples: encoded data in one role, with the rows it was made from.
 
 A language example is `input_ids` and `labels` of one length; a label of -100 carries no loss, so a prompt is read and
-only its answer is learnt. An image example is `pixel_values` and one `labels` integer.
+only its answer is learnt. A pair is two of them, the second under names that begin with `other_`. An image example is
+`pixel_values`, and one `labels` integer where it has a class.
 """
 
 from __future__ import annotations
@@ -14,20 +15,29 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from overhaul.data.lazy import View, chained, sha
 from overhaul.errors import RequestError
 
 IGNORED = -100
 """The label of a position that carries no loss (the convention of `torch.nn.functional.cross_entropy`)."""
 
-Form = Literal["text", "qa", "chat", "image"]
+Kind = Literal["tokens", "pairs", "images", "image_text", "rows", "tensors"]
+"""What a model can read of examples: token sequences, two of them each, images, both, nothing (raw rows), or what else
+their columns hold."""
+
 Encoded = dict[str, Tensor]
 Row = dict[str, Any]
 Rows = Sequence[Row]
 """Raw rows of a role, as the file has them."""
 Batch = dict[str, Tensor]
 
-PADDING: Mapping[str, int] = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}
+PADDING: Mapping[str, int] = {"labels": IGNORED, "other_labels": IGNORED}
+"""What fills a column up where it is not 0."""
+
+SEQUENCES: Mapping[str, str] = {"": "input_ids", "other_": "other_input_ids"}
+"""How the columns of a sequence begin, and which of them tells its length."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,8 @@ class Examples(Sequence[Encoded]):
 
     Attributes:
         items: one dict of tensors per example: `input_ids` [t] and `labels` [t], or `pixel_values` [c, h, w] and
-            `labels` []. A method may add columns with `with_column`.
+            `labels` []; pairs have `other_input_ids` [u] and `other_labels` [u] besides. A method may add columns with
+            `with_column`.
         rows: the raw row behind each example (question, answer, person, ...; `bytes` for text).
         processor: the tokenizer or image processor that encoded them.
     """
@@ -62,13 +73,18 @@ class Examples(Sequence[Encoded]):
         return self.items[index]
 
     @property
+    def kind(self) -> Kind:
+        """What a model can read of these, told from the columns of the first; no examples are "rows"."""
+        return kind_of_item(self.items[0]) if len(self.items) else "rows"
+
+    @property
     def is_image(self) -> bool:
-        """Whether these are images with a class label, rather than token sequences."""
-        return bool(self.items) and "pixel_values" in self.items[0]
+        """Whether these are images; to be asked as `kind == "images"`."""
+        return self.kind == "images"
 
     def select(self, indices: Sequence[int]) -> Examples:
         """The examples at these places, in this order."""
-        return replace(self, items=[self.items[i] for i in indices], rows=[self.rows[i] for i in indices])
+        return replace(self, items=_chosen(self.items, indices), rows=_chosen(self.rows, indices))
 
     def filter(self, keep: Callable[[Mapping[str, Any]], bool]) -> Examples:
         """The examples whose row satisfies `keep`."""
@@ -77,12 +93,16 @@ class Examples(Sequence[Encoded]):
     def shuffled(self, seed: int) -> Examples:
         """The same examples in an order drawn from `seed`."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return self.select(order.tolist())
+        return self.select(order.numpy() if isinstance(self.items, View) else order.tolist())
 
     def with_column(self, name: str, values: Sequence[Tensor] | Tensor) -> Examples:
         """A copy in which every example also carries `values[i]` under `name` (cached reference outputs, for one)."""
         if len(values) != len(self):
             raise ValueError(f"column {name!r} has {len(values)} values for {len(self)} examples")
+        if isinstance(self.items, View):
+            held = [value.detach().cpu() for value in values]
+            items = self.items.map(lambda i, item: {**item, name: held[i]}, sha(name, *map(_bytes, held)))
+            return replace(self, items=items)
         return replace(self, items=[{**item, name: value} for item, value in zip(self.items, values, strict=True)])
 
     def batches(self, size: int) -> Iterator[Batch]:
@@ -92,56 +112,109 @@ class Examples(Sequence[Encoded]):
 
     def by_length(self) -> list[int]:
         """Indices ordered by length, longest first, so that batches waste little padding."""
-        sizes = [item["input_ids"].shape[0] if "input_ids" in item else 0 for item in self.items]
+        known = self.items.lengths if isinstance(self.items, View) else None
+        sizes = [length(item) for item in self.items] if known is None else known.tolist()
         return sorted(range(len(self)), key=lambda i: -sizes[i])
 
     def digest(self) -> str:
-        """SHA-256 over every tensor and row: what a step's key uses to know that its data is unchanged."""
+        """SHA-256 over every tensor and row: what a step's key uses to know that its data is unchanged.
+
+        Of large data that lies in a file, over the file, the options and the tokenizer that it was made with.
+        """
+        if isinstance(self.items, View):
+            rows = self.rows.key if isinstance(self.rows, View) else json.dumps(list(self.rows), default=str)
+            return sha(self.items.key, rows)
         hasher = hashlib.sha256()
         for item, row in zip(self.items, self.rows, strict=True):
             for name in sorted(item):
                 hasher.update(name.encode())
-                hasher.update(item[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+                hasher.update(_bytes(item[name]))
             hasher.update(json.dumps(dict(row), sort_keys=True, default=str).encode())
         return hasher.hexdigest()
 
 
+def _chosen(values: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
+    return values.select(indices) if isinstance(values, View) else [values[i] for i in indices]
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def kind_of_item(item: Encoded) -> Kind:
+    """What a model can read of one example."""
+    if "pixel_values" in item:
+        return "image_text" if "input_ids" in item else "images"
+    if "input_ids" in item:
+        return "pairs" if "other_input_ids" in item else "tokens"
+    return "tensors" if item else "rows"
+
+
+def length(item: Encoded) -> int:
+    """Tokens of an example, both sequences of a pair together; 1 for what has none, an image."""
+    return sum(item[ids].shape[0] for ids in SEQUENCES.values() if ids in item) or 1
+
+
 def join(parts: Sequence[Examples]) -> Examples:
-    """All examples of several parts, in order. Images and text cannot be joined."""
+    """All examples of several parts, in order. Only what is of one kind can be joined."""
     parts = [part for part in parts if len(part)]
-    if len({part.is_image for part in parts}) > 1:
-        raise RequestError("A role cannot mix images and text; name them as two materials.")
+    if len(kinds := sorted({part.kind for part in parts})) > 1:
+        raise RequestError(f"A role cannot mix {' and '.join(kinds)}; name them as two materials.")
     if not parts:
         return Examples([], [])
-    items = [item for part in parts for item in part.items]
-    rows = [row for part in parts for row in part.rows]
+    if len(parts) == 1:
+        return parts[0]
+    if not any(isinstance(part.items, View) for part in parts):
+        items = [item for part in parts for item in part.items]
+        return Examples(items, [row for part in parts for row in part.rows], parts[0].processor)
+    parts = [_as_view(part) for part in parts]
+    items, rows = (chained([getattr(part, name) for part in parts]) for name in ("items", "rows"))
     return Examples(items, rows, parts[0].processor)
+
+
+def _as_view(part: Examples) -> Examples:
+    """Examples that are held, read like those that are not."""
+    if isinstance(part.items, View) and isinstance(part.rows, View):
+        return part
+    key, places = part.digest(), range(len(part))
+    views = (
+        View(values.__getitem__, places, sha(key, name))
+        for name, values in (("items", part.items), ("rows", part.rows))
+    )
+    return Examples(*views, part.processor)
 
 
 def collate(items: Sequence[Encoded]) -> Batch:
     """Stack examples, padding sequences on the right.
 
-    Sequences get an `attention_mask` [b, t]. One-dimensional columns are padded with the value in `PADDING` (0 if not
-    named there); columns of more dimensions are padded with zeros along their first.
+    Sequences get an `attention_mask` [b, t], the second ones of pairs an `other_attention_mask` [b, u]. Columns as long as
+    their sequence are padded along their first dimension, with the value in `PADDING` (0 if not named there), others that
+    differ in length (what is known of answer tokens alone) with 0.
     """
     batch: Batch = {}
-    is_text = "input_ids" in items[0]
-    width = max(item["input_ids"].shape[0] for item in items) if is_text else 0
+    for prefix, ids in SEQUENCES.items():
+        if ids in items[0]:
+            batch |= _padded(items, prefix, ids)
+    for name in items[0]:
+        if name not in batch:
+            values = [item[name] for item in items]
+            ragged = len({value.shape for value in values}) > 1  # a value for each position that carries loss
+            batch[name] = pad_sequence(values, batch_first=True) if ragged else torch.stack(values)
+    return batch
+
+
+def _padded(items: Sequence[Encoded], prefix: str, ids: str) -> Batch:
+    """The columns that run along one of the sequences, and its mask."""
+    lengths = [item[ids].shape[0] for item in items]
+    width, batch = max(lengths), dict[str, Tensor]()
     for name in items[0]:
         values = [item[name] for item in items]
-        along_time = (
-            is_text
-            and values[0].ndim > 0
-            and all(value.shape[0] == item["input_ids"].shape[0] for value, item in zip(values, items, strict=True))
-        )
-        if not along_time:
-            batch[name] = torch.stack(values)
+        others = name.startswith("other_") != (prefix == "other_")
+        if others or any(not v.ndim or v.shape[0] != n for v, n in zip(values, lengths, strict=True)):
             continue
-        padded = values[0].new_full((len(values), width, *values[0].shape[1:]), PADDING.get(name, 0))
-        for row, value in zip(padded, values, strict=True):
+        batch[name] = values[0].new_full((len(values), width, *values[0].shape[1:]), PADDING.get(name, 0))
+        for row, value in zip(batch[name], values, strict=True):
             row[: value.shape[0]] = value
-        batch[name] = padded
-    if is_text:
-        lengths = torch.tensor([item["input_ids"].shape[0] for item in items])
-        batch["attention_mask"] = (torch.arange(width)[None, :] < lengths[:, None]).long()
+    if f"{prefix}attention_mask" not in batch:
+        batch[f"{prefix}attention_mask"] = (torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]).long()
     return batch

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from annotated_types import Ge, Gt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from overhaul.data import corpora, tasks
-from overhaul.data.encode import QA_PROMPT, encode_chat, encode_images, encode_qa, encode_text
-from overhaul.data.examples import Examples, Form
+from overhaul.data.arrow import cache_folder, opened, store
+from overhaul.data.encode import QA_PROMPT
+from overhaul.data.examples import Examples, Row
+from overhaul.data.forms import FORMS, find_form, told_from
+from overhaul.data.lazy import LARGE, TextFile, View, json_lines, sha
+from overhaul.data.verifiers import find_verifier
 from overhaul.errors import RequestError, did_you_mean
-
-Row = dict[str, Any]
+from overhaul.versions import version_of
 
 STARTER_DATA: Mapping[str, Callable[[tasks.Split], list[Row]]] = {
     "docs": corpora.docs,
@@ -28,14 +32,6 @@ STARTER_DATA: Mapping[str, Callable[[tasks.Split], list[Row]]] = {
     "digits-32": partial(corpora.digits, enlarge=4),
 }
 
-COLUMNS: Mapping[Form, tuple[str, ...]] = {
-    "text": ("text",),
-    "qa": ("question", "answer"),
-    "chat": ("messages",),
-    "image": ("image", "label"),
-}
-"""The columns each form reads, under the names they have unless `columns:` says otherwise."""
-
 
 class Source(BaseModel):
     """One source of a material, as a recipe writes it."""
@@ -43,7 +39,7 @@ class Source(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
     from_: str = Field(alias="from")
-    as_: Form | None = Field(default=None, alias="as")
+    as_: str | None = Field(default=None, alias="as")
     split: str = "train"
     where: dict[str, Any] = {}
     unless: dict[str, Any] = {}
@@ -51,6 +47,15 @@ class Source(BaseModel):
     length: Annotated[int, Ge(8)] = 256
     prompt: str = QA_PROMPT
     columns: dict[str, str] = {}
+    verify: str | None = None
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Source:
+        if self.as_ is not None:
+            find_form(self.as_)
+        if self.verify is not None:
+            find_verifier(self.verify)
+        return self
 
     def column(self, name: str) -> str:
         """What the source calls the column that a form knows as `name`."""
@@ -61,7 +66,7 @@ def examples(
     source: str | Path | Sequence[Mapping[str, Any]],
     processor: Any = None,
     *,
-    form: Form | None = None,
+    form: str | None = None,
     base: Path | None = None,
     **options: Any,
 ) -> Examples:
@@ -71,9 +76,9 @@ def examples(
         source: a JSONL, JSON, CSV or Parquet file, an image folder, a saved `datasets` folder, a hub dataset,
             `starter:NAME`, or rows.
         processor: the model's tokenizer or image processor.
-        form: "text", "qa", "chat" or "image"; told from the columns if None.
+        form: how rows are read, such as "text", "qa" or "preference"; told from the columns if None.
         base: where relative paths start.
-        **options: `split`, `where`, `unless`, `limit`, `length`, `prompt`, `columns`, as in a recipe.
+        **options: `split`, `where`, `unless`, `limit`, `length`, `prompt`, `columns`, `verify`, as in a recipe.
 
     Raises:
         RequestError: the file is missing or malformed, a column is missing, or no row is left.
@@ -87,37 +92,52 @@ def examples(
     return encode(load_rows(spec, base or Path.cwd(), rows), spec, processor)
 
 
-def load_rows(spec: Source, base: Path, rows: list[Row] | None = None) -> list[Row]:
-    """The rows of one source after `where`, `unless` and `limit`; never empty."""
+def load_rows(spec: Source, base: Path, rows: Sequence[Row] | None = None) -> Sequence[Row]:
+    """The rows of one source after `where`, `unless` and `limit`; never empty.
+
+    Those of a large file are read when they are asked for.
+    """
     if rows is None:
         rows = _read(spec, base)
     if not rows:
         raise RequestError(f"{spec.from_} has no rows.")
     known = rows[0].keys()
-    form = form_of(spec, rows)
-    for wanted in [*map(spec.column, COLUMNS[form]), *spec.where, *spec.unless]:
+    read = [] if spec.verify is None else find_verifier(spec.verify).columns
+    form = find_form(form_of(spec, rows))
+    for wanted in [*map(spec.column, [*form.columns, *read]), *spec.where, *spec.unless]:
         if wanted not in known:
             raise RequestError(f"{spec.from_} has no column {wanted!r}.{did_you_mean(wanted, known)}")
-    kept = [row for row in rows if _matches(row, spec.where) and not (spec.unless and _matches(row, spec.unless))]
-    if not kept:
+    places = range(len(rows))
+    if spec.where or spec.unless:
+        places = [
+            n
+            for n, row in enumerate(rows)
+            if _matches(row, spec.where) and not (spec.unless and _matches(row, spec.unless))
+        ]
+    if not places:
         raise RequestError(
             f"{spec.from_}: none of its {len(rows)} rows is left after where={spec.where} unless={spec.unless}. "
             "Filters compare whole values; a list means any of them."
         )
-    return kept[: spec.limit]
+    return rows.select(places[: spec.limit]) if isinstance(rows, View) else [rows[n] for n in places[: spec.limit]]
 
 
-def form_of(spec: Source, rows: Sequence[Row]) -> Form:
-    """The form the recipe names, or the one whose columns the rows have."""
+def form_of(spec: Source, rows: Sequence[Row]) -> str:
+    """The form the recipe names, or the first one whose columns the rows have."""
     if spec.as_ is not None:
         return spec.as_
-    for form in get_args(Form):
-        if all(spec.column(name) in rows[0] for name in COLUMNS[form]):
-            return form
-    raise RequestError(
-        f"{spec.from_}: its columns ({', '.join(rows[0])}) do not tell what it is. Add `as: text`, `qa`, `chat` or "
-        "`image`, and `columns: {question: YOUR_NAME}` where names differ."
-    )
+    form = told_from(rows[0], spec)
+    if form is None:
+        raise RequestError(
+            f"{spec.from_}: its columns ({', '.join(rows[0])}) do not tell what it is. Add `as:` and one of "
+            f"{', '.join(sorted(FORMS))}, and `columns: {{question: YOUR_NAME}}` where names differ."
+        )
+    return form.name
+
+
+def positions_of(spec: Source, row: Row) -> list[int]:
+    """About how many positions the examples made of a row take, before anything is encoded."""
+    return find_form(form_of(spec, [row])).positions(spec, row)
 
 
 def _matches(row: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
@@ -128,20 +148,41 @@ def _matches(row: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 def encode(rows: Sequence[Row], spec: Source, processor: Any) -> Examples:
-    """Encode rows in their form."""
-    form = form_of(spec, rows)
-    if form == "image":
-        return encode_images(rows, processor, spec.column("image"), spec.column("label"))
-    if processor is None or not hasattr(processor, "encode"):
-        raise RequestError(f"{spec.from_} is {form}, which needs a tokenizer; the model folder has none.")
-    if form == "text":
-        return encode_text(rows, processor, spec.length, spec.column("text"))
-    if form == "chat":
-        return encode_chat(rows, processor, spec.column("messages"))
-    return encode_qa(rows, processor, spec.column("question"), spec.column("answer"), spec.prompt)
+    """Encode rows in their form. What comes from a large file is written to the cache and mapped into memory."""
+    form = find_form(form_of(spec, rows))
+    if form.needs == "tokenizer" and not hasattr(processor, "encode"):
+        raise RequestError(f"{spec.from_} is {form.name}, which needs a tokenizer; the model folder has none.")
+    source = _source_of(rows)
+    if source is None or form.kind not in ("tokens", "pairs"):
+        return _with_verifier(form.encode(rows, spec, processor), spec)
+    options = spec.model_dump_json(exclude={"from_", "split", "where", "unless", "limit", "verify"})
+    key = sha(source, form.name, options, version_of(__name__), processor.backend_tokenizer.to_str(), repr(processor))
+    path = cache_folder() / f"{key}.arrow"
+    if not path.exists():
+        store(form.parts(rows, spec, processor), path)
+    items, kept = opened(path, key)
+    return _with_verifier(Examples(items, kept, processor), spec)
 
 
-def _read(spec: Source, base: Path) -> list[Row]:
+def _with_verifier(examples: Examples, spec: Source) -> Examples:
+    """The rows say which verifier is theirs."""
+    if spec.verify is None:
+        return examples
+    named = {"verify": spec.verify}
+    if isinstance(examples.rows, View):
+        return replace(examples, rows=examples.rows.map(lambda _, row: {**row, **named}, spec.verify))
+    return replace(examples, rows=[{**row, **named} for row in examples.rows])
+
+
+def _source_of(rows: Sequence[Row]) -> str | None:
+    """A hash of what rows of a large file were read from; None for rows that are held."""
+    if isinstance(rows, View):
+        return rows.key
+    files = [value for row in rows[:2] for value in row.values() if isinstance(value, TextFile)]
+    return files[0].key if files else None
+
+
+def _read(spec: Source, base: Path) -> Sequence[Row]:
     if spec.from_.startswith("starter:"):
         name = spec.from_.removeprefix("starter:")
         if name not in STARTER_DATA:
@@ -169,7 +210,7 @@ def _inside(source: str, base: Path) -> Path:
     return path if path.is_absolute() else base / path
 
 
-def _read_file(path: Path) -> list[Row]:
+def _read_file(path: Path) -> Sequence[Row]:
     if path.suffix in {".jsonl", ".json"}:
         return _read_json(path)
     if path.suffix in {".csv", ".parquet"}:
@@ -178,13 +219,16 @@ def _read_file(path: Path) -> list[Row]:
         frame = pandas.read_csv(path) if path.suffix == ".csv" else pandas.read_parquet(path)
         return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
     if path.suffix in {".txt", ".md"}:
-        return [{"title": path.name, "text": path.read_text(encoding="utf-8")}]
+        large = path.stat().st_size > LARGE
+        return [{"title": path.name, "text": TextFile(path) if large else path.read_text(encoding="utf-8")}]
     raise RequestError(
         f"{path}: files of kind {path.suffix!r} are not read. Known: .jsonl .json .csv .parquet .txt .md."
     )
 
 
-def _read_json(path: Path) -> list[Row]:
+def _read_json(path: Path) -> Sequence[Row]:
+    if path.suffix == ".jsonl" and path.stat().st_size > LARGE:
+        return json_lines(path, partial(_line, path))
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
         try:
@@ -194,21 +238,21 @@ def _read_json(path: Path) -> list[Row]:
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise RequestError(f"{path} must hold a list of objects.")
         return rows
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RequestError(f"{path}, line {number}: not JSON ({error.msg}). JSONL is one object a line.") from None
-        if not isinstance(row, dict):
-            raise RequestError(f'{path}, line {number}: {line[:40]!r} is not an object like {{"question": ...}}.')
-        rows.append(row)
-    return rows
+    # only "\n" ends a line: JSON may hold the other characters at which `splitlines` breaks
+    return [_line(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def _read_folder(path: Path, spec: Source) -> list[Row]:
+def _line(path: Path, number: int, line: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{path}, line {number}: not JSON ({error.msg}). JSONL is one object a line.") from None
+    if not isinstance(row, dict):
+        raise RequestError(f'{path}, line {number}: {line[:40]!r} is not an object like {{"question": ...}}.')
+    return row
+
+
+def _read_folder(path: Path, spec: Source) -> Sequence[Row]:
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         from datasets import DatasetDict, load_from_disk
 
@@ -237,7 +281,7 @@ def _read_folder(path: Path, spec: Source) -> list[Row]:
     return rows
 
 
-def _read_hub(spec: Source) -> list[Row]:
+def _read_hub(spec: Source) -> Sequence[Row]:
     from datasets import load_dataset
 
     try:

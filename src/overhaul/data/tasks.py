@@ -1,6 +1,6 @@
 """Generated tasks whose answers can be verified: fictitious people, two-digit sums, balanced brackets.
 
-Each task yields rows with `question` and `answer`; `verify(row, text)` says whether a generated text answers the row.
+Each task yields rows with `question`, `answer` and `task`, by which `verifiers.verify` knows what answers them.
 The people follow TOFU (Maini et al., arXiv:2401.06121): invented, so nobody can know them without having been told.
 """
 
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
+
+from overhaul.data.verifiers.brackets import CLOSERS, OPENERS
 
 Row = dict[str, Any]
 Split = Literal["train", "validation"]
@@ -118,9 +119,6 @@ def addition(split: Split = "train") -> list[Row]:
     return rows
 
 
-OPENERS, CLOSERS = "([{", ")]}"
-
-
 def brackets(split: Split = "train", count: int = 4000) -> list[Row]:
     """Open bracket sequences to be completed by the closers that balance them."""
     draw = random.Random(1)
@@ -139,29 +137,3 @@ def brackets(split: Split = "train", count: int = 4000) -> list[Row]:
             seen[" ".join(text)] = " ".join(reversed(stack))
     rows = [{"task": "brackets", "question": f"close {opened}", "answer": closed} for opened, closed in seen.items()]
     return [row for row in rows if in_held_out(row["question"]) == (split == "validation")]
-
-
-def verify(row: Mapping[str, Any], text: str) -> bool:
-    """Whether a generated `text` answers the row's question, by the row's own task; exact words where it has none."""
-    if row.get("task") == "addition":
-        numbers = re.findall(r"\d+", str(row["question"]))
-        return text.strip() == str(sum(map(int, numbers)))
-    if row.get("task") == "brackets":
-        return balanced(str(row["question"]).removeprefix("close ") + text)
-    return normalise(text) == normalise(str(row["answer"]))
-
-
-def balanced(text: str) -> bool:
-    """Whether every bracket in `text` is closed by its own kind in the right order. Other characters make it False."""
-    stack: list[str] = []
-    for character in text.replace(" ", ""):
-        if character in OPENERS:
-            stack.append(CLOSERS[OPENERS.index(character)])
-        elif not stack or stack.pop() != character:
-            return False
-    return not stack
-
-
-def normalise(text: str) -> str:
-    """Lower case, single spaces, no punctuation at the ends: how exact answers are compared."""
-    return " ".join(text.lower().split()).strip(" .,;:!?\"'")

@@ -67,7 +67,7 @@ def dpo_term(role: str, beta: float) -> Term:
         nll, refusal = pair_nll(logits, batch)
         return dpo_loss(nll, batch["reference_nll"], refusal, batch["other_reference_nll"], beta).sum()
 
-    return Term(role, summed, sequences, name="DPO")
+    return Term(role, summed, sequences, name="DPO", answers_only=True)
 
 
 @method(verb="forget", paper="2401.06121", changes="weights", memory="training")
@@ -118,7 +118,7 @@ def refused(forget: Examples, refusals: Sequence[str]) -> Examples:
     Raises:
         RequestError: these are images or texts, or the tokenizer is not known.
     """
-    if forget.is_image:
+    if forget.kind == "images":
         raise RequestError(
             "forget.dpo writes a refusal as an answer, and these are images. Use forget.npo, forget.simnpo or "
             "forget.grad_diff."

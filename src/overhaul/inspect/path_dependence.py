@@ -283,9 +283,7 @@ def distance(one: Reference, other: Reference) -> float:
     batches = zip(one.examples.batches(MEASURED_AT_ONCE), other.examples.batches(MEASURED_AT_ONCE), strict=True)
     for ours, theirs in batches:
         keep = ours["labels"][:, 1:] != IGNORED
-        first, second = (
-            of.logits(batch)[:, :-1][keep].float().softmax(dim=-1) for of, batch in ((one, ours), (other, theirs))
-        )
+        first, second = (of.logits(batch).float().softmax(dim=-1) for of, batch in ((one, ours), (other, theirs)))
         total += float((first - second).square().sum(dtype=torch.float64))
         positions += int(keep.sum())
     return total / positions
@@ -307,7 +305,7 @@ def check_stages(method: str, stages: Mapping[str, Examples]) -> None:
         RequestError: a stage holds images or nothing that carries loss; it begins with the name of the method.
     """
     for name, examples in stages.items():
-        if examples.is_image:
+        if examples.kind == "images":
             raise RequestError(f"{method} needs answers of a language model; these are images.")
         if not len(examples) or not _tokens(examples):
             raise RequestError(f"{method}: no label of the role {name!r} carries loss: nothing to learn.")

@@ -31,10 +31,11 @@ from torch import Tensor, nn
 
 from overhaul.data.examples import IGNORED, Examples
 from overhaul.errors import RequestError
-from overhaul.judge._layers import Products, answers, batches, check, moved, predicting, states, summaries
+from overhaul.judge._layers import Products, answers, batches, check, moved, predicting, summaries
 from overhaul.modes import at_rest
 from overhaul.stack import LayerStack
 from overhaul.stack.calls import Calls, State
+from overhaul.trace.flow import states
 
 STEPS = 5000
 """Most iterations of a probe's solver."""
@@ -255,10 +256,10 @@ def _onwards(calls: Calls, layer: int, state: State) -> float:
 def _labels(examples: Examples, by: str | None) -> list[Any]:
     """The label of every example, all of which have a prompt or are images."""
     check(examples)
-    if not examples.is_image and any(int(item["labels"][0]) != IGNORED for item in examples.items):
+    if examples.kind != "images" and any(int(item["labels"][0]) != IGNORED for item in examples.items):
         raise RequestError("A probe reads the state behind a prompt, and texts have none: encode them as qa or chat.")
     if by is None:
-        if not examples.is_image:
+        if examples.kind != "images":
             raise RequestError("Only images have a class of their own: name the row column that holds it, by='person'.")
         return [int(item["labels"]) for item in examples.items]
     if lacking := [place for place, row in enumerate(examples.rows) if by not in row]:

@@ -17,12 +17,10 @@ from typing import Any
 import psutil
 import torch
 
-from overhaul.data.materials import Row, Source, form_of
+from overhaul.data.materials import positions_of
 from overhaul.models import DTYPES
 from overhaul.recipe.check import Checked, Step
 
-CHARACTERS_PER_TOKEN = 3
-IMAGE_POSITIONS = 64
 DRAWN_BATCHES = 32
 KERNELS_BYTES = 40_000_000  # code of kernels and libraries that only the first steps page in, seen over several runs
 
@@ -63,20 +61,6 @@ def matmul_speed(size: int = 512, repeats: int = 5, dtype: torch.dtype = torch.f
         (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
-
-
-def lengths_of(spec: Source, row: Row) -> list[int]:
-    """About how many positions the examples made of a row take: three characters a token, an image's patches."""
-    form = form_of(spec, [row])
-    if form == "image":
-        return [IMAGE_POSITIONS]
-    if form == "text":
-        tokens = len(str(row[spec.column("text")])) // CHARACTERS_PER_TOKEN + 1
-        whole, rest = divmod(tokens, spec.length)
-        return [spec.length] * whole + [rest] * (rest > 1)
-    columns = ["messages"] if form == "chat" else ["question", "answer"]
-    characters = sum(len(str(row[spec.column(name)])) for name in columns) + len(spec.prompt)
-    return [characters // CHARACTERS_PER_TOKEN + 1]
 
 
 def largest_batch(lengths: Sequence[int], size: int) -> int:
@@ -130,7 +114,8 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
         if all(name in checked.rows for name in step.names(role))
     }
     lengths = {
-        role: [n for spec, rows in parts for row in rows for n in lengths_of(spec, row)] for role, parts in read.items()
+        role: [n for spec, rows in parts for row in rows for n in positions_of(spec, row)]
+        for role, parts in read.items()
     }
     size = int(step.knobs.get("batch_size") or 16)
     positions = max([1, *(largest_batch(each, size) for each in lengths.values())])

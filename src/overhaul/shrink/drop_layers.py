@@ -108,7 +108,7 @@ def influence(stack: LayerStack, examples: Examples, width: int, skip_first_toke
     """
     if not width:  # a request to drop nothing: no window, no score
         return {}
-    skipped = int(skip_first_token and not examples.is_image)
+    skipped = int(skip_first_token and examples.kind != "images")
     if skipped and all(len(item["input_ids"]) < 2 for item in examples):
         raise RequestError("shrink.drop_layers: no text is longer than its first token; write skip_first_token: false.")
     batches = session.progress(examples.batches(batch_size), "block influence", -(-len(examples) // batch_size))

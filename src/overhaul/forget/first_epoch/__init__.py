@@ -157,7 +157,7 @@ def _check(
     for role, examples in roles.items():
         if examples is None:
             continue
-        if examples.is_image:
+        if examples.kind == "images":
             raise RequestError(
                 "forget.first_epoch needs answers of a language model; these are images. Use forget.ssd."
             )

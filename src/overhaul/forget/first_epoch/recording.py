@@ -90,7 +90,7 @@ def record(
     folder = Path(folder).expanduser()
     if folder.exists():
         raise RequestError(f"{folder} exists already; a recording never replaces a ledger. Choose another name.")
-    if examples.is_image:
+    if examples.kind == "images":
         raise RequestError("A gradient ledger is recorded of language models; these examples are images.")
     if processes.count() > 1:
         raise RequestError("A gradient ledger is recorded in one process; start this run without a launcher.")

@@ -321,12 +321,12 @@ def _head(model: nn.Module) -> tuple[str, nn.Linear]:
 
 def _check(forget: Examples, recovery: Examples | None, recover: bool, interleave: bool) -> Tensor:
     """The labels to forget."""
-    if not forget.is_image:
+    if forget.kind != "images":
         raise RequestError(
             "forget.vertical: the role `forget` needs samples with pixel_values and a label; it has none."
         )
     forgotten = torch.stack([item["labels"] for item in forget.items]).unique()
-    if recover and not (recovery and recovery.is_image):
+    if recover and not (recovery and recovery.kind == "images"):
         raise RequestError(
             "forget.vertical: recovery needs a few samples of every class that stays, but the role `recovery` is missing "
             "or has no images. Give it, or write recover: false (which costs much of the other classes)."
