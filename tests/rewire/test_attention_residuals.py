@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import examples_for, tiny_gpt2, tiny_llama, tiny_qwen3, tiny_vit
+from contract import Case
 from families import FAMILIES
 from guarantees import output
 from overhaul import models
@@ -22,22 +23,16 @@ from overhaul.rewire.attention_residuals.layout import layout_of
 from overhaul.rewire.attention_residuals.reads import Read, Routing
 from overhaul.stack import LayerStack
 
-CASE = {
-    "method": attention_residuals,
-    "materials": lambda: {"model": tiny_llama(), "text": examples_for("llama", 8)},
-    "knobs": {"size": 2, "steps": 2, "batch_size": 4},
-    "varied": {
-        "size": (1, 3),
-        "scaled": (True, False),
-        "steps": (1, 3),
-        "batch_size": (2, 4),
-        "lr": (1e-3, 1e-2),
-        "query_lr": (1e-3, 1e-1),
-        "warmup": (0, 2),
-        "schedule": ("constant", "linear"),
-        "weight_decay": (0.0, 0.5),
+CASE = Case(
+    method=attention_residuals,
+    materials=lambda: {"model": tiny_llama(), "text": examples_for("llama", 8)},
+    knobs={"size": 2, "steps": 3, "batch_size": 4, "lr": 1e-3},
+    varied={
+        "size": (1, 3), "scaled": (True, False), "steps": (2, 3), "batch_size": (2, 4), "lr": (1e-3, 1e-2),
+        "query_lr": (1e-3, 1e-1), "warmup": (0, 2), "schedule": ("constant", "linear"), "weight_decay": (0.0, 0.5),
     },
-}
+    apart={"hooks": "what was built reads and writes through hooks, for good"},
+)  # fmt: skip
 
 IDS = torch.arange(3, 21).reshape(2, 9)
 BUILD = {"llama": tiny_llama, "gpt2": tiny_gpt2, "qwen3": tiny_qwen3}
