@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import math
+import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from conftest import tiny_llama, tiny_resnet
+from conftest import FAMILIES as FAMILY
+from conftest import tiny_gpt2, tiny_llama, tiny_resnet
+from families import FAMILIES
 from overhaul import models
+from overhaul.checkpoints import weight_files
 from overhaul.errors import RequestError, RunError
+from overhaul.stack import LayerStack
 from overhaul.weights import relative_change
+from tiny_checkpoints import sharded
 
 
 def test_headers_tell_parameters_and_dtype_without_reading_weights(folder: Path) -> None:
@@ -139,3 +147,254 @@ def test_a_class_of_ours_is_found_by_the_module_that_its_config_names(folder: Pa
     assert models.class_of(ours) is models.Checkpoint
     theirs = replace(known, config={**known.config, "overhaul": "os.path"})
     assert models.class_of(theirs) is models.class_of(known)
+
+
+# strict: what the class would not load back is not saved, what it has no place for is not opened
+
+
+def test_what_the_class_would_not_load_back_is_not_saved(tmp_path: Path) -> None:
+    model: Any = tiny_llama()
+    model.model.layers[1].gate = nn.Parameter(torch.zeros(3))
+    with pytest.raises(
+        RunError, match=r"1 tensors are not those .* such as 'model\.layers\.1\.gate'; nothing was saved"
+    ):
+        models.save(model, None, tmp_path / "out")
+    narrow: Any = tiny_llama()
+    mlp = narrow.model.layers[2].mlp
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = (
+        nn.Linear(32, 8, False),
+        nn.Linear(32, 8, False),
+        nn.Linear(8, 32, False),
+    )
+    with pytest.raises(RunError, match="3 tensors"):
+        models.save(narrow, None, tmp_path / "out")
+    with pytest.raises(RunError, match="no model of transformers or diffusers"):
+        models.save(nn.Linear(2, 2), None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled_blocks_are_saved_under_plain_names(whole: bool, tmp_path: Path) -> None:
+    model: Any = tiny_llama()
+    said = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if whole:
+        model = torch.compile(model, backend="eager")
+    else:
+        for n, layer in enumerate(model.model.layers):
+            model.model.layers[n] = torch.compile(layer, backend="eager")
+        LayerStack.at(model, "model.layers").drop([1])
+    models.save(model, None, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert not any("_orig_mod" in name for name in stored)
+    assert torch.equal(
+        stored["model.layers.2.mlp.up_proj.weight"], said[f"model.layers.{2 if whole else 3}.mlp.up_proj.weight"]
+    )
+    assert any("_orig_mod" in name for name in model.state_dict()), "the held model is still a compiled one"
+    models.open_model(tmp_path / "out")
+
+
+def copied(folder: Path, out: Path, **changes: Any) -> Path:
+    shutil.copytree(folder, out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, **changes}))
+    return out
+
+
+def test_weights_with_more_blocks_than_the_config_are_refused(folder: Path, tmp_path: Path) -> None:
+    short = copied(folder, tmp_path / "short", num_hidden_layers=3)
+    with pytest.raises(
+        RequestError, match=r"9 tensors that LlamaForCausalLM has no place for, such as 'model\.layers\.3"
+    ):
+        models.open_model(short)
+    with pytest.raises(RequestError, match=r"hold model\.layers\.3\..* without that block"):
+        models.check_shapes(models.facts(short))
+
+
+def test_a_tensor_that_the_class_has_no_place_for_is_refused_and_a_head_of_another_task_is_not(
+    folder: Path, tmp_path: Path
+) -> None:
+    held = load_file(folder / "model.safetensors")
+    copied(folder, tmp_path / "m")
+    place = tmp_path / "m" / "model.safetensors"
+    save_file({**held, "model.norm.shift": torch.zeros(32)}, place, {"format": "pt"})
+    with pytest.raises(RequestError, match=r"no place for, such as 'model\.norm\.shift'"):
+        models.open_model(tmp_path / "m")
+    save_file({**held, "score.weight": torch.zeros(2, 32)}, place, {"format": "pt"})
+    with pytest.warns(UserWarning, match=r"also holds score\.weight: heads of other tasks"):
+        models.open_model(tmp_path / "m")
+    (tmp_path / "m" / "lineage.json").write_text("{}")
+    with pytest.raises(RequestError, match="no place for"):
+        models.open_model(tmp_path / "m")
+
+
+def test_what_transformers_knows_to_be_left_over_opens(tmp_path: Path) -> None:
+    """Old checkpoints hold rotary tables per block, GPT-2's its masks, BERT's a pooler and a second head."""
+    llama = models.save(tiny_llama(), None, tmp_path / "llama")
+    rewrite(llama, lambda held: held.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}))
+    gpt2 = models.save(tiny_gpt2(), None, tmp_path / "gpt2")
+    rewrite(gpt2, lambda held: held.update({"transformer.h.0.attn.bias": torch.zeros(1, 1, 8, 8)}))
+    bert = models.save(FAMILIES["BERT"].build(), None, tmp_path / "bert")
+    rewrite(bert, lambda held: held.update({"bert.pooler.dense.weight": torch.zeros(32, 32)}))
+    rewrite(bert, lambda held: held.update({"cls.seq_relationship.weight": torch.zeros(2, 32)}))
+    for name in (llama, gpt2):
+        models.open_model(name)
+        models.check_shapes(models.facts(name))
+    with pytest.warns(UserWarning, match=r"cls\.seq_relationship\.weight"):
+        models.open_model(bert)
+
+
+# two copies of the weights, and indexes that lie
+
+
+def test_a_second_copy_of_the_weights_is_not_counted(folder: Path, tmp_path: Path) -> None:
+    plain = models.facts(folder)
+    twice = copied(folder, tmp_path / "twice")
+    held = load_file(folder / "model.safetensors")
+    save_file({f"x.{name}": tensor for name, tensor in held.items()}, twice / "consolidated.safetensors")
+    save_file(held, twice / "model.fp16.safetensors")
+    known = models.facts(twice)
+    assert (known.bytes, known.parameters, known.shapes) == (plain.bytes, plain.parameters, plain.shapes)
+    assert [path.name for path in known.weight_files] == ["model.safetensors"]
+
+
+def test_weights_that_could_be_read_in_two_ways_are_refused(folder: Path, tmp_path: Path) -> None:
+    both = copied(folder, tmp_path / "both")
+    model, _ = models.open_model(folder)
+    sharded(model, both, "20KB")
+    shutil.copyfile(folder / "model.safetensors", both / "model.safetensors")
+    with pytest.raises(
+        RequestError, match=r"holds model\.safetensors and model\.safetensors\.index\.json, which names"
+    ):
+        models.facts(both)
+    (both / "model.safetensors").unlink()
+    assert models.facts(both).shapes == models.facts(folder).shapes
+    other = copied(folder, tmp_path / "other")
+    (other / "model.safetensors").rename(other / "weights.safetensors")
+    with pytest.raises(RequestError, match=r"holds weights\.safetensors, but neither model\.safetensors nor its index"):
+        models.facts(other)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/secret.safetensors", "sub/model.safetensors"])
+def test_an_index_that_names_a_file_outside_the_folder_is_refused(name: str, folder: Path, tmp_path: Path) -> None:
+    bad = copied(folder, tmp_path / "bad")
+    (bad / "model.safetensors").unlink()
+    shutil.copyfile(folder / "model.safetensors", tmp_path / "secret.safetensors")
+    (bad / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(RequestError, match="which lies outside of the folder"):
+        models.facts(bad)
+
+
+# a start without weights
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "resnet"])
+def test_a_new_model_is_drawn_from_config_and_seed_alone(family: str, tmp_path: Path) -> None:
+    made = models.save(FAMILY[family](), None, tmp_path / "made")
+    (tmp_path / "bare").mkdir()
+    shutil.copyfile(made / "config.json", tmp_path / "bare" / "config.json")
+    known = models.facts(f"new:{tmp_path / 'bare'}")
+    assert known.is_new and known.weight_files == () and known.shapes == models.facts(made).shapes
+    models.check_shapes(known)
+    torch.manual_seed(5)
+    first, here = known.open().state_dict(), torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(1), here), "the seed of the caller is left alone"
+    again = models.facts(f"new:{made}").open().state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items()), (
+        "weights beside the config do not count"
+    )
+    other = models.facts(f"new:{made}", seed=1)
+    assert other.digest() != known.digest() and models.facts(f"new:{made}").digest() == known.digest()
+    different = other.open("bfloat16").state_dict()
+    assert any(not torch.equal(tensor.bfloat16(), different[name]) for name, tensor in first.items())
+    assert sum(math.prod(shape) * 4 for shape in known.shapes.values()) == known.bytes
+
+
+def test_a_new_model_opens_with_the_tokenizer_that_lies_there(folder: Path) -> None:
+    model, tokenizer = models.open_model(f"new:{folder}")
+    assert tokenizer is not None and isinstance(model, type(models.open_model(folder)[0]))
+    empty = folder.parent / "empty"
+    empty.mkdir()
+    with pytest.raises(RequestError, match=r"no \*\.safetensors weights.*new:"):
+        weight_files(empty)
+
+
+# adapters
+
+
+def adapter(base: Path, out: Path, **options: Any) -> tuple[Path, Any]:
+    """A random adapter for a saved base, as peft saves it, and the model with it."""
+    from peft import LoraConfig, get_peft_model
+
+    model, _ = models.open_model(base)
+    model.config._name_or_path = str(base)  # pyright: ignore[reportAttributeAccessIssue]
+    kept = LoraConfig(**{"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, **options})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        wrapped = get_peft_model(model, kept).eval()  # pyright: ignore[reportArgumentType]
+    wrapped.save_pretrained(str(out))
+    return out, wrapped
+
+
+def test_an_adapter_opens_merged_into_its_base(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    place, wrapped = adapter(folder, tmp_path / "adapter")
+    known = models.facts(place)
+    assert known.is_adapter and known.base is not None and known.base.folder == folder
+    assert known.config == models.facts(folder).config and known.architecture == "LlamaForCausalLM"
+    assert len(known.shapes) == 16 and known.parameters > models.facts(folder).parameters
+    models.check_shapes(known)
+    opened, processor = models.open_model(place)
+    assert len(processor) == len(tokenizer) and all(p.requires_grad for p in opened.parameters())
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(opened(ids).logits, wrapped(ids).logits, atol=1e-5, rtol=0)
+    assert relative_change(folder, models.save(opened, None, tmp_path / "merged", dtype="bfloat16")).total > 0
+    before = known.digest()
+    rewrite_file(place / "adapter_model.safetensors", lambda held: next(iter(held.values())).add_(1))
+    assert models.facts(place).digest() != before != models.facts(folder).digest()
+
+
+def test_an_adapter_whose_base_is_not_there_or_another_is_refused(folder: Path, tmp_path: Path) -> None:
+    place, _ = adapter(folder, tmp_path / "adapter")
+    options = json.loads((place / "adapter_config.json").read_text())
+
+    def naming(base: str | None) -> None:
+        (place / "adapter_config.json").write_text(json.dumps({**options, "base_model_name_or_path": base}))
+
+    naming("./nowhere/to/be/found")
+    with pytest.raises(RequestError, match=r"is an adapter for './nowhere/.*does not exist"):
+        models.facts(place)
+    naming(None)
+    with pytest.raises(RequestError, match="does not name its base"):
+        models.facts(place)
+    naming(str(models.save(tiny_gpt2(), None, tmp_path / "gpt2")))
+    with pytest.raises(RequestError, match="does not fit its base"):
+        models.open_model(place)
+    naming(str(models.save(tiny_llama(num_hidden_layers=3), None, tmp_path / "short")))
+    with pytest.raises(RequestError, match=r"does not fit its base .*layers\.3\."):
+        models.open_model(place)
+    shutil.copytree(folder, tmp_path / "beside")
+    naming("../beside")
+    assert models.facts(place).is_adapter, "a base is also found beside the adapter"
+    (place / "adapter_model.safetensors").unlink()
+    with pytest.raises(RequestError, match=r"no adapter_model\.safetensors"):
+        models.facts(place)
+
+
+def test_a_model_with_an_adapter_beside_it_is_not_guessed_at(folder: Path, tmp_path: Path) -> None:
+    both = copied(folder, tmp_path / "both")
+    adapter(folder, both)
+    assert not models.facts(both).is_adapter and models.facts(both).bytes == models.facts(folder).bytes
+    for refused in (models.open_model, lambda place: models.check_shapes(models.facts(place))):
+        with pytest.raises(RequestError, match="a whole model and an adapter"):
+            refused(both)
+
+
+def rewrite_file(path: Path, change: Any) -> None:
+    held = load_file(path)
+    change(held)
+    save_file(held, path, {"format": "pt"})
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    rewrite_file(folder / "model.safetensors", change)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conftest import FAMILIES, examples_for, tiny_llama
+from conftest import FAMILIES, examples_for, tiny_gemma3, tiny_llama, tiny_qwen3
 from overhaul.data.examples import IGNORED, collate
 from overhaul.objectives import (
     answer_tokens,
@@ -16,7 +16,10 @@ from overhaul.objectives import (
     cross_entropy_sum,
     evaluate,
     forward,
+    forward_answers,
     kl_sum,
+    output_head,
+    pair_nll,
     sequence_nll,
     sequences,
     token_nll,
@@ -108,6 +111,75 @@ def test_terms_carry_role_weight_and_name() -> None:
     term = cross_entropy("text", 0.5, "prose")
     assert (term.role, term.weight, term.name) == ("text", 0.5, "prose")
     assert term.count is units
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma3"])
+def test_logits_where_answers_are_give_the_same_losses_and_gradients(family: str) -> None:
+    build = {"qwen3": tiny_qwen3, "gemma3": tiny_gemma3, **FAMILIES}[family]
+    model, examples = build(), examples_for("llama", 9)
+    batch, seen = collate(examples.items), list[tuple[int, ...]]()
+    head: Any = output_head(model)
+    hook = head.register_forward_hook(lambda _, args, out: seen.append(tuple(out.shape)))
+    found = []
+    for way in (lambda: (forward(model, batch), batch), lambda: forward_answers(model, batch)):
+        model.zero_grad()
+        logits, its = way()
+        loss = cross_entropy_sum(logits, its) + sequence_nll(logits, its["labels"]).square().sum()
+        loss.backward()
+        found.append((loss.detach(), sequence_nll(logits, its["labels"]), [p.grad for p in model.parameters()]))
+        assert answer_tokens(its) == answer_tokens(batch)
+    hook.remove()
+    assert seen[0][1] == batch["labels"].shape[1] and seen[1][1] == 6 < seen[0][1]  # answers have at most 5 tokens
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-5) and torch.allclose(found[0][1], found[1][1], atol=1e-4)
+    for ours, theirs in zip(found[1][2], found[0][2], strict=True):
+        assert (ours is None) == (theirs is None) and (ours is None or torch.allclose(ours, theirs, atol=1e-4))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_pairs_of_unequal_widths_give_the_same_losses() -> None:
+    model = tiny_llama()
+    first, other = examples_for("llama", 6, seed=1), examples_for("llama", 6, seed=2)
+    wide = [
+        {"input_ids": F.pad(item["input_ids"], (20, 0), value=5), "labels": F.pad(item["labels"], (20, 0), value=-100)}
+        for item in other
+    ]
+    for left, right in ((first, wide), (wide, first)):
+        items = [
+            {**one, "other_input_ids": two["input_ids"], "other_labels": two["labels"]}
+            for one, two in zip(left, right, strict=True)
+        ]
+        batch = collate(items)
+        whole, (logits, its) = pair_nll(forward(model, batch), batch), forward_answers(model, batch)
+        assert logits.shape[:2] == (12, 6)
+        for ours, theirs in zip(pair_nll(logits, its), whole, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_where_logits_depend_on_more_than_one_position_all_are_made() -> None:
+    """Plain text, of which every position counts; a head that is not one of positions; a model without one."""
+    model: Any = tiny_llama()
+    text = collate([{"input_ids": torch.arange(3, 20), "labels": torch.arange(3, 20)}])
+    logits, batch = forward_answers(model, text)
+    assert batch is text and logits.shape[1] == 17
+
+    class Bare(torch.nn.Module):
+        def __init__(self, head: bool) -> None:
+            super().__init__()
+            self.inner, self.named = tiny_llama(), head
+            self.other = torch.nn.Linear(32, 64)
+
+        def get_output_embeddings(self) -> torch.nn.Module | None:
+            return self.other if self.named else None
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            out: Any = self.inner(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+            return out.logits + self.other(out.hidden_states[-1].mean(dim=1))[:, None]
+
+    answers = collate(examples_for("llama", 5).items)
+    for head in (True, False):
+        bare = Bare(head)
+        logits, batch = forward_answers(bare, answers)
+        assert batch is answers and torch.allclose(logits, forward(bare, answers))
 
 
 def test_a_model_is_given_the_columns_that_its_signature_names() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import FAMILIES, examples_for, tiny_llama
-from overhaul.data.examples import IGNORED, Examples, collate
+from overhaul.data.examples import IGNORED, Batch, Examples, collate
 from overhaul.fit import fit
 from overhaul.objectives import forward, kl_sum
 from overhaul.references import COLUMN, cache_outputs, reference_nll
@@ -40,9 +40,29 @@ def test_outputs_are_the_logits_of_the_model_before_it_changed(family: str) -> N
         for parameter in model.parameters():
             parameter.mul_(0.5)
     got = reference.logits(collate(reference.examples.items[1:5]))
-    keep = batch["attention_mask"].bool() if "attention_mask" in batch else slice(None)
-    assert torch.allclose(got[keep], expected[keep], atol=1e-5)
-    assert not torch.allclose(forward(model, batch)[keep], expected[keep], atol=1e-3)
+    assert torch.allclose(got, counted(expected, batch), atol=1e-5)
+    assert not torch.allclose(counted(forward(model, batch), batch), counted(expected, batch), atol=1e-3)
+
+
+def counted(logits: Tensor, batch: Batch) -> Tensor:
+    """The logits that predict what carries loss."""
+    return logits[:, :-1][batch["labels"][:, 1:] != IGNORED] if logits.ndim == 3 else logits
+
+
+def test_only_what_is_asked_for_is_run_and_kept() -> None:
+    model, examples = tiny_llama(), examples_for("llama", 9)
+    whole = cache_outputs(model, examples, batch_size=4)
+    rows: list[int] = []
+    hook = model.register_forward_hook(lambda _, args, kwargs, out: rows.append(len(out.logits)), with_kwargs=True)
+    part = cache_outputs(model, examples, batch_size=4, places={7, 2, 5})
+    hook.remove()
+    assert sum(rows) == 3
+    for place in (7, 2, 5):
+        own = part.examples.items[place][COLUMN]
+        assert torch.allclose(own, whole.examples.items[place][COLUMN], atol=1e-5)
+        assert len(own) == int((examples.items[place]["labels"][1:] != IGNORED).sum())
+    with pytest.raises(ValueError, match="not kept for these examples"):
+        part.logits(collate(part.examples.items[:4]))
 
 
 def test_language_keeps_the_heads_input_and_images_keep_logits(family: str) -> None:
@@ -55,7 +75,7 @@ def test_language_keeps_the_heads_input_and_images_keep_logits(family: str) -> N
     else:
         assert reference.head is not None
         assert not any(p.requires_grad for p in reference.head.parameters())
-        assert kept.shape == (examples.items[0]["input_ids"].shape[0], 32)
+        assert kept.shape == (int((examples.items[0]["labels"][1:] != IGNORED).sum()), 32)
 
 
 def test_cached_outputs_have_the_dtype_of_the_model() -> None:
@@ -83,9 +103,9 @@ def test_logits_are_kept_where_the_head_alone_does_not_give_them() -> None:
     model, examples = Softcapped(tiny_llama()), examples_for("llama", 5)
     reference = cache_outputs(model, examples, batch_size=3)
     assert reference.head is None
-    assert reference.examples.items[0][COLUMN].shape == (examples.items[0]["input_ids"].shape[0], 64)
+    assert reference.examples.items[0][COLUMN].shape == (int((examples.items[0]["labels"][1:] != IGNORED).sum()), 64)
     batch = collate(reference.examples.items[:1])
-    assert torch.allclose(reference.logits(batch), forward(model, batch), atol=1e-5)
+    assert torch.allclose(reference.logits(batch), counted(forward(model, batch), batch), atol=1e-5)
 
 
 def test_gemma2_softcap_is_noticed() -> None:

@@ -6,16 +6,16 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from overhaul import _auto
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from overhaul import adapt as adapt
     from overhaul import align as align
     from overhaul import forget as forget
     from overhaul import inspect as inspect
     from overhaul import merge as merge
     from overhaul import models as _models
-    from overhaul import pretrain as pretrain
     from overhaul import rewire as rewire
     from overhaul import shrink as shrink
     from overhaul import trace as trace
@@ -71,3 +71,6 @@ def __getattr__(name: str) -> Any:
     value = getattr(found, attribute) if attribute else found
     globals()[name] = value
     return value
+
+
+_auto.register()

@@ -1,7 +1,7 @@
 """Low-rank adapters in the blocks of a model for as long as it trains, merged into its weights at the end.
 
 peft does the work. How it differs from peft's "all-linear": only projections inside the blocks are adapted, found by
-structure, so embeddings, heads and classifiers stay as they are in every family.
+structure, so embeddings, heads and classifiers stay as they are in every family. Over a base below float32 they are float32.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def adapters(
     )
     needed = {name: p.requires_grad for name, p in model.named_parameters()}
     wrapped = LoraModel(model, options, "default")
+    wrapped._cast_adapter_dtype("default")  # float32 over a base of less, as in every other way to make one with peft
     try:
         yield wrapped
     finally:

@@ -19,7 +19,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,7 +131,7 @@ def blockwise(
     targets: bool = True,
     device: str | torch.device | None = None,
     budget: int = BUDGET,
-) -> Iterator[Site]:
+) -> Generator[Site, None, None]:
     """Visit every block in order with its inputs and targets.
 
     The block may be changed in place, or replaced in the stack, while the loop stays at it; where the loop goes on, the
@@ -173,7 +173,7 @@ class _Flow:
         self.entering: list[_Kept] = []
         self.uncut: list[_Kept] = []
 
-    def sites(self, batches: Iterable[Mapping[str, Any]]) -> Iterator[Site]:
+    def sites(self, batches: Iterable[Mapping[str, Any]]) -> Generator[Site, None, None]:
         count = len(self.stack)
         try:
             for place in session.progress(range(count), "blocks", count):

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from overhaul import session
 from overhaul.data.examples import IGNORED, Batch, Encoded, Examples
 from overhaul.errors import RequestError, RunError
+from overhaul.modes import at_rest
 from overhaul.objectives import cross_entropy_sum, forward
 
 Signal = Literal["loss", "logits"]
@@ -157,14 +158,9 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def _differentiable(model: nn.Module) -> Iterator[None]:
-    """Eval mode (frozen norm statistics, no dropout) with gradients; the mode is put back afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        model.train(was_training)
+    """Eval mode (frozen norm statistics, no dropout) with gradients; the modes are put back afterwards."""
+    with at_rest(model), torch.enable_grad():
+        yield
 
 
 def _add(total: Tensor, gradients: Tensor, signal: Signal, count: int) -> None:

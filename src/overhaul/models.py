@@ -1,200 +1,39 @@
-"""Checkpoint folders: find one, know it from its headers alone, open it, and save so that plain transformers loads it.
+"""Open checkpoints, and save so that they open again: as plain ones, or with what was built onto their class.
 
-Only safetensors are read. No code that comes with a model is run unless the caller says so.
+Nothing is filled at random and nothing is dropped: what the weights lack, and what the class has no place for, is refused
+when it is opened and before it is saved. No code that comes with a model is run unless the caller says so.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
-import json
-import math
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from overhaul.checkpoints import ADAPTER_CONFIG, Checkpoint, facts, listed
+from overhaul.checkpoints import locate as locate
+from overhaul.checkpoints import starters as starters
+from overhaul.conversions.classes import CONVERTED, apply_late, class_in, marked_with
+from overhaul.conversions.records import records
 from overhaul.errors import RequestError, RunError, did_you_mean, writing
-from overhaul.stack.paths import FILE as PATHS
-from overhaul.stack.paths import follow_saved_paths, set_aside, write_paths
+from overhaul.stack.arrangement import is_hub_model, unlike_its_class
+from overhaul.stack.paths import records_of, set_aside
 
-STARTERS = Path(__file__).parent / "data" / "starters"
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_NOT_BUILT = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "_diffusers_version"}
-_HEADER_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A folder that holds a model, and what is known of it before any weight is read.
-
-    Attributes:
-        source: as the user wrote it.
-        folder: where its files lie.
-        config: config.json.
-        shapes: every tensor's shape, from the safetensors headers.
-        dtype: the dtype of most of its numbers, as torch names it.
-        bytes: size of the weights on disk.
-    """
-
-    source: str
-    folder: Path
-    config: Mapping[str, Any]
-    shapes: Mapping[str, tuple[int, ...]]
-    dtype: str
-    bytes: int
-
-    @property
-    def architecture(self) -> str:
-        """The model class that config.json names: as transformers writes it, or as diffusers does."""
-        return self.config["architectures"][0] if "architectures" in self.config else self.config["_class_name"]
-
-    @property
-    def library(self) -> Literal["transformers", "diffusers"]:
-        """The library that the class belongs to."""
-        return "diffusers" if "_class_name" in self.config else "transformers"
-
-    @property
-    def parameters(self) -> int:
-        """Number of stored scalars; tied tensors count once."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
-
-    @property
-    def built(self) -> Any:
-        """What the model is apart from its weights: its config, and paths over its blocks."""
-        paths = self.folder / PATHS
-        told = {key: value for key, value in self.config.items() if key not in _NOT_BUILT}
-        return told, paths.read_text() if paths.exists() else None
-
-    @property
-    def weight_files(self) -> list[Path]:
-        """The safetensors files, in order."""
-        return sorted(self.folder.glob("*.safetensors"))
-
-    def open(self, dtype: str = "float32", *, trust_remote_code: bool = False) -> nn.Module:
-        """The model itself, in eval mode, as `open_model` gives it."""
-        return load_weights(self, dtype, trust_remote_code)
-
-    def digest(self) -> str:
-        """SHA-256 of config and weights."""
-        return _digest(
-            tuple((path, path.stat().st_mtime_ns) for path in (self.folder / "config.json", *self.weight_files))
-        )
-
-
-@functools.cache
-def _digest(files: tuple[tuple[Path, int], ...]) -> str:
-    """Of the files' contents; each is read once as long as it is not written again."""
-    hasher = hashlib.sha256()
-    for path, _ in files:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                hasher.update(chunk)
-    return hasher.hexdigest()
-
-
-def starters() -> dict[str, Path]:
-    """The starter models that ship with the package, by name."""
-    return {path.parent.name: path.parent for path in sorted(STARTERS.glob("*/config.json"))}
-
-
-def locate(source: str | Path) -> Path:
-    """The folder behind a path, `starter:NAME`, or a hub name (which is fetched: config, tokenizer and safetensors)."""
-    text = str(source)
-    if text.startswith("starter:"):
-        known = starters()
-        name = text.removeprefix("starter:")
-        if name not in known:
-            raise RequestError(f"There is no starter model {name!r}.{did_you_mean(name, known)}")
-        return known[name]
-    folder = Path(text).expanduser()
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", text):
-        raise RequestError(
-            f"The model folder {text!r} does not exist. A model is a folder with config.json and *.safetensors, "
-            f"a hub name (owner/name), or a starter: {', '.join(f'starter:{name}' for name in starters())}."
-        )
-    from huggingface_hub import snapshot_download
-
-    allowed = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(text, allow_patterns=allowed))
-    except Exception as error:  # the hub client raises many kinds; the user needs one message
-        raise RequestError(f"{text!r} is no folder here, and it could not be fetched from the hub: {error}") from error
-
-
-def facts(source: str | Path) -> Checkpoint:
-    """Read config and safetensors headers; refuse what could not be opened later.
-
-    Raises:
-        RequestError: no config.json, pickle-only weights, no weights, or a damaged header.
-    """
-    folder = locate(source)
-    if not (folder / "config.json").exists():
-        raise RequestError(
-            f"{folder} has no config.json, so it is not a Hugging Face checkpoint. If it holds an adapter, merge it into "
-            "its base model first and give that folder."
-        )
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise RequestError(f"{folder / 'config.json'} is not valid JSON: {error}.") from error
-    if not config.get("architectures") and "_class_name" not in config:
-        raise RequestError(f"{folder / 'config.json'} names no `architectures`, so the model class is not known.")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-        if pickles:
-            raise RequestError(
-                f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which can run code when opened. Convert "
-                "them once with `model.save_pretrained(folder)` in an environment you trust, which writes safetensors."
-            )
-        raise RequestError(f"{folder} holds no *.safetensors weights.")
-    shapes: dict[str, tuple[int, ...]] = {}
-    numbers: dict[str, int] = {}
-    for path in files:
-        for name, entry in _header(path).items():
-            shapes[name] = tuple(entry["shape"])
-            numbers[entry["dtype"]] = numbers.get(entry["dtype"], 0) + math.prod(entry["shape"])
-    main = max(numbers, key=lambda k: numbers[k])
-    total = sum(path.stat().st_size for path in files)
-    return Checkpoint(str(source), folder, config, shapes, _HEADER_NAMES.get(main, main.lower()), total)
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """Names, dtypes and shapes of one safetensors file: 8 bytes of length, then JSON."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= size - 8:
-            raise RequestError(f"{path} is damaged or cut short: its header says {length} bytes, the file has {size}.")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:  # no JSON, or no text
-            raise RequestError(
-                f"{path} is damaged: its header is not JSON ({error}). Fetch or save it again."
-            ) from None
-    header.pop("__metadata__", None)
-    if not header:
-        raise RequestError(f"{path} holds no tensors.")
-    end = max(entry["data_offsets"][1] for entry in header.values())
-    if 8 + length + end != size:
-        raise RequestError(f"{path} is cut short: its header promises {8 + length + end} bytes, the file has {size}.")
-    return header
 
 
 def open_model(source: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
-    """Open a checkpoint folder, hub name or `starter:NAME`.
+    """Open a checkpoint folder, hub name, `starter:NAME` or `new:FOLDER`; an adapter opens merged into its base.
 
     Args:
         source: what to open.
@@ -209,10 +48,20 @@ def open_model(source: str | Path, *, dtype: str = "float32", trust_remote_code:
 
 
 def load_weights(known: Checkpoint, dtype: str, trust_remote_code: bool = False) -> nn.Module:
-    """The model itself. Tensors that the checkpoint lacks are an error, never filled at random."""
+    """The model itself, on the CPU and in eval mode.
+
+    Raises:
+        RequestError: the dtype is not possible, the class is not known, or config and weights do not belong together:
+            nothing is filled at random, nothing is dropped but heads that the class does not have (with a warning).
+    """
     if dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is not possible.{did_you_mean(dtype, DTYPES)}")
+    if known.base is not None:
+        return _merged(known, known.base.open(dtype, trust_remote_code=trust_remote_code))
     kind = class_of(known)
+    if kind is not None and known.is_new:
+        return _drawn(known, kind).to(DTYPES[dtype]).eval()
+    _refuse_adapter_beside(known)
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "use_safetensors": True, "output_loading_info": True}
     if known.library == "diffusers":
         options["torch_dtype"] = options.pop("dtype")
@@ -230,26 +79,98 @@ def load_weights(known: Checkpoint, dtype: str, trust_remote_code: bool = False)
     missing = sorted(loading["missing_keys"])
     if missing:
         raise RequestError(f"{known.source}: the weights lack {len(missing)} tensors, such as {missing[0]!r}.")
-    follow_saved_paths(model, known.folder)
+    _check_unexpected(known, model, sorted(loading["unexpected_keys"]))
     # nn.Dropout and the like must be off until a training turns them on
     return model.eval()
+
+
+def _check_unexpected(known: Checkpoint, model: Any, names: list[str]) -> None:
+    """Refuse tensors that the class has no place for, but for the heads of other tasks; transformers left out its own."""
+    ours = bool(records(model)) or (known.folder / "lineage.json").exists()
+    modules = {name for name, _ in model.named_modules()}
+    prefix = getattr(model, "base_model_prefix", "")
+
+    def is_another_head(name: str) -> bool:
+        parent = name.rpartition(".")[0]
+        nested = any(part.isdigit() for part in name.split("."))
+        return not nested and bool(parent) and not {parent, f"{prefix}.{parent}"} & modules
+
+    wrong = [name for name in names if ours or not is_another_head(name)]
+    if wrong:
+        raise RequestError(
+            f"{known.source}: the weights hold {len(wrong)} tensors that {known.architecture} has no place for, such as "
+            f"{wrong[0]!r}. Opened so, they would be lost: config.json and the weights do not belong together (a number of "
+            "layers, a class), or the model was changed and saved without a record of the change."
+        )
+    if names:
+        warnings.warn(
+            f"{known.source} also holds {listed(names)}: heads of other tasks, which {known.architecture} does not have and "
+            "which what is saved from it will not have either.",
+            stacklevel=3,
+        )
+
+
+def _refuse_adapter_beside(known: Checkpoint) -> None:
+    """Transformers would add it to the model on opening, without merging it."""
+    if (known.folder / ADAPTER_CONFIG).exists():
+        raise RequestError(
+            f"{known.folder} holds a whole model and an adapter ({ADAPTER_CONFIG}) beside it, so it is not certain which of "
+            "the two is meant. Move the adapter to a folder of its own; its base_model_name_or_path names this one."
+        )
+
+
+def _drawn(known: Checkpoint, kind: Any) -> nn.Module:
+    """A model with the weights that its library gives to a new one, drawn from the checkpoint's seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(known.seed)
+        model = _built(known, kind)
+    apply_late(model)
+    return model
+
+
+def _merged(known: Checkpoint, base: nn.Module) -> nn.Module:
+    """A base with an adapter that became part of its weights: a plain model of the base's class, as peft merges it."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    try:
+        with warnings.catch_warnings():  # peft asks transformers by a name that is about to go
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped: Any = PeftModel.from_pretrained(base, str(known.folder))  # pyright: ignore[reportArgumentType]
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(
+            f"{known.source} does not fit its base {known.base and known.base.source}: {error}"
+        ) from error
+    expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
+    wrong = sorted(
+        expected - known.shapes.keys() or {name for name in known.shapes.keys() - expected if "lora_" in name}
+    )
+    if wrong:
+        raise RequestError(
+            f"{known.source} does not fit its base {known.base and known.base.source}: {listed(wrong)} is on one side only."
+        )
+    if not hasattr(wrapped, "merge_and_unload"):
+        kind = type(next(iter(wrapped.peft_config.values()))).__name__
+        raise RequestError(f"{known.source} is an adapter of the kind {kind}, which cannot become part of the weights.")
+    return wrapped.merge_and_unload(safe_merge=True).requires_grad_(True).eval()
 
 
 def class_of(known: Checkpoint) -> Any:
     """The class that config.json names, or None where its library has none of that name.
 
-    A model that no library can hold (an ensemble, a bank of prompts) is a `PreTrainedModel` of ours: its config names the
-    module under `overhaul`.
+    A model that modules were built onto is of a class derived from that one (`conversions`). One that no library can hold
+    (an ensemble, a bank of prompts) is a `PreTrainedModel` of ours: its config names the module under `overhaul`.
 
     Raises:
         RequestError: the class belongs to diffusers, which is not installed.
     """
-    if str(known.config.get("overhaul")).startswith("overhaul."):
-        return getattr(import_module(known.config["overhaul"]), known.architecture, None)
     if known.library == "diffusers" and find_spec("diffusers") is None:
         raise RequestError(
             f"{known.source} is a diffusers model ({known.architecture}); install it with `pip install overhaul[diffusion]`."
         )
+    if (converted := class_in(known.config)) is not None:
+        return converted
+    if str(known.config.get("overhaul")).startswith("overhaul."):
+        return getattr(import_module(known.config["overhaul"]), known.architecture, None)
     return getattr(import_module(known.library), known.architecture, None)
 
 
@@ -262,15 +183,11 @@ def planned(known: Checkpoint) -> nn.Module | None:
     kind = class_of(known)
     if kind is None:
         return None
-    try:
-        if known.library == "diffusers":
-            with torch.device("meta"):
-                return kind.from_config(kind.load_config(known.folder))
-        from transformers.initialization import no_init_weights
+    from transformers.initialization import no_init_weights
 
-        config = kind.config_class.from_pretrained(known.folder)
+    try:
         with torch.device("meta"), no_init_weights():
-            return kind(config)
+            return _built(known, kind)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RequestError(
             f"{known.source}: no {known.architecture} can be built from config.json: {error}. Correct config.json; "
@@ -278,17 +195,28 @@ def planned(known: Checkpoint) -> nn.Module | None:
         ) from error
 
 
+def _built(known: Checkpoint, kind: Any) -> nn.Module:
+    """What the class makes of config.json."""
+    if known.library == "diffusers":
+        return kind.from_config(kind.load_config(known.folder))
+    if hasattr(kind, "plain_config"):  # a converted class
+        return kind(kind.plain_config(known.folder))
+    return kind(kind.config_class.from_pretrained(known.folder))
+
+
 def check_shapes(known: Checkpoint) -> None:
     """Compare the headers with the model that config.json describes, built without memory on torch's meta device.
 
-    Names may differ (transformers renames tensors of older checkpoints); a shape may not.
+    Names may differ (transformers renames tensors of older checkpoints); a shape or a number of blocks may not.
 
     Raises:
-        RequestError: a tensor has another shape than the config says.
+        RequestError: a tensor has another shape than the config says, a block is one too many, or an adapter lies beside.
     """
-    model = planned(known)
-    if model is None:
+    if known.base is not None:
+        return check_shapes(known.base)
+    if known.is_new or (model := planned(known)) is None:
         return
+    _refuse_adapter_beside(known)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, shape in known.shapes.items():
         if expected.get(name, shape) != shape:
@@ -296,16 +224,28 @@ def check_shapes(known: Checkpoint) -> None:
                 f"{known.source}: {name} has the shape {shape} in the weights, but config.json describes {expected[name]}. "
                 "Config and weights do not belong together."
             )
+    patterns = {_NUMBERS.sub(".*.", name) for name in expected}
+    left_out = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    for name in known.shapes.keys() - expected.keys():
+        # the same tensor of another block
+        if _NUMBERS.sub(".*.", name) in patterns and not any(re.search(pattern, name) for pattern in left_out):
+            raise RequestError(
+                f"{known.source}: the weights hold {name}, but config.json describes a model without that block, which "
+                "would be lost. Config and weights do not belong together."
+            )
+
+
+_NUMBERS = re.compile(r"\.\d+\.")
 
 
 def load_processor(known: Checkpoint) -> Any:
-    """The folder's tokenizer, else its image processor, else None."""
-    from transformers import AutoImageProcessor, AutoTokenizer
-
+    """The folder's tokenizer, else its image processor, else what an adapter's base has, else None."""
     with _quiet_transformers():
         if any(
             (known.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
         ):
+            from transformers import AutoTokenizer
+
             tokenizer = AutoTokenizer.from_pretrained(known.folder)
             rows = known.config.get("vocab_size")
             if rows is not None and len(tokenizer) > rows:
@@ -315,8 +255,10 @@ def load_processor(known: Checkpoint) -> Any:
                 )
             return tokenizer
         if (known.folder / "preprocessor_config.json").exists():
+            from transformers import AutoImageProcessor
+
             return AutoImageProcessor.from_pretrained(known.folder)
-    return None
+    return load_processor(known.base) if known.base else None
 
 
 @contextlib.contextmanager
@@ -334,18 +276,19 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def save(model: nn.Module, processor: Any, folder: str | Path, *, dtype: str | None = None) -> Path:
-    """Save as a plain checkpoint: written beside its place and renamed when complete.
+    """Save a checkpoint that opens as what it is: written beside its place and renamed when complete.
 
     Args:
-        model: a transformers or diffusers model. It stays as it is; only the files are in `dtype`. The paths that it
-            follows are saved beside its weights.
+        model: a transformers or diffusers model. It stays as it is; only the files are in `dtype`. What was built onto its
+            class and the paths that it follows are recorded in config.json.
         processor: its tokenizer or image processor, or None.
         folder: must not exist yet.
         dtype: of the files; the model's own if None.
 
     Raises:
-        RequestError: the folder exists, or a weight is not finite.
-        RunError: the disk is full or read-only.
+        RequestError: the folder exists, or a path leads through another model.
+        RunError: a weight is not finite, the class would not load back what the model holds, or the disk is full or
+            read-only.
     """
     folder = Path(folder)
     if folder.exists():
@@ -354,14 +297,49 @@ def save(model: nn.Module, processor: Any, folder: str | Path, *, dtype: str | N
     if bad:
         raise RunError(f"{len(bad)} tensors hold values that are not finite, such as {bad[0]!r}; nothing was saved.")
     partial = folder.with_name(f".{folder.name}.partial")
-    with set_aside(model) as paths, writing(folder):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_checkpoint(model, processor, partial, dtype)
-        if paths:
-            write_paths(partial, paths)
-        os.replace(partial, folder)
+    with _not_compiled(model) as plain, set_aside(plain) as paths:
+        _check_loads_back(plain)
+        with marked_with(plain, records_of(paths)), writing(folder):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write_checkpoint(plain, processor, partial, dtype)
+            os.replace(partial, folder)
     return folder
+
+
+def _check_loads_back(model: nn.Module) -> None:
+    """Refuse what the class would drop or fill at random when it is loaded."""
+    if not is_hub_model(model):
+        raise RunError(
+            f"{type(model).__name__} is no model of transformers or diffusers, so no `from_pretrained` would load it; "
+            "nothing was saved."
+        )
+    wrong = unlike_its_class(model)
+    if wrong:
+        raise RunError(
+            f"{type(model).__name__} would not load back what this model holds: {len(wrong)} tensors are not those that its "
+            f"config describes, such as {wrong[0]!r}; nothing was saved. Merge adapters first; build other modules as a "
+            "conversion (overhaul.conversions), which is recorded and loads again."
+        )
+
+
+@contextlib.contextmanager
+def _not_compiled(model: nn.Module) -> Iterator[nn.Module]:
+    """The model with every compiled module as it was before `torch.compile`, so that its tensors have plain names."""
+    inner = getattr(model, "_orig_mod", model)
+    found = [
+        (module, name, child)
+        for module in inner.modules()
+        for name, child in module.named_children()
+        if hasattr(child, "_orig_mod")
+    ]
+    for module, name, child in found:
+        module._modules[name] = child._orig_mod  # pyright: ignore[reportArgumentType]
+    try:
+        yield inner
+    finally:
+        for module, name, child in found:
+            module._modules[name] = child
 
 
 def write_checkpoint(model: Any, processor: Any, folder: Path, dtype: str | None) -> None:
@@ -373,8 +351,10 @@ def write_checkpoint(model: Any, processor: Any, folder: Path, dtype: str | None
         from huggingface_hub import save_torch_state_dict
 
         model.save_config(folder)
-        pattern = "diffusion_pytorch_model{suffix}.safetensors"
-        save_torch_state_dict(_cast(model, wanted), folder, filename_pattern=pattern)
+        # diffusers names the index of several files otherwise where there is a variant
+        variant, size = (f".{CONVERTED}", "10TB") if records(model) else ("", "10GB")
+        pattern = f"diffusion_pytorch_model{variant}{{suffix}}.safetensors"
+        save_torch_state_dict(_cast(model, wanted), folder, filename_pattern=pattern, max_shard_size=size)
     else:
         config_dtype, model.config.dtype = model.config.dtype, wanted
         try:

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from overhaul.data.examples import IGNORED, Batch
+from overhaul.modes import at_rest
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,26 @@ class Term:
 
     Attributes:
         role: the data it reads.
-        loss: (logits, batch) -> the *sum* of the loss over its units, a float32 scalar.
+        loss: (logits, batch) -> the *sum* of the loss over its units, a float32 scalar. With `reads`, it is given a third
+            argument: the hidden states by site.
         count: batch -> the number of those units (tokens or sequences), known before any forward.
-        weight: its share in the total: total = sum over terms of weight * (sum of sums) / (sum of counts).
+        weight: its share in the total: total = sum over terms of weight * (sum of sums) / (sum of counts). A function of
+            the training's `Ledger` is asked before each step, and while it says 0 the term is not run. The number 0 marks
+            a watch, which is run without gradient for its curve.
         name: how curves and errors call it.
+        reads: sites whose hidden states it needs beside the logits, such as "leaving.3", see `trace.capture`; states of
+            the same forward, through which its gradient flows.
+        answers_only: whether it reads logits and labels through the label alone: logits at positions that carry no loss
+            need not be made then, and `batch["labels"]` may be shorter, see `forward_answers`.
     """
 
     role: str
-    loss: Callable[[Tensor, Batch], Tensor]
+    loss: Callable[..., Tensor]
     count: Callable[[Batch], int]
-    weight: float = 1.0
+    weight: float | Callable[[Any], float] = 1.0
     name: str = "loss"
+    reads: tuple[str, ...] = ()
+    answers_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,12 +55,12 @@ class Penalty:
     Attributes:
         loss: the parameters that train, by name -> a float32 scalar. Under FSDP2 a parameter is gathered when it is looked
             up, so a penalty on some of them should look up no others.
-        weight: its share in the total.
+        weight: its share in the total, or a function of the training's `Ledger` that says it before each step.
         name: how curves and errors call it.
     """
 
     loss: Callable[[Mapping[str, Tensor]], Tensor]
-    weight: float = 1.0
+    weight: float | Callable[[Any], float] = 1.0
     name: str = "penalty"
 
 
@@ -84,6 +94,75 @@ def read_by(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     if "attention_mask" in named:
         given.setdefault("attention_mask", None)
     return {**given, **({"use_cache": False} if "use_cache" in named else {})}
+
+
+SPARED = 0.8
+"""Logits are made at the answers' positions alone where these are at most this share of all."""
+
+
+def forward_answers(model: nn.Module, batch: Batch) -> tuple[Tensor, Batch]:
+    """`forward` with logits at the positions that carry loss, and the batch with labels to match.
+
+    The hidden states that enter the output head are gathered to the k positions of each row whose next label counts (k of
+    the row that has most), so the head, the softmax and their gradients cost that much less: `logits` are [b, k + 1, v] and
+    `labels` [b, k + 1], and `logits[:, :-1]` belongs to `labels[:, 1:]` as ever. Every loss that reads logits where labels
+    count is the same up to rounding. Pairs are treated likewise. Where little would be spared, the model names no output
+    head, or its head sees something else than one state a position, this is `forward` and the batch itself.
+    """
+    head = output_head(model)
+    labels = batch.get("labels")
+    if head is None or labels is None or labels.ndim != 2 or "pixel_values" in batch:
+        return forward(model, batch), batch
+    sides = [labels]
+    if "other_input_ids" in batch:
+        sides.append(batch["other_labels"])
+    kept = [side[:, 1:] != IGNORED for side in sides]
+    most = max(int(keep.sum(dim=1).max()) for keep in kept)
+    if most + 1 > SPARED * max(side.shape[1] for side in sides):
+        return forward(model, batch), batch
+    places = [_first(keep, most) for keep in kept]
+    index = torch.cat([place for place, _ in places])
+    gathered: list[bool] = []
+
+    def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        state = args[0] if args else None
+        gathered.append(isinstance(state, Tensor) and _fits(state, index))
+        if not (gathered[-1] and isinstance(state, Tensor)):
+            return None
+        return (state.gather(1, index[..., None].expand(-1, -1, state.shape[2])), *args[1:])
+
+    hook = head.register_forward_pre_hook(gather)
+    try:
+        logits = forward(model, batch)
+    finally:
+        hook.remove()
+    if gathered != [True] or logits.shape[:2] != index.shape:
+        return (logits if not any(gathered) else forward(model, batch)), batch
+    shorter = {
+        name: F.pad(side[:, 1:].gather(1, place[:, :-1]).masked_fill(~real, IGNORED), (1, 0), value=IGNORED)
+        for name, side, (place, real) in zip(("labels", "other_labels"), sides, places, strict=False)
+    }
+    return logits, {**batch, **shorter}
+
+
+def _fits(state: Tensor, index: Tensor) -> bool:
+    return state.ndim == 3 and len(state) == len(index) and int(index.max()) < state.shape[1]
+
+
+def _first(keep: Tensor, most: int) -> tuple[Int[Tensor, "b k+1"], Tensor]:
+    """Of each row the places where `keep` [b, t - 1] holds, then any; and which of the first `most` are real, [b, most]."""
+    order = torch.argsort(keep.to(torch.int8), dim=1, descending=True, stable=True)[:, :most]
+    missing = most - order.shape[1]  # of pairs, the other side may be wider
+    return F.pad(order, (0, missing + 1)), F.pad(keep.gather(1, order), (0, missing))
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that makes logits of hidden states, or None where the model names none."""
+    find = getattr(model, "get_output_embeddings", None)
+    try:
+        return find() if find is not None else None
+    except NotImplementedError:
+        return None
 
 
 def _one_below_the_other(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -149,7 +228,7 @@ def units(batch: Batch) -> int:
 
 def cross_entropy(role: str, weight: float = 1.0, name: str = "cross-entropy") -> Term:
     """Mean next-token (or class) cross-entropy on one role."""
-    return Term(role, cross_entropy_sum, units, weight, name)
+    return Term(role, cross_entropy_sum, units, weight, name, answers_only=True)
 
 
 def kl_sum(logits: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
@@ -164,12 +243,16 @@ def kl_sum(logits: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, term: Callable[[Tensor, Batch], Tensor], batches: list[Batch]) -> list[Tensor]:
-    """`term(logits, batch)` for each batch without gradients, model in eval mode; the mode is put back afterwards."""
-    was_training = model.training
-    model.eval()
+    """`term(logits, batch)` for each batch without gradients, model in eval mode; the modes are put back afterwards."""
     device = next(model.parameters()).device
-    try:
+    with at_rest(model):
         moved = ({k: v.to(device) for k, v in batch.items()} for batch in batches)
         return [term(forward(model, batch), batch) for batch in moved]
-    finally:
-        model.train(was_training)
+
+
+@torch.no_grad()
+def evaluate_answers(model: nn.Module, term: Callable[[Tensor, Batch], Tensor], batch: Batch) -> Tensor:
+    """`evaluate` on one batch for what reads logits through the labels alone, see `forward_answers`."""
+    device = next(model.parameters()).device
+    with at_rest(model):
+        return term(*forward_answers(model, {k: v.to(device) for k, v in batch.items()}))

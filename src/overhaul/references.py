@@ -2,9 +2,9 @@
 
 How it differs from keeping the reference model (as most preference and distillation code does):
 
-1. Each example is run through the reference once, not once an epoch. The outputs stay in main memory as a column of the
-   examples, so they follow every shuffle and batch.
-2. Of language models the input of the output head is kept ([t, d]) and not the logits ([t, vocabulary]), with one frozen
+1. Each example is run through the reference once, not once an epoch, and only where a step will draw it. The outputs at
+   the positions that carry loss stay in main memory as a column of the examples, so they follow every shuffle and batch.
+2. Of language models the input of the output head is kept ([k, d]) and not the logits ([k, vocabulary]), with one frozen
    copy of the head. Whether the head alone reproduces the logits is tried on the first batch; where it does not
    (a softcap or scale behind the head, as in Gemma 2), the logits themselves are kept.
 3. KL is computed where labels carry loss, and the head is applied at those positions only.
@@ -13,7 +13,7 @@ How it differs from keeping the reference model (as most preference and distilla
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from overhaul import session
 from overhaul.data.examples import IGNORED, Batch, Examples
-from overhaul.objectives import Term, evaluate, kl_sum, sequence_nll, units
+from overhaul.objectives import Term, evaluate, evaluate_answers, kl_sum, output_head, sequence_nll, units
 
 COLUMN = "reference"
 """The column in which `Reference.examples` carry the cached output."""
@@ -45,7 +45,7 @@ def reference_nll(model: nn.Module, examples: Examples, batch_size: int) -> Floa
     nll = torch.empty(len(examples))
     steps = -(-len(examples) // batch_size)
     for n, batch in enumerate(session.progress(batches, "reference", steps)):
-        (values,) = evaluate(model, lambda logits, batch: sequence_nll(logits, batch["labels"]), [batch])
+        values = evaluate_answers(model, lambda logits, batch: sequence_nll(logits, batch["labels"]), batch)
         nll[order[n * batch_size : (n + 1) * batch_size]] = values.float().cpu()
     return nll
 
@@ -55,8 +55,9 @@ class Reference:
     """The outputs of a model on some examples, kept for later comparison.
 
     Attributes:
-        examples: the examples with the column `reference`: the input of the output head ([t, d]) where `head` is
-            given, otherwise logits ([t, vocabulary], or [classes] for images), in the dtype of the model.
+        examples: the examples with the column `reference` at the k positions that carry loss: the input of the output head
+            ([k, d]) where `head` is given, otherwise logits ([k, vocabulary], or [classes] for images), in the dtype of the
+            model. Empty where nothing was asked for.
         head: a frozen copy of the output head, or None.
     """
 
@@ -64,71 +65,85 @@ class Reference:
     head: nn.Module | None
 
     def logits(self, batch: Batch) -> Tensor:
-        """Logits of the reference for a batch of `examples`: [b, t, vocabulary], or [b, classes] for images."""
-        return self._apply_head(batch[COLUMN])
+        """Logits of the reference for a batch of `examples` where labels count: [n, vocabulary], or [b, classes]."""
+        return self.logits_of(self.kept(batch))
+
+    def kept(self, batch: Batch) -> Tensor:
+        """What is cached for a batch where labels count: [n, d], [n, vocabulary] or [b, classes], by example.
+
+        Raises:
+            ValueError: the batch holds examples whose outputs were not asked for.
+        """
+        labels, cached = batch["labels"], batch[COLUMN]
+        if labels.ndim == 1:
+            return cached
+        counts = (labels[:, 1:] != IGNORED).sum(dim=1)
+        real = torch.arange(cached.shape[1], device=cached.device) < counts[:, None]
+        if int(real.sum()) != int(counts.sum()):
+            raise ValueError("the reference was not kept for these examples")
+        return cached[real]
 
     def kl_term(self, role: str, weight: float = 1.0, name: str = "KL to the reference") -> Term:
         """Mean KL(reference || model) in nats over answer tokens (or images) of `role`, which must be `examples`."""
-        return Term(role, self._kl_sum, units, weight, name)
+        return Term(role, self._kl_sum, units, weight, name, answers_only=True)
 
     def _kl_sum(self, logits: Tensor, batch: Batch) -> Tensor:
-        labels, cached = batch["labels"], batch[COLUMN]
+        labels = batch["labels"]
         if labels.ndim > 1:
             keep = labels[:, 1:] != IGNORED
-            logits, cached, labels = logits[:, :-1][keep], cached[:, :-1][keep], labels[:, 1:][keep]
-        return kl_sum(logits, self._apply_head(cached), labels)
+            logits, labels = logits[:, :-1][keep], labels[:, 1:][keep]
+        return kl_sum(logits, self.logits(batch), labels)
 
     @torch.no_grad()
-    def _apply_head(self, cached: Tensor) -> Tensor:
+    def logits_of(self, cached: Tensor) -> Tensor:
+        """Logits from what is cached: some of the rows of `kept`."""
         if self.head is None:
             return cached
         # training may have moved the model to an accelerator since the outputs were kept
         return self.head.to(cached.device)(cached)
 
 
-def cache_outputs(model: nn.Module, examples: Examples, batch_size: int) -> Reference:
+def cache_outputs(
+    model: nn.Module, examples: Examples, batch_size: int, places: Collection[int] | None = None
+) -> Reference:
     """Run the model once over the examples and keep what its logits can be had from.
 
     Args:
         model: a language or image model; run in eval mode without gradients, and left as it was.
         examples: the examples on which the reference is needed.
         batch_size: examples in one forward.
+        places: of the examples that will be read (see `Draw`); all if not given.
 
     Returns:
-        A Reference. It takes t * d values an example (t * vocabulary, or the number of classes, without a head).
+        A Reference. It takes k * d values an example with k loss-carrying positions (k * vocabulary, or the number of
+        classes, without a head).
     """
     head = None if examples.kind == "images" else output_head(model)
     seen: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) if head is not None else None
-    order = examples.by_length()
+    order = [place for place in examples.by_length() if places is None or place in places]
     column: list[Tensor] = [torch.empty(0)] * len(examples)
-    steps = -(-len(examples) // batch_size)
     try:
         batches = examples.select(order).batches(batch_size)
-        for n, batch in enumerate(session.progress(batches, "reference", steps)):
+        for n, batch in enumerate(session.progress(batches, "reference", -(-len(order) // batch_size))):
             seen.clear()
             (logits,) = evaluate(model, lambda logits, _: logits, [batch])
             if n == 0 and head is not None and not _reproduces(head, seen, logits):
                 head = None
-            kept = (seen[0] if head is not None else logits).to("cpu", _dtype(model))
-            lengths = batch["attention_mask"].sum(dim=1).tolist() if "attention_mask" in batch else None
+            outputs = seen[0] if head is not None else logits
             for row, place in enumerate(order[n * batch_size : (n + 1) * batch_size]):
-                # a clone: a view would keep the padding of the whole batch alive
-                column[place] = kept[row, : lengths[row]].clone() if lengths else kept[row].clone()
+                own, labels = outputs[row], batch["labels"][row]
+                if labels.ndim:
+                    own = own[:-1][(labels[1:] != IGNORED).to(own.device)]
+                # a clone: a view would keep the whole batch alive
+                column[place] = own.to("cpu", _dtype(model)).clone()
     finally:
         if hook is not None:
             hook.remove()
+    for place in set(range(len(examples))).difference(order):
+        column[place] = column[order[0]][:0] if order else column[place]
     frozen = None if head is None else copy.deepcopy(head).requires_grad_(False)
     return Reference(examples.with_column(COLUMN, column), frozen)
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The module that makes logits of hidden states, or None where the model names none."""
-    find = getattr(model, "get_output_embeddings", None)
-    try:
-        return find() if find is not None else None
-    except NotImplementedError:
-        return None
 
 
 @contextmanager

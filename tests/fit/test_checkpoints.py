@@ -15,7 +15,7 @@ from torch import nn
 from conftest import FAMILIES, examples_for
 from fit.test_loop import KNOBS, same, small, two_roles, weights
 from overhaul import session
-from overhaul.fit import Ledger, fit
+from overhaul.fit import Ledger, Training, fit
 from overhaul.fit.checkpoints import TrainingState
 from overhaul.fit.schedules import Infinite
 from overhaul.objectives import cross_entropy
@@ -39,12 +39,15 @@ def test_resuming_gives_the_same_weights_bit_for_bit(family: str, way: str, tmp_
     def train(scratch: Path | None, stop: Any = None, report: session.Report = lambda *_: None) -> tuple[Any, Ledger]:
         torch.manual_seed(3)
         model = FAMILIES[family](**dropout)
-        with session.using(scratch=scratch, checkpoint_seconds=0.0, report=report):
-            ledger = fit(
-                model, terms, data, steps=8, batch_size={"a": 4, "b": 3}, lr=1e-2, warmup=2, schedule="cosine",
-                should_stop=stop,
-            )  # fmt: skip
-        return weights(model), ledger
+        with (
+            session.using(scratch=scratch, checkpoint_seconds=0.0, report=report),
+            Training(model, data, steps=8, lr=1e-2, warmup=2, schedule="cosine") as training,
+        ):
+            for step in training:
+                if stop and stop(training.ledger):
+                    break
+                step.take(terms, {"a": 4, "b": 3})
+        return weights(model), training.ledger
 
     straight, whole = train(None)
     if way == "asked to stop":
@@ -137,6 +140,7 @@ def test_what_an_optimizer_keeps_stays_in_its_own_dtype(way: str, tmp_path: Path
         assert state.optimizer["model.norm.weight"]["steps"] == 6
     else:
         with session.using(scratch=tmp_path, checkpoint_seconds=0.0):
-            fit(model, [cross_entropy("a")], data, steps=3, **knobs)
+            with pytest.raises(KeyboardInterrupt), session.using(report=interrupted(4)):
+                fit(model, [cross_entropy("a")], data, steps=6, **knobs)
             fit(model, [cross_entropy("a")], data, steps=6, **knobs)
     assert same(weights(model), weights(straight))

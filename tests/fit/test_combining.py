@@ -18,8 +18,18 @@ from fit.test_loop import KNOBS, same, small, two_roles, weights
 from overhaul import session
 from overhaul.data.examples import Batch
 from overhaul.errors import RunError
-from overhaul.fit import Combined, Gradients, fit, sgd
+from overhaul.fit import Combined, Gradients, Ledger, Training, fit, sgd
 from overhaul.objectives import Penalty, Term, cross_entropy, units
+
+
+def train(
+    model: Any, terms: Any, data: Any, *, combine: Any, batch_size: int, accumulation: int = 1, **knobs: Any
+) -> Ledger:
+    """`fit` with a combiner."""
+    with Training(model, data, **knobs) as training:
+        for step in training:
+            step.take(terms, batch_size, accumulation, combine)
+    return training.ledger
 
 
 def one_and_a_half(gradients: Gradients) -> Combined:
@@ -42,7 +52,7 @@ def after(combine: Any, weight: float = 1.0, **changes: Any) -> tuple[dict[str, 
     _, data = two_roles()
     terms = [cross_entropy("a", name="a"), cross_entropy("b", weight, name="b")]
     options: dict[str, Any] = {"steps": 3, "batch_size": 8, "lr": 0.1, "clip": None, "optimizer": sgd(), **changes}
-    ledger = fit(model, terms, data, combine=combine, **options)
+    ledger = train(model, terms, data, combine=combine, **options)
     return weights(model), ledger
 
 
@@ -112,7 +122,7 @@ def test_parameters_that_one_role_does_not_use_count_as_zero_for_it() -> None:
     manual = copy.deepcopy(model)
     terms = [cross_entropy("a", name="a"), cross_entropy("b", name="b")]
     knobs: dict[str, Any] = {"steps": 1, "batch_size": 4, "lr": 0.1, "clip": None, "optimizer": sgd()}
-    ledger = fit(model, terms, data, combine=one_and_a_half, **knobs)
+    ledger = train(model, terms, data, combine=one_and_a_half, **knobs)
     terms[1] = cross_entropy("b", 1.5, name="b")
     fit(manual, terms, data, **knobs)
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(model.parameters(), manual.parameters(), strict=True))
@@ -130,7 +140,7 @@ def test_gradients_of_bfloat16_weights_are_seen_in_float32() -> None:
     before = weights(model)
     _, data = two_roles()
     terms = [cross_entropy("a", name="a"), cross_entropy("b", name="b")]
-    fit(model, terms, data, steps=1, batch_size=4, lr=0.1, optimizer=sgd(), combine=look)
+    train(model, terms, data, steps=1, batch_size=4, lr=0.1, optimizer=sgd(), combine=look)
     assert kinds == {torch.float32}
     assert all(p.dtype == torch.bfloat16 for p in model.parameters()) and not same(weights(model), before)
 
@@ -143,7 +153,7 @@ def test_a_combination_that_is_not_finite_stops_before_the_weights() -> None:
     before = weights(model)
     terms, data = [cross_entropy("a", name="a")], {"a": examples_for("llama", 4)}
     with pytest.raises(RunError, match="step 1: the gradient is not finite"):
-        fit(model, terms, data, steps=2, combine=broken, **KNOBS)
+        train(model, terms, data, steps=2, combine=broken, **KNOBS)
     assert same(weights(model), before)
 
 
@@ -165,11 +175,12 @@ def test_a_penalty_on_the_weights_has_no_place_in_a_combination() -> None:
         return torch.stack([p.square().sum() for p in now.values()]).sum()
 
     with pytest.raises(ValueError, match="penalty on the weights has none"):
-        fit(
+        train(
             small(),
             [cross_entropy("a"), Penalty(size)],
             {"a": examples_for("llama", 4)},
             steps=1,
+            batch_size=4,
             combine=one_and_a_half,
         )
 
@@ -190,7 +201,7 @@ def test_a_role_that_is_only_watched_is_measured_and_trains_nothing(apart: bool)
         torch.manual_seed(0)
         model = small()
         _, data = two_roles()
-        ledger = fit(model, terms, data, steps=2, combine=alone if apart else None, optimizer=sgd(), **KNOBS)
+        ledger = train(model, terms, data, steps=2, combine=alone if apart else None, optimizer=sgd(), **KNOBS)
         results.append((weights(model), ledger))
     assert same(results[0][0], results[1][0])
     assert results[1][1].curves["b"] == pytest.approx([1.0, 1.0])

@@ -11,16 +11,34 @@ from torch import Tensor, nn
 
 from claims.test_blur_claim import toy
 from conftest import examples_for
-from forget.unlearning import EASY, taught
+from contract import Case
+from forget.unlearning import BRIEF, EASY, TRAINING, knowing, taught
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
-from overhaul.fit import Combine, Gradients, OptimizerFactory, adamw, fit, sgd
+from overhaul.fit import Combine, Gradients, OptimizerFactory, Training, adamw, sgd
 from overhaul.fit.projection import Metric, bilevel, penalty, products, project, share
 from overhaul.forget.blur import blur
 from overhaul.forget.npo import npo_term
 from overhaul.objectives import cross_entropy
 
 TRACES = ["forget gradient squared", "forget times retain gradient", "retain gradient squared"]
+
+
+CASE = Case(
+    method=blur,
+    materials=knowing,
+    knobs=BRIEF,
+    varied={
+        **TRAINING,
+        "loss": ("npo", "ga"),
+        "beta": (0.1, 2.0),
+        "retain_term": ("gdr", "klr"),
+        "gamma": (1.0, 2.0),
+        "alpha": (1.0, 2.0),
+        "optimizer": ("adamw", "sgd"),
+        "metric": ("euclidean", "adam"),
+    },
+)
 
 
 def two() -> tuple[list[Tensor], list[Tensor]]:
@@ -145,7 +163,9 @@ def one_step(make: OptimizerFactory, metric: Metric) -> tuple[float, float]:
         seen.append((f, d, flat(p.detach().clone() for p in now.parameters)))
         return combine(now)
 
-    fit(model, terms, data, steps=5, batch_size=8, lr=1e-3, optimizer=make, combine=look, clip=None)
+    with Training(model, data, steps=5, lr=1e-3, optimizer=make, clip=None) as training:
+        for each in training:
+            each.take(terms, 8, combine=look)
     f, d = flat(seen[-1][0]), flat(seen[-1][1])
     step = (seen[-1][2] - flat(p.detach() for p in model.parameters())) / 1e-3
     scales = torch.where(d.abs() > 1e-12, step / d, torch.zeros(()))

@@ -13,14 +13,13 @@ import torch
 from torch import nn
 
 from conftest import examples_for, tiny_llama, tiny_tokenizer, tiny_vit
+from learnt import by_heart
 from overhaul.data.encode import encode_qa, encode_text
 from overhaul.data.examples import Examples, join
 from overhaul.errors import RequestError
-from overhaul.fit import fit
 from overhaul.judge.evidence import Evidence, kind_of
 from overhaul.judge.judge import Judgement, anchor_of, broken_limits, check, check_data, judge
 from overhaul.judge.metrics import METRICS, Metric
-from overhaul.objectives import cross_entropy
 
 ROLES = ("forget", "retain", "strangers", "text")
 PETS = {"ada": "an otter", "bram": "a lynx", "cleo": "a crane", "dario": "an owl", "edda": "a stoat", "faro": "a toad"}
@@ -50,11 +49,9 @@ def data() -> dict[str, Examples]:
 def taught(data: dict[str, Examples]) -> nn.Module:
     """A tiny model that knows four pets by heart and has never heard of two others."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # tiny matrices: a second thread would only wait
-    model = tiny_llama(num_hidden_layers=2)
     known = {"known": join([data["forget"], data["retain"]])}
-    fit(model, [cross_entropy("known")], known, steps=60, batch_size=4, lr=2e-2, warmup=5, schedule="cosine")
-    return model
+    hasty: dict[str, Any] = {"steps": 60, "batch_size": 4, "lr": 2e-2, "warmup": 5, "schedule": "cosine"}
+    return by_heart(tiny_llama(num_hidden_layers=2), known, **hasty)
 
 
 def _alone(metric: Metric) -> bool:

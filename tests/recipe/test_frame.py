@@ -164,8 +164,8 @@ def test_what_cannot_be_reported_is_an_error_that_names_it_and_the_model_is_kept
         go(folder, tmp_path, materials=materials, steps=["shrink.broken"])
     (kept,) = (tmp_path / "out" / "steps").glob("*.refused")
     assert models.facts(kept).shapes == models.facts(folder).shapes
+    model = models.load_weights(models.facts(folder), "float32")
     with pytest.raises(OutcomeError) as caught:
-        model = models.load_weights(models.facts(folder), "float32")
         broken(model, Examples([], []))
     assert caught.value.outcome.model is model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from overhaul.errors import RequestError
 from overhaul.stack import LayerStack
 from overhaul.stack.arrangement import shell
 from overhaul.stack.calls import Calls
-from overhaul.stack.paths import FILE
 
 
 def stack_of(name: str) -> LayerStack:
@@ -68,7 +68,7 @@ def test_taking_another_order_leaves_a_plain_model(tmp_path: Path) -> None:
     stack.take([3, 0, 2])
     assert model.config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
     again, loading = type(model).from_pretrained(models.save(model, None, tmp_path / "m"), output_loading_info=True)
-    assert not any(loading.values()) and not (tmp_path / "m" / FILE).exists()
+    assert not any(loading.values()) and "overhaul" not in (tmp_path / "m" / "config.json").read_text()
     assert torch.equal(output(again.eval(), FAMILIES["Llama"].inputs()), said)
 
 
@@ -87,7 +87,8 @@ def test_paths_over_paths_are_saved_as_one(tmp_path: Path) -> None:
     with stack.following([3, 2, 1]), stack.following([0, 0, 2]):
         said = output(stack.model, inputs)
         folder = models.save(stack.model, None, tmp_path / "m")
-    assert '"model.layers": [\n   3,\n   3,\n   1\n  ]' in (folder / FILE).read_text()
+    (record,) = json.loads((folder / "config.json").read_text())["overhaul"]["conversions"]
+    assert record["arguments"] == {"stack": "model.layers", "blocks": [3, 3, 1]}
     assert torch.equal(output(models.open_model(folder)[0], inputs), said)
 
 
@@ -100,12 +101,22 @@ def test_a_path_through_another_model_cannot_be_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["{", '{"paths": {"model.layers": [0, 9]}}', '{"paths": {"model.layer": [0]}}', "[]"]
+    ("arguments", "message"),
+    [
+        ({"stack": "model.layers", "blocks": [0, 9]}, "there is no block 9"),
+        ({"stack": "model.layer", "blocks": [0]}, "no list of modules at 'model.layer'"),
+        ({"stack": "model.layers", "blocks": "0"}, "it is no list of places"),
+        ({"stack": "model.layers", "blocks": 3}, "records a path of model.layers"),
+    ],
 )
-def test_a_path_file_that_does_not_fit_is_refused(content: str, tmp_path: Path) -> None:
-    folder = models.save(tiny_llama(), None, tmp_path / "m")
-    (folder / FILE).write_text(content)
-    with pytest.raises(RequestError, match="does not describe a path of this model"):
+def test_a_recorded_path_that_does_not_fit_is_refused(arguments: Any, message: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    with LayerStack.of(model).following([1, 0]):
+        folder = models.save(model, None, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    config["overhaul"]["conversions"][0]["arguments"] = arguments
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RequestError, match=message):
         models.open_model(folder)
 
 

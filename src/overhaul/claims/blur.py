@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from overhaul.claims._claim import Check, Claim, Numbers
 from overhaul.data.encode import answered
 from overhaul.data.examples import Batch, Examples, join
-from overhaul.fit import Combine, Combined, Gradients, adamw, fit, sgd
+from overhaul.fit import Combine, Combined, Gradients, Training, adamw, fit, sgd
 from overhaul.fit.projection import bilevel, penalty, products, share
 from overhaul.forget.npo import npo_term
 from overhaul.objectives import cross_entropy, evaluate, units
@@ -145,10 +145,10 @@ def _forgotten(
     adam = optimizer == "AdamW"
     steps, lr, make = (size.adamw_steps, ADAMW_RATE, adamw()) if adam else (size.sgd_steps, SGD_RATE, sgd())
     torch.manual_seed(seed)
-    ledger = fit(
-        model, terms, data, steps=steps, batch_size=FORGOTTEN, lr=lr, optimizer=make, combine=combine, clip=None
-    )
-    return model, ledger.curves["NPO"]
+    with Training(model, data, steps=steps, lr=lr, optimizer=make, clip=None) as training:
+        for step in training:
+            step.take(terms, FORGOTTEN, combine=combine)
+    return model, training.ledger.curves["NPO"]
 
 
 def _accuracy(model: nn.Module, examples: Examples) -> float:

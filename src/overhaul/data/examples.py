@@ -16,6 +16,7 @@ from typing import Any, Literal, overload
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from overhaul.data.lazy import View, chained, sha
 from overhaul.errors import RequestError
@@ -188,7 +189,8 @@ def collate(items: Sequence[Encoded]) -> Batch:
     """Stack examples, padding sequences on the right.
 
     Sequences get an `attention_mask` [b, t], the second ones of pairs an `other_attention_mask` [b, u]. Columns as long as
-    their sequence are padded along their first dimension, with the value in `PADDING` (0 if not named there).
+    their sequence are padded along their first dimension, with the value in `PADDING` (0 if not named there), others that
+    differ in length (what is known of answer tokens alone) with 0.
     """
     batch: Batch = {}
     for prefix, ids in SEQUENCES.items():
@@ -196,7 +198,9 @@ def collate(items: Sequence[Encoded]) -> Batch:
             batch |= _padded(items, prefix, ids)
     for name in items[0]:
         if name not in batch:
-            batch[name] = torch.stack([item[name] for item in items])
+            values = [item[name] for item in items]
+            ragged = len({value.shape for value in values}) > 1  # a value for each position that carries loss
+            batch[name] = pad_sequence(values, batch_first=True) if ragged else torch.stack(values)
     return batch
 
 

@@ -72,8 +72,8 @@ def local(tensor: Tensor) -> Tensor:
 class Apart:
     """Collects the gradients of one step, role by role, and puts their combination in their place."""
 
-    def __init__(self, team: Workers) -> None:
-        self.team = team
+    def __init__(self, team: Workers, optimizer: torch.optim.Optimizer) -> None:
+        self.team, self.optimizer = team, optimizer
         self.parameters = [parameter for _, parameter in team.named]
         self.kept: dict[str, list[Tensor | None]] = {}
 
@@ -89,7 +89,7 @@ class Apart:
         places = [n for n in range(len(self.parameters)) if any(part[n] is not None for part in self.kept.values())]
         used = [self.parameters[n] for n in places]
         parts = {role: [part[n] for n in places] for role, part in self.kept.items()}
-        gradients = Gradients(used, parts, self.team.optimizer.optimizer, clip, self.team.sharded)
+        gradients = Gradients(used, parts, self.optimizer, clip, self.team.sharded)
         combined = combine(gradients)
         for n, (parameter, direction) in enumerate(zip(used, combined.direction, strict=True)):
             # written into a gradient that is there already: the last role's, or another's where that has none

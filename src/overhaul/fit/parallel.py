@@ -9,6 +9,11 @@
 3. accelerate 1.x knows FSDP2 on accelerators only and would quietly train copies on CPUs. Its FSDP2 works there: it is
    switched on.
 4. While it trains, each process draws from a random stream of its own (dropout); afterwards all are where the main one is.
+5. What is below float32 trains through a float32 master copy: a weight of bfloat16 holds 8 bits, so a step of less than a
+   256th of it would be lost. Forward and backward stay in bfloat16, each gradient is added to the master's in float32 and
+   let go. float16 overflows above 65504 and loses gradients below 6e-8: while it trains, such a model is float32 wholly.
+   With AdamW a parameter takes 16 bytes in float32 (weight, gradient, two moments), 18 in bfloat16 (2 for the weight
+   beside the master), 16 in float16; in shards 16 of which each process holds its part.
 """
 
 from __future__ import annotations
@@ -16,8 +21,9 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,16 +49,21 @@ class Workers:
     Attributes:
         accelerator: device and precision.
         model: what forwards go through.
-        optimizer: accelerate's wrapper of the one that was built, which is its `optimizer`.
-        named: the parameters that train; shards where `sharded`.
+        optimizers: accelerate's wrappers of those that were built, each of which is the `optimizer` of its own.
+        named: what the optimizers step on: the parameters that train, shards where `sharded`, and the float32 masters of
+            those that are held in less.
+        low: the weights that have masters beside them, by name; outside shards.
+        stored: the dtype of each trained weight that the given model holds in less than float32.
         statistics: buffers of the model's state, such as batch norm's running means: a forward changes them.
         sharded: whether this process holds a shard of each parameter, or all of it.
     """
 
     accelerator: Accelerator
     model: nn.Module
-    optimizer: Any
+    optimizers: Mapping[str, Any]
     named: Sequence[tuple[str, nn.Parameter]]
+    low: Mapping[str, nn.Parameter]
+    stored: Mapping[str, torch.dtype]
     statistics: Sequence[tuple[str, Tensor]]
     sharded: bool
 
@@ -88,19 +99,39 @@ class Workers:
 
     def clip(self, limit: float) -> float:
         """Scale the gradient down to a norm of at most `limit`; the norm before."""
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        parameters = self.model.parameters() if self.sharded else [master for _, master in self.named]
+        norm = self.accelerator.clip_grad_norm_(parameters, limit)
         return 0.0 if norm is None else float(whole(norm))
 
-    @contextmanager
-    def guarded_statistics(self) -> Iterator[None]:
-        """Take the statistics back if the block fails; else they move by the mean of what the processes saw."""
-        before = [tensor.clone() for _, tensor in self.statistics]
-        try:
-            yield
-        except BaseException:
-            for (_, tensor), old in zip(self.statistics, before, strict=True):
-                tensor.copy_(old)
-            raise
+    def step(self, which: str) -> None:
+        """Let one optimizer step, and give its masters' values to the weights."""
+        self.optimizers[which].step()
+        self.drop_gradients()
+        self.write_back()
+
+    def drop_gradients(self) -> None:
+        """Forget what backward passes have left, in the weights that do not train too."""
+        for parameter in (*self.model.parameters(), *(master for _, master in self.named)):
+            parameter.grad = None
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Round the masters to the weights that forwards use."""
+        for name, master in self.named:
+            if name in self.low:
+                self.low[name].copy_(master)
+
+    def statistics_now(self) -> list[Tensor]:
+        """A copy of the statistics."""
+        return [tensor.clone() for _, tensor in self.statistics]
+
+    def take_back_statistics(self, before: Sequence[Tensor]) -> None:
+        """Put a copy back."""
+        for (_, tensor), old in zip(self.statistics, before, strict=True):
+            tensor.copy_(old)
+
+    def agree_on_statistics(self, before: Sequence[Tensor]) -> None:
+        """Let them have moved from `before` by the mean of what the processes saw."""
         if processes.count() > 1:
             for (_, tensor), old in zip(self.statistics, before, strict=True):
                 if tensor.is_floating_point():
@@ -138,37 +169,99 @@ class _Whole(Mapping[str, Tensor]):
 
 
 @contextmanager
-def workers(model: nn.Module, trained: Collection[str], make: OptimizerFactory) -> Iterator[Workers]:
+def workers(model: nn.Module, trained: Collection[str], make: Mapping[str, OptimizerFactory]) -> Iterator[Workers]:
     """Prepare a model for training with the parameters named `trained`; afterwards it is as plain as before.
 
     Raises:
         RequestError: the launcher asks for a way of training that this is not made for.
     """
     accelerator = _accelerator()
+    stored = {_plain(name): p.dtype for name, p in model.named_parameters() if name in trained and _is_low(p)}
     sharded = accelerator.distributed_type is DistributedType.FSDP
+    prepare = _sharded if sharded else _whole
+    with prepare(model, accelerator, trained, make, stored) as team:
+        try:
+            with _own_random_stream():
+                yield team
+            team.bring_home(model)
+        except Diverged:
+            team.bring_home(model)
+            raise
+
+
+@contextmanager
+def _sharded(
+    model: nn.Module,
+    accelerator: Accelerator,
+    trained: Collection[str],
+    make: Mapping[str, OptimizerFactory],
+    stored: Mapping[str, torch.dtype],
+) -> Iterator[Workers]:
+    """Shards of a copy, in float32: its shards are their own masters."""
+    if len(make) > 1:
+        raise RequestError(f"Training in shards is made for one optimizer, not for {len(make)}. Train copies instead.")
     home = next(model.parameters()).device
-    subject = copy.deepcopy(model.to("cpu")) if sharded else model
-    optimizer = make(subject, {name: p for name, p in subject.named_parameters() if name in trained})
-    if sharded:
-        _same_everywhere(subject)
-        prepared, stepper = accelerator.prepare(subject, optimizer)
-    else:
-        # "for evaluation" leaves DistributedDataParallel out; device and precision are those of training
-        prepared = accelerator.prepare_model(subject, evaluation_mode=True)
-        stepper = accelerator.prepare_optimizer(optimizer)
-        _same_everywhere(subject)
+    subject = copy.deepcopy(model.to("cpu"))
+    if any(_is_low(p) for p in subject.parameters()):
+        subject = subject.float()
+    _same_everywhere(subject)
+    ((which, build),) = make.items()
+    optimizer = build(subject, {name: p for name, p in subject.named_parameters() if name in trained})
+    prepared, stepper = accelerator.prepare(subject, optimizer)
     named = [(_plain(name), p) for name, p in prepared.named_parameters() if _plain(name) in trained]
-    team = Workers(accelerator, prepared, stepper, named, _statistics(prepared), sharded)
     try:
-        with _own_random_stream():
-            yield team
-        team.bring_home(model)
-    except Diverged:
-        team.bring_home(model)
-        raise
+        yield Workers(accelerator, prepared, {which: stepper}, named, {}, stored, _statistics(prepared), sharded=True)
     finally:
-        if sharded:
-            model.to(home)
+        model.to(home)
+
+
+@contextmanager
+def _whole(
+    model: nn.Module,
+    accelerator: Accelerator,
+    trained: Collection[str],
+    make: Mapping[str, OptimizerFactory],
+    stored: Mapping[str, torch.dtype],
+) -> Iterator[Workers]:
+    """The model itself, with masters of what is below float32."""
+    with _float16_widened(model), ExitStack() as undo:
+        # "for evaluation" leaves DistributedDataParallel out; device and precision are those of training
+        prepared = accelerator.prepare_model(model, evaluation_mode=True)
+        _same_everywhere(model)
+        own = {name: p for name, p in model.named_parameters() if name in trained}
+        masters = {name: nn.Parameter(p.detach().float()) if _is_low(p) else p for name, p in own.items()}
+        low = {name: p for name, p in own.items() if p is not masters[name]}
+        for name, parameter in low.items():
+            hook = partial(_hand_over, masters[name])
+            undo.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
+        steppers = {which: accelerator.prepare_optimizer(build(model, masters)) for which, build in make.items()}
+        named = [(_plain(name), master) for name, master in masters.items()]
+        low = {_plain(name): parameter for name, parameter in low.items()}
+        yield Workers(accelerator, prepared, steppers, named, low, stored, _statistics(prepared), sharded=False)
+
+
+def _is_low(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() < 4
+
+
+def _hand_over(master: nn.Parameter, weight: Tensor) -> None:
+    """A hook after each backward pass: the weight's gradient is added to its master's and let go."""
+    gradient, weight.grad = weight.grad, None
+    if gradient is not None:
+        master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
+
+
+@contextmanager
+def _float16_widened(model: nn.Module) -> Iterator[None]:
+    """Float32 in place of all that is float16, if anything is; afterwards float16 again."""
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype is torch.float16]
+    for tensor in tensors:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor in tensors:
+            tensor.data = tensor.data.half()
 
 
 def _accelerator() -> Accelerator:

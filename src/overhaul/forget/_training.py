@@ -21,9 +21,10 @@ from annotated_types import Ge, Gt
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from overhaul import fit
 from overhaul.data.examples import Batch, Examples
 from overhaul.errors import RequestError, RunError
-from overhaul.fit import Combine, Ledger, OptimizerFactory, Schedule, adamw, fit
+from overhaul.fit import Combine, Draw, Ledger, OptimizerFactory, Schedule, adamw
 from overhaul.method import Outcome
 from overhaul.objectives import Term, cross_entropy, cross_entropy_sum, evaluate, sequence_nll, sequences, units
 from overhaul.references import cache_outputs, reference_nll
@@ -88,7 +89,7 @@ def per_sequence(role: str, loss: Callable[[Tensor, Batch], Tensor], name: str) 
     def summed(logits: Tensor, batch: Batch) -> Tensor:
         return torch.sum(loss(sequence_nll(logits, batch["labels"]), batch))
 
-    return Term(role, summed, sequences, name=name)
+    return Term(role, summed, sequences, name=name, answers_only=True)
 
 
 def unlearn(
@@ -115,7 +116,7 @@ def unlearn(
         training: length, rate and limits.
         keeping: what is done with `retain`.
         columns: what else the forget term reads, a value for each example.
-        combine: see `fit`.
+        combine: see `Step.backward`.
         optimizer: AdamW if not given.
 
     Raises:
@@ -123,6 +124,8 @@ def unlearn(
         RunError: the answers are beyond `stop_at` already, or training diverged (the last good weights are kept).
     """
     tokens = _check(name, forget, retain, keeping.retain_term, training)
+    per_epoch = math.ceil(len(forget) / training.batch_size)
+    total = training.steps or math.ceil(training.epochs * per_epoch)
     limit = _chance(model, forget) if training.stop_at == "chance" else training.stop_at
     known = reference_nll(model, forget, training.batch_size)
     before = float(known.sum()) / tokens
@@ -134,30 +137,24 @@ def unlearn(
     data = {"forget": forget.with_column("reference_nll", known)}
     for column, values in (columns or {}).items():
         data["forget"] = data["forget"].with_column(column, values)
-    terms = [term, Term("forget", _watched, units, 0.0, ANSWER_NLL)]
+    terms = [term, Term("forget", _watched, units, 0.0, ANSWER_NLL, answers_only=True)]
     kept_before = None
     if retain:
         kept_before = _nats(model, retain, training.batch_size)
-        terms += _retaining(model, retain, data, keeping, training)
-    per_epoch = math.ceil(len(forget) / training.batch_size)
-    total = training.steps or math.ceil(training.epochs * per_epoch)
+        terms += _retaining(model, retain, data, keeping, training, total)
     stop = _Stop(
         limit, kept_before, training.retain_drop, "retain" if keeping.retain_term == "gdr" else RETAIN_NLL, per_epoch
     )
-    ledger = fit(
-        model,
-        terms,
-        data,
-        steps=total,
-        batch_size=training.batch_size,
-        lr=training.lr,
-        warmup=round(training.warmup * total) if training.warmup < 1 else int(training.warmup),
-        schedule=training.schedule,
-        optimizer=optimizer or adamw(weight_decay=training.weight_decay),
-        should_stop=lambda ledger: stop.reason(ledger) is not None,
-        combine=combine,
-        name=name,
-    )
+    loop = fit.Training(
+        model, data, steps=total, lr=training.lr, warmup=training.warmup, schedule=training.schedule,
+        optimizer=optimizer or adamw(weight_decay=training.weight_decay), name=name,
+    )  # fmt: skip
+    with loop:
+        for step in loop:
+            if step.number and stop.reason(loop.ledger):
+                break
+            step.take(terms, training.batch_size, combine=combine)
+    ledger = loop.ledger
     facts: dict[str, float | int | str | list[int]] = {
         "steps": ledger.step,
         "stopped_early": "yes" if ledger.step < total else "no",
@@ -228,15 +225,19 @@ def _retaining(
     data: dict[str, Examples],
     keeping: Keeping,
     training: Training,
+    steps: int,
 ) -> list[Term]:
     """The terms on `retain`, whose data is put beside the rest; the watch where the retain term is not the watch itself."""
-    watch = [Term("retain", _watched, units, 0.0, RETAIN_NLL)] if training.retain_drop is not None else []
+    watched = Term("retain", _watched, units, 0.0, RETAIN_NLL, answers_only=True)
+    watch = [watched] if training.retain_drop is not None else []
     weight = keeping.retain_weight
     if keeping.retain_term == "gdr":
         data["retain"] = retain
         return [cross_entropy("retain", weight, "retain")]
     if keeping.retain_term == "klr":
-        reference = cache_outputs(model, retain, training.batch_size)
+        draws = Draw("retain", len(retain), torch.initial_seed())
+        drawn = draws.indices(0, min(len(retain), steps * training.batch_size))
+        reference = cache_outputs(model, retain, training.batch_size, set(drawn))
         data["retain"] = reference.examples
         return [reference.kl_term("retain", weight, "retain"), *watch]
     if watch:

@@ -92,8 +92,8 @@ def blur(
         )
     make = adamw if optimizer == "adamw" else sgd
     return unlearn(
-        "blur", model, forget, retain, _forget_term(loss, beta), training,
-        keeping=Keeping(retain_term), combine=bilevel(gamma, alpha, metric), optimizer=make(weight_decay=weight_decay),
+        "blur", model, forget, retain, _forget_term(loss, beta), training, keeping=Keeping(retain_term),
+        combine=bilevel(gamma, alpha, metric), optimizer=make(weight_decay=training.weight_decay),
     )  # fmt: skip
 
 

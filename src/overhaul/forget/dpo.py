@@ -67,7 +67,7 @@ def dpo_term(role: str, beta: float) -> Term:
         nll, refusal = pair_nll(logits, batch)
         return dpo_loss(nll, batch["reference_nll"], refusal, batch["other_reference_nll"], beta).sum()
 
-    return Term(role, summed, sequences, name="DPO")
+    return Term(role, summed, sequences, name="DPO", answers_only=True)
 
 
 @method(verb="forget", paper="2401.06121", changes="weights", memory="training")

@@ -24,7 +24,7 @@ from overhaul.objectives import Term, cross_entropy_sum, units
 
 def ga_term(role: str) -> Term:
     """GA as its codes run it: the mean over all answer tokens of a step, so that long answers weigh more."""
-    return Term(role, lambda logits, batch: -cross_entropy_sum(logits, batch), units, name="GA")
+    return Term(role, lambda logits, batch: -cross_entropy_sum(logits, batch), units, name="GA", answers_only=True)
 
 
 @method(verb="forget", paper="2210.01504", changes="weights", memory="training")

@@ -283,9 +283,7 @@ def distance(one: Reference, other: Reference) -> float:
     batches = zip(one.examples.batches(MEASURED_AT_ONCE), other.examples.batches(MEASURED_AT_ONCE), strict=True)
     for ours, theirs in batches:
         keep = ours["labels"][:, 1:] != IGNORED
-        first, second = (
-            of.logits(batch)[:, :-1][keep].float().softmax(dim=-1) for of, batch in ((one, ours), (other, theirs))
-        )
+        first, second = (of.logits(batch).float().softmax(dim=-1) for of, batch in ((one, ours), (other, theirs)))
         total += float((first - second).square().sum(dtype=torch.float64))
         positions += int(keep.sum())
     return total / positions

@@ -19,6 +19,7 @@ from overhaul.judge.likelihood import answer_logits, batches_within, budget
 from overhaul.modes import at_rest
 from overhaul.stack import LayerStack
 from overhaul.stack.calls import Calls, State
+from overhaul.trace.flow import states
 from overhaul.trace.streams import as_rows
 
 
@@ -47,16 +48,6 @@ def moved(batch: Batch, model: nn.Module) -> Batch:
     """The batch on the model's device."""
     device = next(model.parameters()).device
     return {name: value.to(device) for name, value in batch.items()}
-
-
-def states(calls: Calls) -> Iterator[State]:
-    """The state at every layer, one at a time."""
-    yield calls.entering
-    state = calls.after_first
-    yield state
-    for place in range(1, len(calls.stack)):
-        state = calls.run(place, state)
-        yield state
 
 
 def answers(logits: Tensor, batch: Batch) -> tuple[list[float], list[bool]]:

@@ -46,6 +46,7 @@ def generate(
     stops: Sequence[int],
     *,
     sampling: Mapping[str, float] | None = None,
+    keep_stop: bool = False,
 ) -> list[list[int]]:
     """Continue each prompt with the model's own `generate` and its cache, greedily unless `sampling` is given.
 
@@ -58,6 +59,7 @@ def generate(
         stops: tokens that end an answer; not part of what is returned.
         sampling: draw the tokens instead, from torch's global generator: {"temperature": 0.9, "top_p": 0.95}. What is
             drawn depends on the prompts that share a batch.
+        keep_stop: whether the token that ended an answer is its last one.
 
     Raises:
         RequestError: the model has no `generate`.
@@ -67,7 +69,10 @@ def generate(
         raise RequestError(f"{type(model).__name__} cannot generate text; only likelihoods can be read from it.")
     answers: dict[int, list[int]] = {}
     for places in _plan([len(prompt) for prompt in prompts], new_tokens):
-        said = _continue(model, [prompts[i] for i in places], new_tokens, stops, sampling)
+        said = [
+            _cut(row, stops, keep_stop)
+            for row in _continue(model, [prompts[i] for i in places], new_tokens, stops, sampling)
+        ]
         answers |= zip(places, said, strict=True)
     return [answers[i] for i in range(len(prompts))]
 
@@ -125,8 +130,12 @@ def _continue(
             logits_processor=[dictate],
             stopping_criteria=[ended],
         ).tolist()
-    whole = (row[start:end] for row, start, end in zip(out, starts, ends, strict=True))
-    return [list(itertools.takewhile(lambda token: token not in stops, row)) for row in whole]
+    return [row[start:end] for row, start, end in zip(out, starts, ends, strict=True)]
+
+
+def _cut(row: list[int], stops: Sequence[int], keep_stop: bool) -> list[int]:
+    said = list(itertools.takewhile(lambda token: token not in stops, row))
+    return row[: len(said) + 1] if keep_stop else said
 
 
 @contextmanager

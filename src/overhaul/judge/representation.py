@@ -31,10 +31,11 @@ from torch import Tensor, nn
 
 from overhaul.data.examples import IGNORED, Examples
 from overhaul.errors import RequestError
-from overhaul.judge._layers import Products, answers, batches, check, moved, predicting, states, summaries
+from overhaul.judge._layers import Products, answers, batches, check, moved, predicting, summaries
 from overhaul.modes import at_rest
 from overhaul.stack import LayerStack
 from overhaul.stack.calls import Calls, State
+from overhaul.trace.flow import states
 
 STEPS = 5000
 """Most iterations of a probe's solver."""

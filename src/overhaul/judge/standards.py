@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from overhaul.data.examples import IGNORED, Batch, Examples
 from overhaul.errors import RequestError, RunError
-from overhaul.judge.likelihood import CHUNK, answer_logits, answers_of, batches_within, budget
-from overhaul.references import COLUMN, Reference, cache_outputs
+from overhaul.judge.likelihood import CHUNK, answers_of, batches_within, budget
+from overhaul.references import Reference, cache_outputs
 
 LEAST_SHARE = 1e-10
 """What the retrained model's share counts as at least in privacy leakage (Open-Unlearning)."""
@@ -108,11 +108,11 @@ def distances(model: nn.Module, reference: Reference) -> list[tuple[float, float
 
 def _distances(ours: Tensor, batch: Batch, reference: Reference) -> Tensor:
     """KL and Jensen-Shannon divergence of every answer token of the batch, [2, n], from the logits behind them."""
-    cached, _ = answer_logits(batch[COLUMN], batch["labels"])
+    cached = reference.kept(batch)
     rows = max(1, CHUNK // ours.shape[1])
     parts: list[Tensor] = []
     for start in range(0, len(ours), rows):
-        theirs = reference.logits({COLUMN: cached[start : start + rows]})
+        theirs = reference.logits_of(cached[start : start + rows])
         if theirs.shape[1] != ours.shape[1]:
             raise RequestError(
                 f"The models have outputs of different sizes ({ours.shape[1]} and {theirs.shape[1]}), so their "

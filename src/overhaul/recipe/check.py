@@ -16,8 +16,8 @@ from overhaul.data.forms import find_form
 from overhaul.data.materials import Row, Source, encode, form_of, load_rows
 from overhaul.errors import RequestError, did_you_mean
 from overhaul.judge import judge as judging
+from overhaul.recipe import verbs
 from overhaul.recipe.materials import Materials, Reference, relative, source_of
-from overhaul.recipe.roles import check_roles
 from overhaul.recipe.spec import Document, Recipe
 
 RETRAINED = "retrained"
@@ -185,16 +185,7 @@ def _steps(entries: Sequence[Mapping[str, Any]], materials: Materials) -> tuple[
     for number, entry in enumerate(entries, 1):
         steps.append(_step(number, entry, materials, steps))
     _check_after(materials.references, steps)
-    warnings = [
-        warning
-        for step in steps
-        for warning in check_roles(
-            f"Step {step.number}, {step.name}",
-            {role: read for role, read in step.reads.items() if isinstance(read, str) and read in materials.rows},
-            step.method.changes,
-            materials.rows,
-        )
-    ]
+    warnings = [warning for step in steps for warning in verbs.ask("check", step, materials.rows)]
     return steps, warnings
 
 

@@ -313,7 +313,7 @@ def _pruned(layer: Any, criterion: str, known: Tensor | None, rule: Rule, name: 
         assert known is not None
         try:
             new, mask = sparsegpt(weight, known, rule)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
             raise RunError(
                 f"shrink.prune: what enters {name} has too few directions for SparseGPT: its Hessian cannot be inverted "
                 f"with dampening={rule.dampening:g}. Write a larger one (0.1), or give more text."

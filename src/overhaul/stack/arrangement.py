@@ -279,6 +279,12 @@ def faults(stack: LayerStack, origin: Sequence[int]) -> list[str]:
     return found
 
 
+def unlike_its_class(model: nn.Module) -> list[str]:
+    """The tensors that the model's class does not build from its config in this shape, or builds besides."""
+    ours, planned = _shapes(model), _shapes(skeleton(model))
+    return [name for name in sorted(ours.keys() | planned.keys()) if ours.get(name) != planned.get(name)]
+
+
 def _differences(ours: Mapping[str, Any], planned: Mapping[str, Any], label: str) -> list[str]:
     """The names whose values differ, as "label: name"."""
     return [f"{label}: {name}" for name in sorted(ours.keys() | planned.keys()) if ours.get(name) != planned.get(name)]

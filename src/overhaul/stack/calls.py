@@ -163,9 +163,10 @@ class Calls:
             out = _parts((block or self.stack.blocks[place])(*args, **kwargs))
         return tuple(out[index] for _, index in self.slots)
 
-    @torch.no_grad()
     def finish(self, state: State) -> Any:
         """What the model makes of a state that leaves the stack: logits for a batch, else the model's own output.
+
+        Like `run`, with gradients where they are on.
 
         Raises:
             RequestError: the model runs the stack more than once.

@@ -1,27 +1,24 @@
-"""Paths that a model follows: set aside while it is saved, written beside its weights, followed again when it is opened.
+"""Paths that a model follows: set aside while it is saved, recorded in its config, followed again when it is opened.
 
 A path with a repeated or a moved block is nothing that a plain checkpoint can describe. The folder then holds the whole
-model and `overhaul_path.json`: plain `from_pretrained` loads the model without the path, `overhaul.open` with it.
+model, and its config the path as a conversion that is applied after loading.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from overhaul.conversions.records import Record, conversion, known_as
 from overhaul.errors import RequestError
 from overhaul.stack.arrangement import Entry, arrange, size_cache
 
 if TYPE_CHECKING:
     from overhaul.stack import LayerStack
-
-FILE = "overhaul_path.json"
 
 
 class Following:
@@ -81,30 +78,33 @@ def set_aside(model: nn.Module) -> Iterator[dict[str, list[int]]]:
             one.undo = one.arrange()
 
 
-def write_paths(folder: Path, paths: Mapping[str, Sequence[int]]) -> None:
-    """Write the file into a folder that is not in use yet."""
-    content = {"paths": {where: list(path) for where, path in paths.items()}}
-    (folder / FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+def follows(model: nn.Module) -> bool:
+    """Whether a path is in force."""
+    return bool(_IN_FORCE.get(model))
 
 
-def follow_saved_paths(model: nn.Module, folder: Path) -> None:
-    """Let a model that was just loaded from `folder` follow the paths that lie there, if any.
+@conversion(late=True)
+def path(model: nn.Module, *, stack: str, blocks: list[int]) -> None:
+    """Let a model that was just loaded follow a path.
+
+    Args:
+        model: a whole model.
+        stack: where its blocks lie.
+        blocks: places of blocks, in the order in which they run.
 
     Raises:
-        RequestError: the file is damaged or does not fit the model.
+        RequestError: the model has no such path.
     """
     from overhaul.stack import LayerStack
 
-    place = folder / FILE
-    if not place.exists():
-        return
     try:
-        paths: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))["paths"]
-        for where, path in paths.items():
-            if not all(type(entry) is int for entry in path):
-                raise ValueError(f"the path of {where} is no list of places")
-            LayerStack.at(model, where).following(path)
-    except (ValueError, KeyError, AttributeError, TypeError, RequestError) as error:
-        raise RequestError(
-            f"{place} does not describe a path of this model: {error}. Without the file the model opens as a plain one."
-        ) from None
+        if not all(type(entry) is int for entry in blocks):
+            raise RequestError("it is no list of places")
+        LayerStack.at(model, stack).following(blocks)
+    except (RequestError, TypeError) as error:
+        raise RequestError(f"config.json records a path of {stack} that this model does not have: {error}") from None
+
+
+def records_of(paths: Mapping[str, Sequence[int]]) -> list[Record]:
+    """The paths of some stacks as the config holds them."""
+    return [known_as("path").record(stack=stack, blocks=list(blocks)) for stack, blocks in paths.items()]

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from overhaul.errors import RequestError, RunError, did_you_mean
+from overhaul.modes import at_rest
 from overhaul.stack import LayerStack
 from overhaul.stack.calls import invoke, map_tensors
 from overhaul.trace import edits as primitives
@@ -121,15 +122,11 @@ def measure(
         skip_first: see `capture`.
         stream: see `capture`.
     """
-    model, was_training = stack.model, stack.model.training
-    device = next(model.parameters()).device
-    model.eval()
-    try:
-        with torch.no_grad(), capture(stack, sites, reduce, skip_first=skip_first, stream=stream) as seen:
-            for batch in batches:
-                invoke(model, map_tensors(dict(batch), lambda tensor: tensor.to(device)))
-    finally:
-        model.train(was_training)
+    device = next(stack.model.parameters()).device
+    kept = capture(stack, sites, reduce, skip_first=skip_first, stream=stream)
+    with at_rest(stack.model), torch.no_grad(), kept as seen:
+        for batch in batches:
+            invoke(stack.model, map_tensors(dict(batch), lambda tensor: tensor.to(device)))
     return seen
 
 

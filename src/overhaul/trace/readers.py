@@ -251,7 +251,7 @@ def _ranges(roles: list[str]) -> Outputs:
     filled = itertools.accumulate(roles, lambda before, role: role or before, initial=first)
     found: Outputs = {}
     start = 0
-    for role, run in itertools.groupby(list(filled)[1:]):
+    for role, run in itertools.groupby(map(str, list(filled)[1:])):
         end = start + len(list(run))
         found.setdefault(role, []).append(range(start, end))
         start = end

@@ -25,7 +25,7 @@ def counted(state: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"]) -> Float[T
     return state.flatten(0, 1) if bool(mask.all()) else state[mask]
 
 
-def _wide(value: Tensor) -> Tensor:
+def wide(value: Tensor) -> Tensor:
     """In float64, which Apple's devices lack."""
     return (value.cpu() if value.device.type == "mps" else value).double()
 
@@ -79,7 +79,7 @@ def statistics(state: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"]) -> Stat
     norms = squares.sum(1).sqrt()
     variance, norm_mean = torch.var_mean(norms, correction=0)
     moments = (rows.mean(0), squares.mean(0), squares.amax(0).sqrt(), norm_mean, variance, norms.amax())
-    return Statistics(len(rows), *map(_wide, moments))
+    return Statistics(len(rows), *map(wide, moments))
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ def turn(first: Float[Tensor, "b t d"], second: Float[Tensor, "b s e"], mask: Bo
     if first.shape != second.shape:
         return None
     apart = F.normalize(counted(first, mask), dim=1) - F.normalize(counted(second, mask), dim=1)
-    return Turn(len(apart), _wide(apart.square().sum(dim=1).mean() / 2))
+    return Turn(len(apart), wide(apart.square().sum(dim=1).mean() / 2))
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from overhaul.stack.calls import Call, Calls, State, map_tensors
 from overhaul.trace import capture
-from overhaul.trace.streams import MAIN
+from overhaul.trace.flow import part
 
 _EXACT = 1e-5
 """What float32 may lose in a sum, and more."""
@@ -69,7 +69,7 @@ class BlockRun:
     @property
     def part(self) -> int:
         """Which part of the state is the stream."""
-        return next((n for n, (slot, _) in enumerate(self.calls.slots) if slot in (0, MAIN)), 0)
+        return part(self.calls)
 
     @property
     def entering(self) -> Tensor:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from overhaul.errors import RequestError
+from overhaul.modes import at_rest
 from overhaul.stack import LayerStack
 from overhaul.stack.calls import Calls
 from overhaul.trace import Replace, Zero, intervene
@@ -113,11 +114,9 @@ def sites(stack: LayerStack, inputs: Mapping[str, Any], places: Collection[int] 
     Raises:
         RequestError: the inputs have a single position, or the blocks cannot be run by hand (see `Calls.record`).
     """
-    model, was_training = stack.model, stack.model.training
-    model.eval()
-    try:
+    with at_rest(stack.model):
         calls = Calls.record(stack, inputs)
-        names = {block: name for name, block in model.named_modules()}
+        names = {block: name for name, block in stack.model.named_modules()}
         state, found = calls.entering, list[BlockSites]()
         last = max(range(len(stack)) if places is None else places)
         for place, block in enumerate(stack.blocks[: last + 1]):
@@ -128,8 +127,6 @@ def sites(stack: LayerStack, inputs: Mapping[str, Any], places: Collection[int] 
             found.append(_mapped(seen))
             state = seen.left
         return found
-    finally:
-        model.train(was_training)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def _renamed(ours: Checkpoint, first: TensorIndex, theirs: Checkpoint, other: Te
     if models[0] is None or models[1] is None:
         return other
     ties = [dict(getattr(model, "all_tied_weights_keys", None) or {}) for model in models]
-    built = [built_names(model, index.tensors) for model, index in zip(models, (first, other), strict=True)]
+    built = [built_names(models[0], first.tensors), built_names(models[1], other.tensors)]
     mine, yours = (
         {name: tied.get(one, one) for name, one in names.items()} for tied, names in zip(ties, built, strict=True)
     )

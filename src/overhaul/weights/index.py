@@ -7,9 +7,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from overhaul.checkpoints import Checkpoint
+from overhaul.checkpoints import header as header_of
+from overhaul.checkpoints import listed as _listed
 from overhaul.errors import RequestError
-from overhaul.models import Checkpoint, _header, facts, planned
+from overhaul.models import facts, planned
 from overhaul.weights.depths import Places
 
 Source = str | Path | Checkpoint
@@ -110,10 +112,14 @@ class TensorIndex:
         if isinstance(source, nn.Module):
             return _of_model(source)
         known = facts_of(source)
-        headers = {path: _header(path) for path in known.weight_files}
+        if known.is_adapter or known.is_new:
+            kind = "an adapter" if known.is_adapter else "a config without weights"
+            raise RequestError(
+                f"{known.source} is {kind}. Open and save it first, and give that folder: its tensors are read."
+            )
         found: dict[str, tuple[Path, int, dict[str, Any]]] = {}
-        for path in _weight_files(known, headers):
-            header = headers[path]
+        for path in known.weight_files:
+            header = header_of(path)
             start = path.stat().st_size - max(entry["data_offsets"][1] for entry in header.values())
             for name in sorted(header, key=lambda name: header[name]["data_offsets"][0]):
                 found[name] = (path, start, header[name])
@@ -150,43 +156,6 @@ def _stored(name: str, path: Path, start: int, entry: Mapping[str, Any], where: 
             f"{end - first}. Fetch or save the file again."
         )
     return tensor
-
-
-def _weight_files(known: Checkpoint, held: Mapping[Path, Collection[str]]) -> list[Path]:
-    """Of the files and the names each holds, the files that make up the model, if that is certain."""
-    owner: dict[str, Path] = {}
-    for path, names in held.items():
-        for name in sorted(names):
-            if name in owner:
-                raise RequestError(
-                    f"{known.source}: {name} lies in both {owner[name].name} and {path.name}, so it is not certain which "
-                    "one counts. Remove the file that does not belong to the model."
-                )
-            owner[name] = path
-    if (known.folder / INDEX).exists():
-        return _named_files(known, held)
-    single = known.folder / SINGLE
-    return [single] if single in held else list(held)
-
-
-def _named_files(known: Checkpoint, held: Mapping[Path, Collection[str]]) -> list[Path]:
-    """The files that the index names, if it tells the truth."""
-    index = known.folder / INDEX
-    try:
-        where: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise RequestError(f"{index} is no index of weights: {error!r}. Save the model again.") from error
-    named = [known.folder / file for file in sorted(set(where.values()))]
-    missing = [path.name for path in named if path not in held]
-    if missing:
-        raise RequestError(f"{index} names {_listed(missing)}, which the folder lacks. Fetch the checkpoint again.")
-    wrong = [name for name, file in where.items() if name not in held[known.folder / file]]
-    if wrong:
-        raise RequestError(
-            f"{index} says that {where[wrong[0]]} holds {_listed(wrong)}, which it does not. Index and files are of "
-            "different models or states: fetch or save the checkpoint again."
-        )
-    return named
 
 
 def check_alike(indexes: Sequence[TensorIndex], needed: Callable[[TensorFacts], bool]) -> None:
@@ -242,8 +211,3 @@ def _check_shapes(first: TensorIndex, other: TensorIndex, differing: Sequence[st
 def vocabulary(config: Mapping[str, Any]) -> int | None:
     """How many rows of words a model has."""
     return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more

@@ -23,6 +23,7 @@ from overhaul.data.examples import Batch, Examples
 from overhaul.errors import RunError
 from overhaul.forget.first_epoch.ledger import Gradients
 from overhaul.judge.likelihood import extraction_strength, score
+from overhaul.modes import at_rest
 from overhaul.objectives import cross_entropy_sum, forward
 
 HALVINGS = 8
@@ -267,9 +268,7 @@ def live(
     values = list(parameters.values())
     wide = {name: torch.promote_types(p.dtype, torch.float32) for name, p in parameters.items()}
     total = {name: torch.zeros(p.shape, dtype=wide[name]) for name, p in parameters.items()}
-    was_training = model.training
-    model.eval()
-    try:
+    with at_rest(model):
         for batch in examples.batches(GRADIENT_BATCH):
             moved = {k: v.to(values[0].device) for k, v in batch.items()}
             value = loss(forward(model, moved), moved)
@@ -277,6 +276,4 @@ def live(
             for name, gradient in zip(parameters, found, strict=True):
                 if gradient is not None:
                     total[name] += gradient.cpu()
-    finally:
-        model.train(was_training)
     return total

@@ -26,6 +26,7 @@ from overhaul.data.examples import Batch, Examples
 from overhaul.errors import RunError
 from overhaul.forget.first_epoch.ascent import live
 from overhaul.forget.first_epoch.ledger import Gradients, Where, chosen
+from overhaul.modes import at_rest
 from overhaul.objectives import cross_entropy_sum, evaluate, forward
 from overhaul.stack import LayerStack
 
@@ -40,21 +41,20 @@ Parameters = Mapping[str, nn.Parameter]
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Eval mode and eager attention for the time of the block; both are put back, for every part of the config."""
     any_model: Any = model
-    was_training, can = model.training, hasattr(model, "set_attn_implementation")
+    can = hasattr(model, "set_attn_implementation")
     before: dict[str, Any] = {}
     if can:
         config = any_model.config
         parts = {name: getattr(config, name) for name in config.sub_configs if getattr(config, name) is not None}
         before = {"": config._attn_implementation, **{name: part._attn_implementation for name, part in parts.items()}}
-    model.eval()
-    try:
-        if can:
-            any_model.set_attn_implementation("eager")
-        yield
-    finally:
-        if can:
-            any_model.set_attn_implementation(before)
-        model.train(was_training)
+    with at_rest(model):
+        try:
+            if can:
+                any_model.set_attn_implementation("eager")
+            yield
+        finally:
+            if can:
+                any_model.set_attn_implementation(before)
 
 
 def hessian_vector(

@@ -25,6 +25,7 @@ from torch import Tensor
 from overhaul.data.examples import Examples
 from overhaul.forget.prompt_tokens.prompts import PromptedClassifier, inputs_of
 from overhaul.judge.representation import classifier
+from overhaul.modes import at_rest
 
 BATCH = 64
 """Examples in one forward; it does not change what is measured."""
@@ -47,16 +48,12 @@ def logits_under(
         prompts: classes; all that are left if None.
         extra: vectors [k, d] behind these prompts.
     """
-    was_training = model.training
-    model.eval()
     tokens = model.bank[model.rows(model.available if prompts is None else prompts)].flatten(0, 1)
     tokens = tokens if extra is None else torch.cat([tokens, extra])
-    try:
+    with at_rest(model):
         found = [
             (model.with_tokens(tokens, **inputs_of(b, model)).float().cpu(), b["labels"]) for b in data.batches(BATCH)
         ]
-    finally:
-        model.train(was_training)
     return torch.cat([logits for logits, _ in found]), torch.cat([labels for _, labels in found])
 
 
@@ -128,17 +125,16 @@ def recover(model: PromptedClassifier, known: Examples, *, steps: int = 100, lr:
     fresh = torch.randn(len(gone) * model.config.prompts_per_class, model.config.width).to(model.bank)
     fresh.requires_grad_()
     optimizer = torch.optim.Adam([fresh], lr)
-    was_training = model.training
-    model.eval()
-    for _ in range(steps):
-        total = torch.zeros_like(fresh)
-        for batch in known.batches(BATCH):
-            logits = model.with_tokens(torch.cat([model.bank.detach().flatten(0, 1), fresh]), **inputs_of(batch, model))
-            loss = F.cross_entropy(logits.float(), batch["labels"].to(logits.device), reduction="sum") / len(known)
-            total += torch.autograd.grad(loss, fresh)[0]
-        fresh.grad = total
-        optimizer.step()
-    model.train(was_training)
+    with at_rest(model):
+        for _ in range(steps):
+            total = torch.zeros_like(fresh)
+            for batch in known.batches(BATCH):
+                tokens = torch.cat([model.bank.detach().flatten(0, 1), fresh])
+                logits = model.with_tokens(tokens, **inputs_of(batch, model))
+                loss = F.cross_entropy(logits.float(), batch["labels"].to(logits.device), reduction="sum") / len(known)
+                total += torch.autograd.grad(loss, fresh)[0]
+            fresh.grad = total
+            optimizer.step()
     return fresh.detach()
 
 

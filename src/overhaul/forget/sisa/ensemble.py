@@ -29,7 +29,6 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from overhaul.adapters import projections
 from overhaul.errors import RequestError
-from overhaul.forget.fair_sisa.fairness import DecisionTable
 
 ADAPTER = "shard"
 _OF_THE_BASE = ("vocab_size", "max_position_embeddings", "image_size", "num_channels", "pad_token_id", "eos_token_id")
@@ -214,6 +213,8 @@ class Ensemble(PreTrainedModel, GenerationMixin):
         """
         if self.config.decision is None:
             raise RequestError("This ensemble has no decision table; run forget.fair_sisa on a calibration set first.")
+        from overhaul.forget.fair_sisa.fairness import DecisionTable  # its package stands on this one
+
         table = DecisionTable.from_json(self.config.decision)
         return torch.from_numpy(table.decide(self.votes(**inputs).cpu().numpy(), groups, ids))
 

@@ -32,7 +32,7 @@ import numpy as np
 from jaxtyping import Float
 
 from overhaul.errors import RequestError
-from overhaul.fit.loop import Draw
+from overhaul.fit import Draw
 
 State = TypeVar("State")
 

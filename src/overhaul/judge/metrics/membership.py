@@ -27,9 +27,9 @@ def by_min_k(role: Evidence, share: float = 0.2) -> list[float]:
     return [likelihood.min_k(one.without(role.eos).logp, share) for one in role.scored]
 
 
-def by_min_k_plus_plus(role: Evidence) -> list[float]:
+def by_min_k_plus_plus(role: Evidence, share: float = 0.2) -> list[float]:
     """As `by_min_k`, in deviations from what the model expected at each token (Min-K++)."""
-    return [likelihood.min_k_plus_plus(one.without(role.eos)) for one in role.scored]
+    return [likelihood.min_k_plus_plus(one.without(role.eos), share) for one in role.scored]
 
 
 ATTACKS: Mapping[str, tuple[str, Attack, tuple[Kind, ...]]] = {
