@@ -225,7 +225,7 @@ def _as_source(value: Any, path: Path) -> dict[str, Any]:
 
 def rows_of(examples: Examples) -> list[dict[str, Any]]:
     """Rows that a recipe can read in place of the examples: pictures, or questions with answers."""
-    if examples.is_image:
+    if examples.kind == "images":
         pixels = ({"image": item["pixel_values"].tolist(), "label": int(item["labels"])} for item in examples)
         return [{**row, **shown} for row, shown in zip(examples.rows, pixels, strict=True)]
     if "question" in examples.rows[0]:

@@ -146,7 +146,7 @@ class _Batches:
     """The text, the part that maps are fitted to and the part that they are judged on."""
 
     def __init__(self, text: Examples, held_out: float, skip_first: int, size: int, model: nn.Module) -> None:
-        if text.is_image:
+        if text.kind == "images":
             raise RequestError("inspect.layer_map reads text, and the role `text` holds images.")
         kept = max(1, round(len(text) * held_out))
         if len(text) < 2 or kept >= len(text):

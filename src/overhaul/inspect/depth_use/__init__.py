@@ -129,7 +129,7 @@ def depth_use(
         map_tensors(batch, lambda value: value.to(next(model.parameters()).device))
         for batch in chosen.batches(batch_size)
     ]
-    kept = 0 if chosen.is_image else keep_first
+    kept = 0 if chosen.kind == "images" else keep_first
     counted_from = 0 if count_first else kept
     with at_rest(model):
         found = sites(stack, _sample(batches[0]))
@@ -211,10 +211,10 @@ def _skips(
     draw = torch.Generator().manual_seed(torch.initial_seed())
     ends: list[list[int]] = []
     for item in chosen.items:
-        possible = futures(item["labels"], stride, kept, in_answer) if count and not chosen.is_image else []
+        possible = futures(item["labels"], stride, kept, in_answer) if count and chosen.kind != "images" else []
         order = torch.randperm(len(possible), generator=draw).tolist()
         ends.append([possible[n] for n in order[:count]])
-    if count and not chosen.is_image and not any(ends):
+    if count and chosen.kind != "images" and not any(ends):
         raise RequestError(
             f"inspect.depth_use: no example is long enough to read the future at a multiple of {stride} tokens, four before "
             "its end. Give longer text, a smaller stride, or futures: 0."
