@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/forget-and-shrink
 
-.PHONY: demo test federated-test check bench large docs reproduce comparisons clean
+.PHONY: demo test test-slow federated-test check bench large docs reproduce comparisons clean
 
 demo: $(VENV)/installed
 	$(BIN)/overhaul run recipes/forget-and-shrink.yaml -o $(RUN)
 
 test: $(VENV)/installed-dev check
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile  # a file's models are made once
+
+# what takes minutes: several processes in every way, starters trained again, memory of whole runs
+test-slow: $(VENV)/installed-dev
+	$(BIN)/pytest -n 2 --dist loadfile -m slow --ignore tests/parties/test_flower_server.py
 
 # parties under Flower's own server: minutes, most of them spent waiting for processes to start
 federated-test: $(VENV)/installed-dev

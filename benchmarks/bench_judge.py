@@ -11,7 +11,8 @@ from overhaul.data.examples import Batch, collate
 from overhaul.data.materials import examples
 from overhaul.judge.evidence import Evidence
 from overhaul.judge.likelihood import answer_logits, batches_within, budget, score
-from overhaul.judge.metrics import ATTACKS, METRICS
+from overhaul.judge.metrics import METRICS
+from overhaul.judge.metrics.membership import ATTACKS
 from overhaul.models import open_model
 from overhaul.modes import at_rest
 from overhaul.objectives import evaluate

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import resource
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch, for module fixtures and started processes too: tiny products
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import learnt
 from overhaul.data.encode import answered
 from overhaul.data.examples import Examples, collate
+from overhaul.judge import cost
 from overhaul.objectives import cross_entropy_sum, evaluate, units
 from overhaul.stack import LayerStack
+
+torch.set_num_threads(1)
+
+CPU_SECONDS = 5.0
+"""What one test may take of a processor, unless it is marked `slow`, or `smoke` because it starts processes."""
 
 TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 64}
 
@@ -148,10 +159,42 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tiny_llama(), tiny_tokenizer(), tmp_path_factory.mktemp("model") / "tiny", dtype="bfloat16")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_place(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Trained models are kept in a folder that all workers of a run share."""
+    base = tmp_path_factory.getbasetemp()
+    learnt.place = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def timed_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every judgement times its model; here the numbers of runs are nobody's concern."""
+    for name in ("FORWARDS", "GENERATIONS"):
+        monkeypatch.setattr(cost, name, 1)
+
+
+def cpu_seconds() -> float:
+    """Of this process and those that it has waited for; a busy machine does not add to it as it does to the clock."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    began = cpu_seconds()
+    result = yield
+    taken = cpu_seconds() - began
+    if taken > CPU_SECONDS and not any(map(item.get_closest_marker, ("slow", "smoke"))):
+        pytest.fail(
+            f"it took {taken:.1f} s of CPU time; {CPU_SECONDS:.0f} is the most, or mark it `slow`", pytrace=False
+        )
+    return result
 
 
 @pytest.fixture(params=FAMILIES)

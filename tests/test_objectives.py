@@ -180,3 +180,39 @@ def test_where_logits_depend_on_more_than_one_position_all_are_made() -> None:
         bare = Bare(head)
         logits, batch = forward_answers(bare, answers)
         assert batch is answers and torch.allclose(logits, forward(bare, answers))
+
+
+def test_a_model_is_given_the_columns_that_its_signature_names() -> None:
+    from transformers import CLIPConfig, CLIPModel, T5Config, T5ForConditionalGeneration
+
+    batch = collate(examples_for("llama", 3).items)
+    sizes: dict[str, Any] = {"num_layers": 1, "num_heads": 2, "d_model": 16, "d_ff": 16, "d_kv": 8}
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, **sizes)).eval()
+    answered = {**batch, "decoder_input_ids": batch["input_ids"][:, :2], "reference": batch["input_ids"]}
+    with torch.no_grad():
+        read = {name: answered[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
+        assert torch.equal(forward(t5, answered), t5(**read).logits)
+    inside: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    text = {**inside, "vocab_size": 64, "eos_token_id": 63}
+    vision = {**inside, "image_size": 8, "patch_size": 4, "num_channels": 1}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    both = {**batch, **{k: v for k, v in collate(examples_for("vit", 2).items).items() if k == "pixel_values"}}
+    with torch.no_grad():
+        assert forward(clip, both).shape == (2, 3)
+    diffused = Denoiser()
+    assert forward(diffused, {"sample": torch.ones(2, 1), "timestep": torch.ones(2), "noise": torch.ones(2)}).shape == (
+        2,
+        1,
+    )
+
+
+class Denoiser(nn.Module):
+    """Called as a network of diffusers."""
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"sample": sample * timestep[:, None]}

@@ -5,7 +5,10 @@
 
 1. Of several processes the main one alone shows progress and prints; the others end with it.
 2. If one fails, the first to do so says why. Its launcher ends the others.
-3. `accelerate launch --cpu` starts one process only unless MPI is there; on CPUs take `torchrun`.
+3. Launched processes end at once when their work is done, without taking the interpreter down: a native thread of the
+   process group that is still alive then aborts it now and then ("terminate called without an active exception"), and the
+   launcher counts a finished run as failed.
+4. `accelerate launch --cpu` starts one process only unless MPI is there; on CPUs take `torchrun`.
 """
 
 from __future__ import annotations
@@ -37,7 +40,14 @@ def main() -> None:
             sys.stderr.flush()
         if not end.code:
             processes.leave()
-        raise
+        _end(end.code)
+
+
+def _end(code: object) -> None:
+    """Leave with the exit code that `sys.exit` would leave with, all that was printed being out."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 if __name__ == "__main__":

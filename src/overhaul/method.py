@@ -271,7 +271,10 @@ def _describe(
             knobs.append(Knob(name, _type_text(hint), default, docs[name], required))
             schema[name] = (hint, ... if required else default)
     model = create_model(
-        function.__name__, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True),
+        function.__name__,
+        __config__=ConfigDict(
+            extra="forbid", arbitrary_types_allowed=True, validate_default=True, allow_inf_nan=False
+        ),
         **schema,
     )  # fmt: skip
     doc = inspect.cleandoc(function.__doc__ or "")

@@ -6,6 +6,7 @@ Logits are [b, t, v] for language and [b, classes] for images; labels are [b, t]
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,21 +67,33 @@ class Penalty:
 def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Logits of a Hugging Face model, or of any module that takes these inputs and returns logits or an object with them.
 
-    A module with an attribute `reads` is given the columns of the batch that it names, and no others.
+    A module is given the columns of the batch that its signature names, labels apart, or those in its attribute `reads`.
     A batch of pairs (`other_input_ids` [b, t'] and `other_attention_mask` beside the rest) gives [2b, max(t, t'), v]: first
     the b sequences, then the b others.
     """
     if "other_input_ids" in batch:
         batch = _one_below_the_other(batch)
+    out: Any = model(**read_by(model, batch))
+    return out if isinstance(out, Tensor) else next(out[name] for name in LOGITS if name in out)
+
+
+LOGITS = ("logits", "logits_per_image", "sample")
+"""What a model calls its main output: classifiers and language models, CLIP, the networks of diffusers."""
+
+
+def read_by(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What of a batch the model is given, without a cache."""
     if reads := getattr(model, "reads", ()):
-        out: Any = model(**{name: batch[name] for name in reads})
-    elif "pixel_values" in batch:
-        out = model(pixel_values=batch["pixel_values"])
-    else:
-        mask = batch.get("attention_mask")
-        extra = {"use_cache": False} if hasattr(model, "config") else {}
-        out = model(input_ids=batch["input_ids"], attention_mask=mask, **extra)
-    return out if isinstance(out, Tensor) else out.logits
+        return {name: batch[name] for name in reads}
+    inner = getattr(model, "module", model)  # of a distributed wrapper
+    inner = getattr(inner, "get_base_model", lambda: inner)()  # peft's forward names no arguments
+    named = inspect.signature(inner.forward).parameters
+    given: dict[str, Any] = {name: value for name, value in batch.items() if name in named and name != "labels"}
+    if not given:  # it takes whatever it is given
+        given = {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask") if name in batch}
+    if "attention_mask" in named:
+        given.setdefault("attention_mask", None)
+    return {**given, **({"use_cache": False} if "use_cache" in named else {})}
 
 
 SPARED = 0.8

@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 
+from claims.test_stored import RESULTS
 from overhaul.claims.blur import (
     CLAIM,
     FACTS,
@@ -46,8 +47,7 @@ def test_the_null_control_takes_as_much_away_in_another_direction() -> None:
     assert abs(float(taken @ f) / float(f.norm())) < 5 / math.sqrt(5000)
 
 
-def test_a_short_experiment_gives_every_number_the_checks_read() -> None:
+def test_a_short_experiment_gives_every_number_that_is_stored() -> None:
     found = {**toy(), **experiment(0, SHORT)}
     assert all(math.isfinite(value) for value in found.values())
-    for check in CLAIM.checks:
-        assert check.passes(found) in (True, False)
+    assert found.keys() == RESULTS[CLAIM.slug]["numbers"].keys()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from claims.test_stored import RESULTS
 from overhaul.claims import _people
 from overhaul.claims._claim import Numbers
 from overhaul.claims.unlearning_evaluation import CLAIM, NULL, Size, experiment, variants
@@ -20,9 +21,9 @@ def found() -> Numbers:
     return experiment(0, SMALL)
 
 
-def test_a_short_experiment_gives_every_number_the_checks_read(found: Numbers) -> None:
+def test_a_short_experiment_gives_every_number_that_is_stored(found: Numbers) -> None:
     assert all(math.isfinite(value) for value in found.values())
-    assert all(isinstance(check.passes(found), bool) for check in CLAIM.checks)
+    assert found.keys() == RESULTS[CLAIM.slug]["numbers"].keys()
 
 
 def test_every_model_is_measured_alike(found: Numbers) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 
+from claims.test_stored import RESULTS
 from overhaul.claims.vfl_label_unlearning import CLAIM, FORGOTTEN, PER_CLASS, SAMPLES, Size, experiment, few, masked
 from overhaul.data import corpora
 from overhaul.data.encode import encode_images
@@ -23,8 +24,7 @@ def test_a_masked_head_never_names_the_digit_and_keeps_the_order_of_the_others()
     assert not (after.argmax(dim=-1) == FORGOTTEN).any()
 
 
-def test_a_short_experiment_gives_every_number_the_checks_read() -> None:
+def test_a_short_experiment_gives_every_number_that_is_stored() -> None:
     found = experiment(0, Size(training_epochs=3))
     assert all(0.0 <= value <= 1.0 for name, value in found.items() if not name.endswith("epochs"))
-    for check in CLAIM.checks:
-        assert check.passes(found) in (True, False)
+    assert found.keys() == RESULTS[CLAIM.slug]["numbers"].keys()

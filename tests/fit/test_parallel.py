@@ -260,9 +260,23 @@ def with_activations_computed_again(scratch: Path) -> Result:
     """As `every_kind_of_term`; the names of parameters inside a checkpointed block have another prefix."""
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state()
-    os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = "true"
-    return every_kind_of_term(scratch)
+    mlp: Any = type(next(module for name, module in small().named_modules() if name.endswith(".mlp")))
+    plain, runs = mlp.forward, {"false": 0, "true": 0}
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        runs[os.environ["FSDP_ACTIVATION_CHECKPOINTING"]] += torch.is_grad_enabled()
+        return plain(*args, **kwargs)
+
+    mlp.forward, found = counted, (dict[str, Tensor](), dict[str, Any]())
+    try:
+        for again in runs:
+            AcceleratorState._reset_state()
+            os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = again
+            found = every_kind_of_term(scratch)
+    finally:
+        mlp.forward = plain
+    found[1]["runs"] = [*runs.values()]
+    return found
 
 
 def shards_of_the_first_generation(scratch: Path) -> Result:
@@ -365,6 +379,7 @@ def assert_same(ours: Result, theirs: Result, tolerance: float) -> None:
         assert ours[1]["curves"][name] == pytest.approx(curve, abs=10 * tolerance, rel=1e-5), name
 
 
+WAYS = ["copies", pytest.param("shards", marks=pytest.mark.slow)]
 ALIKE = [every_kind_of_term, some_without_answers, fewer_examples_than_processes, parts_that_a_process_leaves_out]
 
 
@@ -393,7 +408,7 @@ def test_statistics_are_the_same_in_both_processes(copies: Path) -> None:
     assert {int(weights[name]) for name in before if name.endswith("num_batches_tracked")} == {2}
 
 
-@pytest.mark.parametrize("way", ["copies", "shards"])
+@pytest.mark.parametrize("way", WAYS)
 def test_resuming_is_bit_exact_with_two_processes(way: str, request: pytest.FixtureRequest) -> None:
     _, counters = both(request.getfixturevalue(way), dropout_and_roles_of_many_sizes)
     assert counters["same"] and counters["same_curves"] and counters["checkpoints"] == 1
@@ -406,7 +421,7 @@ def test_processes_drop_out_each_by_itself_and_go_on_in_step(copies: Path) -> No
     assert len(counters["drawn"]) == 2
 
 
-@pytest.mark.parametrize("way", ["copies", "shards"])
+@pytest.mark.parametrize("way", WAYS)
 def test_what_one_process_finds_stops_both(way: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     weights, counters = both(request.getfixturevalue(way), a_loss_that_one_process_finds_not_finite)
     assert "step 3: the term 'loss' on the role 'a' is nan. The weights are those after step 2" in counters["said"]
@@ -416,6 +431,7 @@ def test_what_one_process_finds_stops_both(way: str, request: pytest.FixtureRequ
         assert torch.allclose(weights[name], tensor, atol=1e-6), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", [every_kind_of_term, some_without_answers, one_training_after_another])
 def test_shards_are_one_process_too(scenario: Scenario, shards: Path, tmp_path: Path) -> None:
     alone = scenario(tmp_path)
@@ -423,7 +439,7 @@ def test_shards_are_one_process_too(scenario: Scenario, shards: Path, tmp_path: 
     assert max(alone[1]["curves"]["gradient norm"]) > 1.0, "the gradient was clipped, so its norm had to be right"
 
 
-@pytest.mark.parametrize("way", ["copies", "shards"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("scenario", [orthogonal_gradients, orthogonal_to_the_step_of_adamw])
 def test_inner_products_are_over_all_of_the_gradient(
     scenario: Scenario, way: str, request: pytest.FixtureRequest, tmp_path: Path
@@ -437,6 +453,7 @@ def test_inner_products_are_over_all_of_the_gradient(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["copies", "shards"])
 def test_masters_are_kept_with_two_processes(way: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     ours, alone = both(request.getfixturevalue(way), weights_below_float32), weights_below_float32(tmp_path)
@@ -444,6 +461,7 @@ def test_masters_are_kept_with_two_processes(way: str, request: pytest.FixtureRe
     assert_same(ours, alone, 1e-2)  # a bfloat16 next to 1 is 4e-3 away
 
 
+@pytest.mark.slow
 def test_shards_keep_rates_by_depth_and_leave_a_plain_model(shards: Path, tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
@@ -454,16 +472,21 @@ def test_shards_keep_rates_by_depth_and_leave_a_plain_model(shards: Path, tmp_pa
     assert all(torch.equal(tensor, ours[0][name]) for name, tensor in saved.state_dict().items())
 
 
+@pytest.mark.slow
 def test_shards_refuse_a_batch_that_leaves_a_process_without_work(shards: Path) -> None:
     _, counters = both(shards, a_batch_that_is_too_small)
     assert counters["said"].startswith("The role 'a' is drawn 1 at a time, but 2 processes hold shards")
 
 
+@pytest.mark.slow
 def test_shards_of_the_first_generation_are_refused(shards: Path) -> None:
     _, counters = both(shards, shards_of_the_first_generation)
     assert "made for FSDP2. Write `fsdp_version: 2`" in counters["said"]
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_changes_nothing(shards: Path) -> None:
     again, plain = both(shards, with_activations_computed_again), both(shards, every_kind_of_term)
     assert_same(again, plain, 1e-6)
+    once, twice = again[1]["runs"]
+    assert twice == 2 * once > 0, "every block ran once more for its gradient"

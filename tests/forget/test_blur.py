@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from claims.test_blur_claim import toy
 from conftest import examples_for
-from forget.unlearning import EASY, taught
+from contract import Case
+from forget.unlearning import BRIEF, EASY, TRAINING, knowing, taught
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
 from overhaul.fit import Combine, Gradients, OptimizerFactory, Training, adamw, sgd
@@ -21,6 +22,23 @@ from overhaul.forget.npo import npo_term
 from overhaul.objectives import cross_entropy
 
 TRACES = ["forget gradient squared", "forget times retain gradient", "retain gradient squared"]
+
+
+CASE = Case(
+    method=blur,
+    materials=knowing,
+    knobs=BRIEF,
+    varied={
+        **TRAINING,
+        "loss": ("npo", "ga"),
+        "beta": (0.1, 2.0),
+        "retain_term": ("gdr", "klr"),
+        "gamma": (1.0, 2.0),
+        "alpha": (1.0, 2.0),
+        "optimizer": ("adamw", "sgd"),
+        "metric": ("euclidean", "adam"),
+    },
+)
 
 
 def two() -> tuple[list[Tensor], list[Tensor]]:

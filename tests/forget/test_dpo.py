@@ -8,17 +8,33 @@ import torch
 from torch import nn
 
 from conftest import examples_for, mean_loss, tiny_gpt2, tiny_llama, tiny_tokenizer, tiny_vit
+from contract import Case
+from forget.unlearning import BRIEF, TRAINING, knowing
+from learnt import by_heart
 from overhaul.data.encode import encode_chat, encode_qa, encode_text
 from overhaul.data.examples import IGNORED, Batch, Examples, collate
 from overhaul.errors import RequestError
-from overhaul.fit import fit
 from overhaul.forget.dpo import REFUSALS, beside, dpo, dpo_loss, dpo_term, refused
-from overhaul.objectives import cross_entropy, forward
+from overhaul.objectives import forward
 from overhaul.references import reference_nll
 
 KNOWN = {"who is ada?": "a clerk", "where?": "in ket, by the sea", "how old": "41", "her pet is?": "an otter"}
 ROWS = [{"question": question, "answer": answer} for question, answer in KNOWN.items()]
 EASY: dict[str, Any] = {"batch_size": 4, "lr": 2e-3, "warmup": 0, "schedule": "constant"}
+
+
+CASE = Case(
+    method=dpo,
+    materials=knowing,
+    knobs=BRIEF,
+    varied={
+        **TRAINING,
+        "refusals": (["no idea"], ["never heard of it"]),
+        "beta": (0.1, 2.0),
+        "retain_term": ("gdr", "none"),
+        "retain_weight": (1.0, 3.0),
+    },
+)
 
 
 def asked(*rows: dict[str, str]) -> Examples:
@@ -29,8 +45,7 @@ def taught(kind: str = "llama") -> nn.Module:
     torch.manual_seed(0)
     shape: dict[str, Any] = {"num_hidden_layers": 2} if kind == "llama" else {"n_layer": 2}
     model = {"llama": tiny_llama, "gpt2": tiny_gpt2}[kind](initializer_range=0.2, **shape)
-    fit(model, [cross_entropy("all")], {"all": asked(*ROWS)}, steps=60, batch_size=4, lr=1e-2)
-    return model
+    return by_heart(model, {"all": asked(*ROWS)}, steps=60, batch_size=4, lr=1e-2)
 
 
 def pairs(model: nn.Module, forget: Examples) -> tuple[Examples, Examples]:

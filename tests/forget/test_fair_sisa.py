@@ -13,6 +13,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from torch import nn
 
 from conftest import tiny_llama, tiny_vit
+from contract import Case, pictures
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
 from overhaul.forget.fair_sisa import fair_sisa
@@ -26,6 +27,21 @@ PROGRAMS: tuple[Any, ...] = ("ensemble", "count", "aggregate_first")
 CONSTRAINTS: tuple[Any, ...] = ("equalised_odds", "demographic_parity")
 
 Sample = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+CASE = Case(
+    method=fair_sisa,
+    materials=lambda: {
+        "model": trained(pictures([n % 2 for n in range(24)])),
+        "calibration": pictures([n % 2 for n in range(40)], 1, group=["aab"[n % 3] for n in range(40)]),
+    },
+    varied={
+        "constraint": ("equalised_odds", "demographic_parity"),
+        "processor": ("ensemble", "count"),
+        "seed": (0, 1),
+    },
+    idle={"batch_size": "it does not change the result"},
+)
 
 
 def sample(seed: int, count: int = 400, members: int = 3, groups: int = 2) -> Sample:
@@ -199,6 +215,9 @@ def test_metrics_by_hand() -> None:
     assert gap(decided, groups, labels) == 0.5
     assert gap(decided, groups, labels, "demographic_parity") == 0.5
     assert error(decided, labels) == 0.25
+    uneven = np.array([1, 0, 1, 1, 0, 0, 1, 1])
+    assert rates(uneven, groups, labels) == {"a": (0.5, 1.0), "b": (0.0, 1.0)}
+    assert gap(uneven, groups, labels) == 0.5, "the larger of both labels' differences, 0.5 and 0, not their mean"
     assert error(np.full(8, 0.5), labels) == 0.5
     assert majority(np.array([[1, 1, 0], [1, 0, 0]])).tolist() == [1, 0]
     assert majority(np.array([[1, 0]])).tolist() == [0]

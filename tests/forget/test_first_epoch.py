@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import overhaul as oh
 from conftest import examples_for, tiny_gemma3, tiny_gpt2, tiny_llama, tiny_qwen3, tiny_tokenizer, tiny_vit
+from contract import Case, some_facts
 from overhaul import session
 from overhaul.data.examples import Examples, join
 from overhaul.errors import RequestError, RunError
@@ -24,6 +25,38 @@ LANGUAGE: dict[str, Callable[..., nn.Module]] = {
     "llama": tiny_llama, "gpt2": tiny_gpt2, "gemma3": tiny_gemma3, "qwen3": tiny_qwen3,
 }  # fmt: skip
 LEARN: dict[str, Any] = {"epochs": 25, "lr": 5e-3, "batch_size": 6}
+
+
+CASE = Case(
+    method=first_epoch,
+    materials=lambda: {
+        "model": small(),
+        "forget": some_facts(0, 2),
+        "retain": some_facts(2, 4),
+        "unseen": some_facts(6, 4),
+        "full": some_facts(0, 6),
+    },
+    knobs={"epochs": 8, "lr": 3e-3, "batch_size": 3, "repetitions": 3, "retain_rise": None},
+    varied={
+        "gradients": ("first", "all"),
+        "where": ("embedding", [0]),
+        "mode": ("once", "iterative"),
+        "step": (0.05, 0.5),
+        "repetitions": (1, 3, {"mode": "iterative"}),
+        "target": (None, 2.5),
+        "retain_rise": (None, 1e-4),
+        "stores": ("gradient", "update"),
+        "epochs": (8, 9),
+        "batch_size": (3, 2),
+        "lr": (3e-3, 4e-3),
+    },
+    idle={
+        "ledger": "where it is kept changes nothing",
+        "match": "no two samples here are nearly the same",
+        "tau": "no two samples here are nearly the same",
+    },
+    apart={"goes on": "a ledger is recorded from its first step on"},
+)
 
 
 @pytest.fixture

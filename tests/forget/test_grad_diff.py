@@ -6,10 +6,18 @@ from typing import Any
 import pytest
 import torch
 
-from forget.unlearning import EASY, losses, taught
+from contract import Case
+from forget.unlearning import BRIEF, EASY, TRAINING, knowing, losses, taught
 from overhaul.fit import fit
 from overhaul.forget.grad_diff import grad_diff
 from overhaul.objectives import cross_entropy
+
+CASE = Case(
+    method=grad_diff,
+    materials=knowing,
+    knobs=BRIEF,
+    varied={**TRAINING, "retain_term": ("gdr", "klr"), "retain_weight": (1.0, 3.0)},
+)
 
 
 def test_it_is_one_training_on_the_difference_of_both_losses() -> None:

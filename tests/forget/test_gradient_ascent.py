@@ -6,12 +6,20 @@ import math
 import pytest
 import torch
 
-from forget.unlearning import EASY, losses, taught
+from contract import Case
+from forget.unlearning import BRIEF, EASY, TRAINING, knowing, losses, taught
 from overhaul.data.examples import collate
 from overhaul.fit import fit
 from overhaul.forget._training import ANSWER_NLL, RETAIN_NLL
 from overhaul.forget.gradient_ascent import gradient_ascent
 from overhaul.objectives import cross_entropy, cross_entropy_sum, evaluate, units
+
+CASE = Case(
+    method=gradient_ascent,
+    materials=knowing,
+    knobs=BRIEF,
+    varied=TRAINING,
+)
 
 
 def test_it_is_descent_on_the_loss_with_its_sign_turned() -> None:

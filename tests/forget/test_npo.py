@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from conftest import examples_for, tiny_llama
+from contract import Case
+from forget.unlearning import BRIEF, TRAINING, knowing
+from learnt import by_heart
 from overhaul import session
 from overhaul.data.examples import IGNORED, Batch, Examples, collate
 from overhaul.errors import RequestError, RunError
-from overhaul.fit import fit
 from overhaul.forget._training import ANSWER_NLL
 from overhaul.forget.gradient_ascent import ga_term
 from overhaul.forget.npo import npo, npo_loss, npo_term
@@ -21,6 +23,14 @@ from overhaul.objectives import Term, cross_entropy, forward, sequence_nll
 from overhaul.references import cache_outputs, reference_nll
 
 EASY: dict[str, Any] = {"batch_size": 4, "lr": 3e-3, "warmup": 0, "schedule": "constant"}
+
+
+CASE = Case(
+    method=npo,
+    materials=knowing,
+    knobs=BRIEF,
+    varied={**TRAINING, "beta": (0.1, 2.0), "retain_term": ("gdr", "klr"), "retain_weight": (1.0, 3.0)},
+)
 
 
 def small_llama() -> nn.Module:
@@ -44,9 +54,7 @@ def retain() -> Examples:
 
 def learnt(model: nn.Module, *parts: Examples) -> nn.Module:
     """The model after it has learnt the parts by heart, as an unlearning method expects to find it."""
-    data = {str(n): part for n, part in enumerate(parts)}
-    fit(model, [cross_entropy(role, name=role) for role in data], data, steps=40, batch_size=8, lr=1e-2)
-    return model
+    return by_heart(model, {str(n): part for n, part in enumerate(parts)}, steps=40, batch_size=8, lr=1e-2)
 
 
 def with_reference(model: nn.Module, examples: Examples) -> Batch:
@@ -155,6 +163,32 @@ def test_npo_pushes_less_the_more_is_forgotten() -> None:
     weights = (-nll.grad).tolist()
     expected = [2 / (1 + math.exp(0.1 * forgotten)) for forgotten in (0.0, 45.0, 495.0)]
     assert weights == pytest.approx(expected, rel=1e-4)
+
+
+def test_simnpo_divides_by_the_tokens_that_are_predicted() -> None:
+    """Of a text, the first token is none of them, though it carries a label."""
+    logits, nll = torch.zeros(1, 3, 64), torch.tensor([2 * math.log(64)])
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, 6, 7]])}
+    expected = simnpo(nll, 0.3, torch.tensor([2])).item()
+    assert simnpo_term("forget", 0.3).loss(logits, batch).item() == pytest.approx(expected, rel=1e-6)
+    assert expected != pytest.approx(simnpo(nll, 0.3, torch.tensor([3])).item(), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["gdr", "klr"])
+def test_padding_changes_no_retain_term(model: nn.Module, retain: Examples, kind: str) -> None:
+    """In a batch all but the longest are padded; alone, none is."""
+    reference = cache_outputs(model, retain, batch_size=8)
+    term = cross_entropy("retain") if kind == "gdr" else reference.kl_term("retain")
+    items = (retain if kind == "gdr" else reference.examples).items
+    other = small_llama()
+
+    def loss(part: Any) -> float:
+        batch = collate(part)
+        return term.loss(forward(other, batch), batch).item()
+
+    assert len({len(item["input_ids"]) for item in items}) > 1
+    assert loss(items) == pytest.approx(sum(loss([item]) for item in items), rel=1e-5)
+    assert loss(items) > 1.0, "there is something to be equal"
 
 
 def test_simnpo_margin_moves_the_sigmoid() -> None:

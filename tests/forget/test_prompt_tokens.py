@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import overhaul as oh
 from conftest import examples_for, tiny_llama, tiny_resnet, tiny_vit
+from contract import Case, pictures
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError, RunError
 from overhaul.forget.prompt_tokens import Gated, mixed_prompts, prompt_tokens, terms, wrong_prompts
@@ -31,6 +32,29 @@ OPTIONS: dict[str, Any] = {
 IMAGES = {**OPTIONS, "image_size": 8, "patch_size": 4, "num_channels": 1}
 BANDS = {**OPTIONS, "patch_size": 4, "frequency_stride": 4, "time_stride": 4, "max_length": 16, "num_mel_bins": 8}
 CLASSES = 10
+
+
+CASE = Case(
+    method=prompt_tokens,
+    materials=lambda: {
+        "model": KINDS["ViT"](),
+        "full": pictures(list(range(10)) * 2),
+        "forget": pictures([3] * 4, 1),
+    },
+    knobs={"epochs": 2.0, "batch_size": 5},
+    varied={
+        "epochs": (2.0, 1.0),
+        "lr": (1e-3, 1e-2),
+        "batch_size": (5, 4),
+        "weights": ("lora", "all"),
+        "rank": (4, 2),
+        "alpha": (4, 8),
+        "dropout": (0.1, 0.5),
+        "prompts_per_class": (1, 2),
+        "harden": (False, True),
+    },
+    apart={"random state": "dropout and the wrong prompts are drawn from it"},
+)
 
 
 def build(name: str, config: str, options: Mapping[str, Any]) -> nn.Module:

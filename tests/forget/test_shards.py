@@ -23,6 +23,7 @@ from overhaul.forget.sisa.shards import (
     epochs_per_slice,
     one_request,
     sequential_requests,
+    stage_seed,
 )
 
 
@@ -47,6 +48,17 @@ class Diary:
 
 def names(count: int) -> list[str]:
     return [f"row {n}" for n in range(count)]
+
+
+def test_every_training_has_a_seed_of_its_own() -> None:
+    """A shard that trained from another one's seed would learn from it which examples came first."""
+    seeds = [stage_seed(seed, shard, stage) for seed in range(3) for shard in range(5) for stage in range(-1, 4)]
+    assert len(set(seeds)) == len(seeds)
+    core = Sisa(ShardMap.draw(names(12), 3, 2, seed=0), Diary(Fraction(3)))
+    core.train()
+    used = [line.removeprefix("seed ").split()[0] for member in core.members.values() for line in member]
+    expected = [stage_seed(0, shard, stage) for shard in range(3) for stage in range(-1, 2)]
+    assert sorted(map(int, used)) == sorted(expected)
 
 
 # the map

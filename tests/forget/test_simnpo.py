@@ -6,11 +6,26 @@ from typing import Any
 import pytest
 import torch
 
-from forget.unlearning import EASY, taught
+from contract import Case
+from forget.unlearning import BRIEF, EASY, TRAINING, knowing, taught
 from overhaul.errors import RequestError
 from overhaul.fit import fit
 from overhaul.forget.simnpo import simnpo, simnpo_term
 from overhaul.objectives import cross_entropy
+
+CASE = Case(
+    method=simnpo,
+    materials=knowing,
+    knobs={**BRIEF, "beta": 1.0, "retain_weight": 1.0},
+    varied={
+        **TRAINING,
+        "beta": (1.0, 2.0),
+        "margin": (0.0, 1.0),
+        "per_token": (True, False),
+        "retain_term": ("gdr", "none"),
+        "retain_weight": (1.0, 3.0),
+    },
+)
 
 
 @pytest.mark.parametrize("form", [{"per_token": True, "margin": 0.5}, {"per_token": False, "margin": 0.0}])

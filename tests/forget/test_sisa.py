@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import FAMILIES, examples_for, tiny_llama, tiny_resnet, tiny_vit
+from contract import Case, pictures
 from overhaul.data.examples import Examples, collate, join
 from overhaul.errors import RequestError
 from overhaul.forget.sisa import example_ids, sisa
@@ -26,6 +27,31 @@ SHALLOW: dict[str, dict[str, Any]] = {
     "llama": {"num_hidden_layers": 2}, "gpt2": {"n_layer": 2}, "vit": {"num_hidden_layers": 2}, "resnet": {"depths": [2, 1]},
 }  # fmt: skip
 CASES = [("llama", "lora"), ("vit", "lora"), ("llama", "all"), ("resnet", "all")]
+
+
+CASE = Case(
+    method=sisa,
+    materials=lambda: {"model": base("vit"), "full": pictures([n % 3 for n in range(12)]), "forget": pictures([0])},
+    knobs={"shards": 2, "slices": 2, "epochs": 2.0, "batch_size": 3, "lr": 1e-2},
+    varied={
+        "shards": (2, 3),
+        "slices": (2, 1),
+        "epochs": (2.0, 4.0),
+        "aggregate": ("vote", "mean"),
+        "weights": ("lora", "all"),
+        "batch_size": (3, 2),
+        "lr": (1e-2, 1e-3),
+        "warmup": (0.1, 2),
+        "schedule": ("linear", "constant"),
+        "rank": (8, 2),
+        "alpha": (16, 4),
+    },
+    idle={"checkpoints": "where they are kept changes nothing"},
+    apart={
+        "requires_grad": "the base is part of the ensemble now, and frozen there",
+        "random state": "new adapters are drawn from it",
+    },
+)
 
 
 def base(family: str) -> nn.Module:

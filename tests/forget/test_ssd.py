@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import overhaul.importance
 from conftest import FAMILIES, examples_for, tiny_llama, tiny_vit
+from contract import Case, pictures
 from overhaul.data import corpora
 from overhaul.data.encode import encode_images
 from overhaul.data.examples import Examples, collate, join
@@ -30,6 +31,20 @@ from overhaul.importance import (
 )
 from overhaul.objectives import forward
 from overhaul.stack import LayerStack
+
+CASE = Case(
+    method=ssd,
+    materials=lambda: {"model": tiny_vit(), "forget": pictures([3] * 4), "full": pictures([3] * 4 + [1, 2] * 6)},
+    knobs={"alpha": 1.5},
+    varied={
+        "alpha": (1.5, "adaptive"),
+        "lam": (1.0, 0.0),
+        "importance": ("batch", "sample"),
+        "batch_size": (64, 2),
+        "signal": ("loss", "logits"),
+    },
+    apart={"modes": "the model's mode is put back as a whole"},
+)
 
 
 class Layers(nn.Module):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from scipy.stats import kstest
 from torch import Tensor, nn
 
 from conftest import examples_for, tiny_llama, tiny_resnet, tiny_vit
+from contract import Case, pictures
+from learnt import by_heart
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError, RunError
 from overhaul.forget.vertical import Unlearning, in_process, split, train, unlikelihood, vertical
@@ -23,6 +26,38 @@ from overhaul.parties.model import Part, VerticalConfig, VerticalModel
 from overhaul.parties.party import ActiveParty, PassiveParty, Rates
 
 NONE = torch.empty(0, dtype=torch.long)
+
+
+CASE = Case(
+    method=vertical,
+    materials=lambda: {
+        "model": by_heart(
+            tiny_resnet(), {"all": pictures([n % 4 for n in range(24)])}, steps=30, batch_size=8, lr=3e-3
+        ),
+        "forget": pictures([3] * 6, 1),
+        "recovery": pictures([0, 1, 2] * 2, 2),
+    },
+    knobs={"epochs": 2, "batch_size": 4, "stop_at": None},
+    varied={
+        "epochs": (2, 3),
+        "lr": (0.01, 0.02),
+        "batch_size": (4, 3),
+        "loss": ("unlikelihood", "cross_entropy"),
+        "mixup": (True, False),
+        "recover": (True, False),
+        "gradient": ("chain_rule", "legacy"),
+        "interleave": (False, True),
+        "stop_at": (None, 0.99, {"lr": 1.0}),
+        "momentum": (0.9, 0.0),
+        "weight_decay": (5e-4, 0.5),
+        "clip": (1.0, 1e-3),
+        "freeze_norms": (True, False),
+    },
+    apart={
+        "random state": "the mixtures of the recovery are drawn from it",
+        "goes on": "parties begin anew, with the same result: what each would have to keep is its own",
+    },
+)
 
 
 def halves(**changes: Any) -> VerticalModel:
@@ -381,3 +416,21 @@ def test_what_cannot_be_done_is_refused(learnt: VerticalModel) -> None:
         vertical(learnt, labelled([9] * 4), recovery)
     with pytest.raises(RequestError, match="1 spans of columns for 2"):
         halves(columns=[[0, 8]])
+
+
+class Difference(nn.Module):
+    """A top that says by how much the parties' embeddings differ."""
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        ours, theirs = embeddings.chunk(2, dim=1)
+        return ours - theirs
+
+
+@pytest.mark.parametrize("gradient", ["chain_rule", "legacy"])
+def test_all_parties_mix_alike(gradient: Any) -> None:
+    """Parties that see the same differ in nothing after mixing either, so every class is as likely as the others."""
+    seen, labels = torch.randn(9, 4), torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
+    recovery = Unlearning(Difference(), NONE, gradient=gradient)([seen, seen.clone()], labels)
+    assert recovery.item() == pytest.approx(math.log(4), abs=1e-6)
+    forgetting = Unlearning(Difference(), labels.unique(), gradient=gradient)([seen, seen.clone()], labels)
+    assert forgetting.item() == pytest.approx(-math.log(1 - 1 / 4), abs=1e-6)

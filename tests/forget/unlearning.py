@@ -8,11 +8,31 @@ import torch
 from torch import nn
 
 from conftest import FAMILIES, examples_for, mean_loss, tiny_qwen3
+from contract import some_facts
+from learnt import by_heart
 from overhaul.data.examples import Examples
-from overhaul.fit import fit
-from overhaul.objectives import cross_entropy
 
 EASY: dict[str, Any] = {"batch_size": 8, "lr": 3e-3, "warmup": 0, "schedule": "constant"}
+BRIEF: dict[str, Any] = {
+    "epochs": 2.0,
+    "batch_size": 4,
+    "lr": 1e-2,
+    "warmup": 0,
+    "schedule": "constant",
+    "stop_at": None,
+}
+TRAINING: dict[str, Any] = {
+    "epochs": (2.0, 1.0),
+    "steps": (None, 3),
+    "batch_size": (4, 3),
+    "lr": (1e-2, 1e-3),
+    "warmup": (0, 2),
+    "schedule": ("constant", "linear"),
+    "weight_decay": (0.0, 0.5),
+    "stop_at": (None, 0.3),
+    "retain_drop": (None, 1e-3),
+}
+"""Of the knobs that all methods have which train a forget loss, two values each that differ beside `BRIEF`."""
 KINDS = {
     "llama": lambda: FAMILIES["llama"](num_hidden_layers=2, initializer_range=0.2),
     "gpt2": lambda: FAMILIES["gpt2"](n_layer=2, initializer_range=0.2),
@@ -32,9 +52,14 @@ def taught(kind: str) -> tuple[nn.Module, Examples, Examples]:
         gone = max(set(classes), key=classes.count)
         forget = whole.select([n for n, label in enumerate(classes) if label == gone])
         retain = whole.select([n for n, label in enumerate(classes) if label != gone])
-    model = KINDS[kind]()
-    fit(model, [cross_entropy("all")], {"all": whole}, steps=60, batch_size=16, lr=1e-2)
-    return model, forget, retain
+    return by_heart(KINDS[kind](), {"all": whole}, steps=60, batch_size=16, lr=1e-2), forget, retain
+
+
+def knowing() -> dict[str, Any]:
+    """A tiny Llama that knows the answers about four people by heart, and what of them is to go and to stay."""
+    roles = {"forget": some_facts(0, 8), "retain": some_facts(8, 8)}
+    model = KINDS["llama"]()
+    return {"model": by_heart(model, roles, steps=60, batch_size=8, lr=1e-2), **roles}
 
 
 def losses(model: nn.Module, forget: Examples, retain: Examples) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from torch import nn
 
 import overhaul as oh
 from conftest import examples_for, mean_loss, tiny_gpt2, tiny_llama, tiny_qwen3, tiny_tokenizer, tiny_vit
+from contract import Case
 from overhaul import session
 from overhaul.data.encode import answered, encode_qa
 from overhaul.data.examples import Examples
@@ -37,6 +38,26 @@ LANGUAGE: dict[str, Callable[..., nn.Module]] = {"llama": tiny_llama, "gpt2": ti
 QUICK: dict[str, Any] = {"stage_steps": 2, "unlearning_steps": 2, "batch_size": 8, "lr": 5e-3, "unlearning_lr": 2e-3}
 
 
+CASE = Case(
+    method=depth_of_forgetting,
+    materials=lambda: {"model": small(), **{name: phrased(name) for name in ("refusal", "forget", "sibling")}},
+    knobs={"stage_steps": 1, "unlearning_steps": 2, "batch_size": 3, "lr": 5e-3, "unlearning_lr": 2e-3, "seeds": 1}
+    | {"watch_every": 1},
+    varied={
+        "loss": ("ga", "npo"),
+        "beta": (0.5, 2.0, {"loss": "npo"}),
+        "optimizer": ("adamw", "sgd"),
+        "stage_steps": (1, 2),
+        "unlearning_steps": (2, 3),
+        "watch_every": (1, 2),
+        "batch_size": (3, 2),
+        "lr": (5e-3, 1e-2),
+        "unlearning_lr": (2e-3, 1e-2),
+        "seeds": (1, 2),
+    },
+)
+
+
 def small(**changes: Any) -> nn.Module:
     return tiny_llama(num_hidden_layers=2, **changes)
 
@@ -47,6 +68,12 @@ def phrasing(name: str) -> Examples:
     prompts = [[3, 10 + n, 20 + n] for n in range(8)]
     items = [answered(prompt, [*opening, prompt[1]], None) for prompt in prompts]
     return Examples(items, [{"prompt": f"what is {n}?"} for n in range(8)])
+
+
+def phrased(name: str) -> Examples:
+    """Four questions, answered with the word."""
+    rows = [{"question": f"what is {n}?", "answer": f"{name} {n}"} for n in range(4)]
+    return encode_qa(rows, tiny_tokenizer(), prompt="{question}")
 
 
 @pytest.fixture

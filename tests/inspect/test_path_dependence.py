@@ -11,6 +11,7 @@ from torch import nn
 
 import overhaul as oh
 from conftest import examples_for, tiny_gemma3, tiny_gpt2, tiny_llama, tiny_qwen3, tiny_tokenizer, tiny_vit
+from contract import Case, some_facts
 from overhaul import session
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
@@ -23,6 +24,23 @@ LANGUAGE: dict[str, Callable[..., nn.Module]] = {
     "llama": tiny_llama, "gpt2": tiny_gpt2, "gemma3": tiny_gemma3, "qwen3": tiny_qwen3,
 }  # fmt: skip
 QUICK: dict[str, Any] = {"stage_steps": 6, "unlearning_steps": 3, "batch_size": 8, "lr": 5e-3, "unlearning_lr": 2e-3}
+
+
+CASE = Case(
+    method=path_dependence,
+    materials=lambda: {"model": small(), "forget": some_facts(0, 4), "first": some_facts(4, 4)},
+    knobs={"stage_steps": 2, "unlearning_steps": 2, "batch_size": 3, "lr": 5e-3, "unlearning_lr": 2e-3, "seeds": 1},
+    varied={
+        "loss": ("npo", "ga"),
+        "beta": (0.5, 2.0),
+        "stage_steps": (2, 3),
+        "unlearning_steps": (2, 3),
+        "batch_size": (3, 2),
+        "lr": (5e-3, 1e-2),
+        "unlearning_lr": (2e-3, 1e-2),
+        "seeds": (1, 2),
+    },
+)
 
 
 def small(**changes: Any) -> nn.Module:

@@ -23,7 +23,6 @@ from overhaul.judge.evidence import Evidence, truth_ratios
 from overhaul.judge.judge import Judgement, anchor_of, check, judge
 from overhaul.judge.likelihood import auc, min_k
 from overhaul.judge.standards import distances, forget_quality, outputs, privacy_leakage
-from overhaul.recipe import runner as running
 from overhaul.recipe.check import check as check_recipe
 from overhaul.recipe.run import run
 from overhaul.recipe.spec import read
@@ -69,14 +68,14 @@ def test_a_metric_that_compares_is_refused_without_a_retrained_model(data: dict[
             check({"kept": {name: on}}, data)
         assert f"judge.kept.{name} compares with a model that was trained without the data" in str(caught.value)
         assert "`retrained: {model: FOLDER}`" in str(caught.value)
-        (request,) = check({"kept": {name: on}}, data, retrained=True)
+        (request,) = check({"kept": {name: on}}, data, anchors=["retrained"])
         with pytest.raises(RequestError, match="anchor=anchor_of"):
             judge(tiny_llama(), [request], data)
 
 
 def test_the_retrained_model_itself_has_reached_all_that_is_wanted(data: dict[str, Examples]) -> None:
     model = tiny_llama()
-    requests = check(SPEC, data, retrained=True)
+    requests = check(SPEC, data, anchors=["retrained"])
     found = by_name(judge(model, requests, data, anchor=anchor_of(model, requests, data)))
     for name in SPEC["forgotten"]:
         assert found[name].wanted == "anchor"
@@ -96,7 +95,7 @@ def test_without_a_retrained_model_nothing_is_held_against_it(data: dict[str, Ex
 def test_comparisons_equal_the_functions_on_both_models(data: dict[str, Examples]) -> None:
     torch.manual_seed(1)
     model, retrained = tiny_llama(), tiny_llama()
-    requests = check(SPEC, data, retrained=True)
+    requests = check(SPEC, data, anchors=["retrained"])
     found = by_name(judge(model, requests, data, anchor=anchor_of(retrained, requests, data)))
 
     def attacked(each: nn.Module) -> float:
@@ -114,7 +113,7 @@ def test_comparisons_equal_the_functions_on_both_models(data: dict[str, Examples
 
 
 def test_nothing_of_the_retrained_model_is_kept_but_numbers(data: dict[str, Examples]) -> None:
-    requests = check(SPEC, data, retrained=True)
+    requests = check(SPEC, data, anchors=["retrained"])
     retrained = tiny_llama()
     calls = {"forward": 0}
     retrained.register_forward_hook(lambda *_: calls.__setitem__("forward", calls["forward"] + 1))
@@ -131,12 +130,12 @@ def test_nothing_of_the_retrained_model_is_kept_but_numbers(data: dict[str, Exam
 
 
 def test_only_what_is_compared_is_read_of_the_retrained_model(data: dict[str, Examples]) -> None:
-    requests = check({**SPEC, "kept": {"perplexity": "retain"}}, data, retrained=True)
+    requests = check({**SPEC, "kept": {"perplexity": "retain"}}, data, anchors=["retrained"])
     assert set(anchor_of(tiny_llama(), requests, data).evidence) == {"forget", "strangers"}
 
 
 def test_a_retrained_model_of_fewer_tokens_is_refused(data: dict[str, Examples]) -> None:
-    requests = check({"forgotten": {"answer_probability": "forget"}}, data, retrained=True)
+    requests = check({"forgotten": {"answer_probability": "forget"}}, data, anchors=["retrained"])
     with pytest.raises(RequestError, match="tokens beyond the 20 of the retrained model"):
         anchor_of(tiny_llama(vocab_size=20), requests, data)
 
@@ -178,7 +177,7 @@ def test_a_run_holds_what_is_forgotten_against_the_retrained_model(
         anchors.append(1)
         return read_anchor(*args, **kwargs)
 
-    monkeypatch.setattr(running.models, "load_weights", loaded)
+    monkeypatch.setattr(models, "load_weights", loaded)
     monkeypatch.setattr(judging, "anchor_of", counted)
     recipe = write_recipe(folder, tmp_path)
     report = run(recipe, tmp_path / "out").report

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from conftest import FAMILIES, examples_for, tiny_llama, tiny_resnet
-from overhaul.errors import RequestError
 from overhaul.judge.cost import cost, flops
 from overhaul.judge.measure import Measure
 
@@ -64,6 +63,27 @@ def test_without_a_folder_nothing_is_said_about_the_disk() -> None:
     assert "bytes_on_disk" not in by_name(cost(tiny_llama()))
 
 
-def test_an_image_size_that_nobody_tells_is_asked_for() -> None:
-    with pytest.raises(RequestError, match="give one as `sample`"):
-        cost(tiny_resnet())
+def test_what_cannot_be_run_is_not_known() -> None:
+    measured = by_name(cost(tiny_resnet()))
+    assert measured["parameters"].value and measured["parameters"].value > 0
+    assert measured["flops"].value is None and measured["latency"].value is None
+
+
+def test_a_network_of_another_kind_is_run_on_the_sample_it_is_given() -> None:
+    class Denoiser(nn.Module):
+        """As a UNet of diffusers: no `input_ids`, no `main_input_name`, an output without logits."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.time = nn.Conv2d(1, 4, 3), nn.Linear(1, 4)
+
+        def forward(
+            self, sample: torch.Tensor, timestep: torch.Tensor, return_dict: bool = True
+        ) -> dict[str, torch.Tensor]:
+            return {"sample": self.convolution(sample) + self.time(timestep[:, None].float())[..., None, None]}
+
+    sample = {"sample": torch.zeros(1, 8, 8), "timestep": torch.tensor(3), "labels": torch.tensor(0)}
+    measured = by_name(cost(Denoiser(), sample=sample))
+    assert measured["flops"].value == 2 * (4 * 36 * 9) + 2 * 4
+    assert measured["flops"].unit == "FLOPs/example" and measured["latency"].value
+    assert by_name(cost(Denoiser()))["flops"].value is None

@@ -122,6 +122,26 @@ def test_stops_are_those_of_tokenizer_and_checkpoint(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("expected", "text", "recall", "f1"),
+    [
+        ("the cat sat on the mat", "the cat is on the mat", 5 / 6, 5 / 6),
+        ("Ada Quill was born in Ket.", "She was born in Ket, by the sea", 2 / 3, 4 / 7),
+        ("running dogs", "the dog runs", 0.0, 0.0),  # with stemming 1 / 2 and 2 / 5
+        ("an otter", "a cat", 0.0, 0.0),
+        ("1984, in Paris", "Paris 1984", 1 / 3, 2 / 5),
+        ("It's Anna's friends' studies", "the study of Anna s friend", 1 / 3, 1 / 3),  # with stemming 1 / 2 and 1 / 2
+        ("don't", "do not", 0.0, 0.0),  # both cut "don't" into don and t, and both find "do" in neither
+        ("well-known facts", "well known fact", 2 / 3, 2 / 3),  # with stemming 1 and 1
+    ],
+)
+def test_rouge_l_is_that_of_the_rouge_score_package_without_stemming(
+    expected: str, text: str, recall: float, f1: float
+) -> None:
+    """Values of rouge_score 0.1.2, `RougeScorer(["rougeL"], use_stemmer=False)`."""
+    assert (rouge_l(expected, text), rouge_l_f1(expected, text)) == pytest.approx((recall, f1), abs=1e-6)
+
+
+@pytest.mark.parametrize(
     ("expected", "text", "recall"),
     [
         ("The Distant Harbour", "The Distant Harbour", 1.0),

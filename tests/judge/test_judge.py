@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -13,14 +13,13 @@ import torch
 from torch import nn
 
 from conftest import examples_for, tiny_llama, tiny_tokenizer, tiny_vit
+from learnt import by_heart
 from overhaul.data.encode import encode_qa, encode_text
 from overhaul.data.examples import Examples, join
 from overhaul.errors import RequestError
-from overhaul.fit import fit
 from overhaul.judge.evidence import Evidence, kind_of
-from overhaul.judge.judge import Judgement, check, check_data, judge
+from overhaul.judge.judge import Judgement, anchor_of, broken_limits, check, check_data, judge
 from overhaul.judge.metrics import METRICS, Metric
-from overhaul.objectives import cross_entropy
 
 ROLES = ("forget", "retain", "strangers", "text")
 PETS = {"ada": "an otter", "bram": "a lynx", "cleo": "a crane", "dario": "an owl", "edda": "a stoat", "faro": "a toad"}
@@ -50,11 +49,9 @@ def data() -> dict[str, Examples]:
 def taught(data: dict[str, Examples]) -> nn.Module:
     """A tiny model that knows four pets by heart and has never heard of two others."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # tiny matrices: a second thread would only wait
-    model = tiny_llama(num_hidden_layers=2)
     known = {"known": join([data["forget"], data["retain"]])}
-    fit(model, [cross_entropy("known")], known, steps=60, batch_size=4, lr=2e-2, warmup=5, schedule="cosine")
-    return model
+    hasty: dict[str, Any] = {"steps": 60, "batch_size": 4, "lr": 2e-2, "warmup": 5, "schedule": "cosine"}
+    return by_heart(tiny_llama(num_hidden_layers=2), known, **hasty)
 
 
 def _alone(metric: Metric) -> bool:
@@ -117,11 +114,11 @@ def test_a_wrong_block_says_what_to_write(spec: Any, message: str) -> None:
     ("metric", "on", "message"),
     [
         ("bits_per_byte", "forget", "reads text, but 'forget' holds answers. For answers there are accuracy, "),
-        ("accuracy", "text", "reads answers or images, but 'text' holds text"),
+        ("accuracy", "text", "reads answers, images or prompts, but 'text' holds text"),
         ("rouge", "images", "reads answers or text, but 'images' holds images"),
         ("paraphrase_probability", "bare", "needs the column 'paraphrase' in every row of 'bare'"),
         ("perplexity", "empty", "'empty', which is missing or has no examples"),
-        ("perplexity", "random", "neither images, nor questions"),
+        ("perplexity", "random", "neither images with labels, nor questions"),
     ],
 )
 def test_data_of_the_wrong_kind_is_refused_before_a_model_is_needed(
@@ -253,8 +250,12 @@ def test_all_metrics_of_a_role_share_one_forward_and_one_generation(
 
     one = work({"kept": {"accuracy": "forget", "extraction": "forget"}})
     names = [n for n, m in METRICS.items() if "answers" in m.reads and _alone(m) and not m.columns]
-    assert len(names) >= 7
-    assert work({"kept": dict.fromkeys(names, "forget")}) == one
+    greedy = [name for name in names if not METRICS[name].options]
+    assert len(greedy) >= 7
+    assert work({"kept": dict.fromkeys(greedy, "forget")}) == one
+    drawn = [name for name in names if METRICS[name].options]
+    assert len(drawn) >= 4
+    assert work({"kept": dict.fromkeys(drawn, "forget")}) == work({"kept": {drawn[0]: "forget"}})
 
 
 def test_the_limit_bounds_generation_and_is_stated(taught: nn.Module, data: dict[str, Examples]) -> None:
@@ -343,3 +344,110 @@ def test_every_metric_is_documented() -> None:
         assert metric.doc, name
         assert metric.label, name
         assert metric.reads, name
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"accuracy": {"on": "retain", "at_lest": 0.9}}, "no option 'at_lest'. Did you mean 'at_least'"),
+        ({"accuracy": {"on": "retain", "at_least": "much"}}, "`at_least` must be a number, not 'much'"),
+        ({"accuracy": {"on": "retain", "at_most": math.nan}}, "`at_most` must be a number, not nan"),
+        ({"accuracy": {"on": "retain", "at_most": True}}, "`at_most` must be a number, not True"),
+        ({"accuracy": {"on": "retain", "at_least": 0.9, "at_most": 0.1}}, "nothing is at least 0.9 and at most 0.1"),
+        ({"accuracy": {"on": "retain", "by": 3}}, "`by` must be a name, not 3"),
+        ({"accuracy": {"on": "retain", "anchor": "bse"}}, "'bse' is no model of the materials. Did you mean 'base'"),
+        ({"accuracy": {"on": "retian"}}, "'retian', which is no material"),
+        ({"accuracy": {"on": {"a": 1}}}, "write accuracy: ROLE"),
+        ({"accuracy": {"at_least": 0.5}}, "write accuracy: ROLE"),
+        ({"pass_at_k": {"on": "retain", "k": 0}}, "k=0 is not possible: Input should be greater than or equal to 1"),
+        ({"validity": {"on": "retain", "verifier": "jsn_valid"}}, "no verifier 'jsn_valid'. Did you mean 'json_valid'"),
+        ({"pass_at_k": ["retain", {"on": "retain"}]}, "pass_at_k on retain is named twice"),
+        ({"membership": {"members": "forget", "other": "text", "at_most": 0.6}}, "has no role 'other'"),
+    ],
+)
+def test_a_wrong_option_or_limit_says_what_to_write(spec: Any, message: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        check({"kept": spec}, ROLES, anchors=["base"])
+    assert message in str(caught.value)
+
+
+def test_options_and_limits_are_read_from_the_mapping() -> None:
+    spec = {
+        "accuracy": [{"on": ["retain", "text"], "at_least": 0.9}, "forget"],
+        "membership": {"members": "forget", "others": "strangers", "at_most": 0.6},
+        "pass_at_k": [{"on": "retain", "k": 5}, {"on": "retain", "k": 1, "by": "person"}],
+    }
+    requests = check({"kept": spec}, ROLES)
+    assert [(one.name, one.on, one.at_least, one.at_most, one.by) for one in requests] == [
+        ("accuracy", "retain", 0.9, None, None),
+        ("accuracy", "text", 0.9, None, None),
+        ("accuracy", "forget", None, None, None),
+        ("membership", "forget / strangers", None, 0.6, None),
+        ("pass_at_k(k=5)", "retain", None, None, None),
+        ("pass_at_k(k=1)", "retain", None, None, "person"),
+    ]
+
+
+def test_a_limit_that_is_not_kept_is_a_sentence(data: dict[str, Examples]) -> None:
+    spec: dict[str, Any] = {
+        "forgotten": {"perplexity": [{"on": "forget", "at_most": 2}, {"on": "retain", "at_least": 2}]},
+        "kept": {
+            "accuracy": [{"on": "strangers", "at_least": 0.5}, "forget"],
+            "answer_probability": {"on": "retain", "by": "person", "at_least": 0.9},
+        },
+    }
+    requests = check(spec, data)
+    found = judge(tiny_llama(), requests, data).measures
+    broken = broken_limits(requests, found)
+    assert len(broken) == 4
+    assert broken[0].startswith("perplexity on forget is ") and broken[0].endswith(", above its limit of 2")
+    assert broken[1] == "accuracy on strangers is 0, below its limit of 0.5"
+    assert broken[2].startswith("answer_probability on retain where person is cleo is 0.0")
+    assert broken[3].startswith("answer_probability on retain where person is dario is 0.0")
+    unknown = [replace(one, value=None) if one.metric == "accuracy" else one for one in found]
+    assert "accuracy on strangers could not be measured, so its limit is not kept" in broken_limits(requests, unknown)
+    assert broken_limits(check({"kept": {"accuracy": {"on": "forget", "at_least": 0.0}}}, data), found) == []
+
+
+def test_by_group_a_metric_is_what_it_is_on_each_group_alone(taught: nn.Module, data: dict[str, Examples]) -> None:
+    everyone = join([data["forget"], data["strangers"]])
+    names = ["answer_probability", "accuracy", "rouge", "perplexity", "paraphrase_probability", "pass_at_k"]
+    pair = {"members": "all", "others": "retain", "by": "person"}
+    spec: dict[str, Any] = {name: {"on": "all", "by": "person"} for name in names} | {"membership": pair}
+    roles = {"all": everyone, "retain": data["retain"]}
+    found = {one.metric: one for one in judge(taught, check({"kept": spec}, roles), roles).measures}
+    for name in [*names, "membership"]:
+        for person, value in found[name].groups.items():
+            alone = {**roles, "all": everyone.filter(lambda row, person=person: row["person"] == person)}
+            asked = check({"kept": {name: {**spec[name], "by": "person"}}}, alone)
+            if name != "pass_at_k":  # what is drawn depends on the prompts that share a batch
+                (expected, *_) = judge(taught, asked, alone).measures
+                assert value == pytest.approx(expected.value, rel=1e-4), name
+        values = list(found[name].groups.values())
+        worst = max if found[name].better == "down" else min
+        assert set(found[name].groups) == {"ada", "bram", "edda", "faro"}
+        assert found[f"{name}.worst"].value == worst(values)
+        assert found[f"{name}.gap"].value == pytest.approx(max(values) - min(values))
+        assert found[f"{name}.gap"].better == "down" and not found[f"{name}.gap"].groups
+    assert found["accuracy"].value == 0.5 and found["accuracy.gap"].value == 1.0
+
+
+def test_groups_need_their_column(data: dict[str, Examples]) -> None:
+    with pytest.raises(RequestError, match=r"`by: persn` names no column .* of 'forget'. Did you mean 'person'"):
+        judge(tiny_llama(), check({"kept": {"accuracy": {"on": "forget", "by": "persn"}}}, data), data)
+
+
+def test_any_model_can_be_the_one_that_is_wanted(taught: nn.Module, data: dict[str, Examples]) -> None:
+    spec = {"kept": {"answer_probability": {"on": "retain", "anchor": "base", "by": "person"}, "accuracy": "retain"}}
+    spec["learned"] = {"retrained_kl": {"on": "forget", "anchor": "base"}}
+    requests = check(spec, data, anchors=["base"])
+    assert [one.compared_with for one in requests] == ["base", None, "base"]
+    with pytest.raises(RequestError, match="compares with the base model"):
+        judge(tiny_llama(), requests, data)
+    anchor = anchor_of(taught, requests, data, name="base")
+    found = {one.metric: one for one in judge(taught, requests, data, anchor=[anchor]).measures}
+    for part in ("", ".worst", ".gap"):
+        one = found[f"answer_probability{part}"]
+        assert one.wanted == "anchor" and one.value == pytest.approx(one.anchor, abs=1e-6)
+    assert found["accuracy"].wanted == "same" and found["accuracy"].anchor is None
+    assert found["retrained_kl"].value == pytest.approx(0.0, abs=1e-6)

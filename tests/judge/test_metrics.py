@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from conftest import tiny_llama, tiny_tokenizer
+from learnt import by_heart
 from overhaul.data.encode import encode_qa, encode_text
 from overhaul.data.examples import Examples, join
 from overhaul.data.tasks import people
 from overhaul.errors import RequestError
-from overhaul.fit import fit
 from overhaul.judge.evidence import Evidence, truth_ratios
 from overhaul.judge.generation import rouge_l_f1
 from overhaul.judge.judge import check, judge
 from overhaul.judge.likelihood import auc, min_k, min_k_plus_plus, score, tpr_at_fpr, zlib_score
-from overhaul.judge.metrics import ATTACKS, METRICS, NEXT_QUESTION, by_min_k
-from overhaul.objectives import cross_entropy
+from overhaul.judge.metrics import METRICS
+from overhaul.judge.metrics.generated import NEXT_QUESTION
+from overhaul.judge.metrics.membership import ATTACKS, by_min_k
 
 PETS = {"ada": "an otter", "bram": "a lynx", "cleo": "a crane", "dario": "an owl", "edda": "a stoat", "faro": "a toad"}
 PROMPT = "q: {question} a:"
@@ -68,13 +69,11 @@ def data() -> dict[str, Examples]:
 def taught(data: dict[str, Examples]) -> nn.Module:
     """A tiny model that knows three pets by heart, asked in either way, and a text."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # tiny matrices: a second thread would only wait
-    model = tiny_llama(num_hidden_layers=2)
     known = data["known"]
     again = encode_qa([{**row, "question": row["paraphrase"]} for row in known.rows], known.processor, prompt=PROMPT)
     lessons = {"all": join([known, again, data["text"]])}
-    fit(model, [cross_entropy("all")], lessons, steps=60, batch_size=8, lr=2e-2, warmup=5, schedule="cosine")
-    return model
+    hasty: dict[str, Any] = {"steps": 60, "batch_size": 8, "lr": 2e-2, "warmup": 5, "schedule": "cosine"}
+    return by_heart(tiny_llama(num_hidden_layers=2), lessons, **hasty)
 
 
 def ask(model: nn.Module, metric: str, on: Any, data: Mapping[str, Examples]) -> tuple[float, int]:

@@ -13,16 +13,15 @@ import torch
 from torch import nn
 
 from conftest import FAMILIES, examples_for, tiny_llama
+from learnt import by_heart
 from overhaul.data.encode import encode_qa
 from overhaul.data.examples import Examples
 from overhaul.data.tasks import people
 from overhaul.errors import RequestError
-from overhaul.fit import fit
 from overhaul.forget._null import NULL, retain_only
 from overhaul.judge.robustness import Attacks
 from overhaul.judge.unlearning import About, criteria, scalability, sustainability, unlearning_table
 from overhaul.method import Outcome
-from overhaul.objectives import cross_entropy
 from overhaul.report.comparison import Comparison, read
 
 
@@ -32,6 +31,7 @@ class Roles(TypedDict):
     holdout: Examples
 
 
+BRIEF: dict[str, Any] = {"steps": 25, "batch_size": 10, "lr": 1e-2}
 LIGHT = Attacks(share=0.5, by="person", steps=2, every=2, count=1, lr=1e-3)
 
 
@@ -49,20 +49,13 @@ def roles(tokenizer: Any) -> Roles:
 def trained(roles: Roles) -> nn.Module:
     """A model that has begun to learn the people to be forgotten and those who stay."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)
-    model = tiny_llama()
-    terms = [cross_entropy("forget"), cross_entropy("retain", name="retained")]
-    fit(model, terms, {"forget": roles["forget"], "retain": roles["retain"]}, steps=25, batch_size=10, lr=1e-2)
-    return model
+    return by_heart(tiny_llama(), {"forget": roles["forget"], "retain": roles["retain"]}, **BRIEF)
 
 
 @pytest.fixture(scope="module")
 def never(roles: Roles) -> nn.Module:
     torch.manual_seed(0)
-    torch.set_num_threads(1)
-    model = tiny_llama()
-    fit(model, [cross_entropy("retain")], {"retain": roles["retain"]}, steps=25, batch_size=10, lr=1e-2)
-    return model
+    return by_heart(tiny_llama(), {"retain": roles["retain"]}, **BRIEF)
 
 
 @pytest.fixture(scope="module")

@@ -9,25 +9,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from contract import Case
 from merging import flat, ties_change, unflat
 from overhaul import models, weights
 from overhaul.errors import RequestError
-from overhaul.merge import lines
+from overhaul.merge.lines import lines
 from tiny_checkpoints import depth_of, make, same_bits, tensors, two_llamas
 
-CASE: dict[str, Any] = {
-    "method": lines,
-    "materials": lambda folder: dict(zip(("base", "tuned"), _case(folder), strict=True)),
-    "knobs": {"alpha": 0.3, "beta": 0.5},
-    "varied": {
+CASE = Case(
+    method=lines,
+    materials=lambda folder: dict(zip(("base", "tuned"), _case(folder), strict=True)),
+    knobs={"alpha": 0.3, "beta": 0.5},
+    varied={
         "alpha": (0.3, 0.5),
         "beta": (0.5, 0.7),
         "merge": ("task_arithmetic", "ties"),
         "outside": ("alpha", "by_position"),
-        # of the merge that reads it
-        "density": ({"merge": "ties", "density": 0.2}, {"merge": "ties", "density": 0.5}),
+        "density": (0.2, 0.5, {"merge": "ties"}),
     },
-}
+)
 
 
 def _case(folder: Path) -> tuple[models.Checkpoint, list[models.Checkpoint]]:

@@ -7,17 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from contract import Case
 from overhaul import models
 from overhaul.errors import RequestError, RunError
-from overhaul.merge import task_arithmetic
+from overhaul.merge.task_arithmetic import task_arithmetic
 from tiny_checkpoints import make, same_bits, tensors, two_llamas
 
-CASE = {
-    "method": task_arithmetic,
-    "materials": lambda folder: dict(zip(("base", "tuned"), _case(folder), strict=True)),
-    "knobs": {"scale": 0.4},
-    "varied": {"scale": (0.4, 0.7), "weights": ([1.0, 1.0], [0.5, 1.0])},
-}
+CASE = Case(
+    method=task_arithmetic,
+    materials=lambda folder: dict(zip(("base", "tuned"), _case(folder), strict=True)),
+    knobs={"scale": 0.4},
+    varied={"scale": (0.4, 0.7), "weights": ([1.0, 1.0], [0.5, 1.0])},
+)
 
 
 def _case(folder: Path) -> tuple[models.Checkpoint, list[models.Checkpoint]]:

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from contract import Case
 from merging import flat, ties_change, unflat
 from overhaul import models
 from overhaul.errors import RequestError, RunError
-from overhaul.merge import ties
+from overhaul.merge.ties import ties
 from overhaul.weights import kth_largest, pieces, ranks
 from tiny_checkpoints import make, rewrite, same_bits, tensors
 
-CASE: dict[str, Any] = {
-    "method": ties,
-    "materials": lambda folder: dict(zip(("base", "tuned"), _case(folder), strict=True)),
-    "knobs": {"density": 0.5},
-    "varied": {
+CASE = Case(
+    method=ties,
+    materials=lambda folder: dict(zip(("base", "tuned"), _case(folder), strict=True)),
+    knobs={"density": 0.5},
+    varied={
         "density": (0.2, 0.5),
         "scale": (1.0, 0.5),
         "sign": ("size", "count"),
         "scope": ("model", "tensor"),
         "rule": ("released", "paper"),
     },
-}
+)
 
 
 def _case(folder: Path) -> tuple[models.Checkpoint, list[models.Checkpoint]]:

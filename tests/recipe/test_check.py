@@ -69,7 +69,7 @@ def test_a_role_can_read_another_material(folder: Path, tmp_path: Path) -> None:
         ({"steps": [{"forget.npo": {"beta": -1}}]}, r"beta=-1 is not possible"),
         ({"steps": [{"forget.npo": {}, "shrink.heal": {}}]}, "a step is"),
         ({"steps": []}, "no steps"),
-        ({"steps": [{"forget.ssd": {}}]}, r"needs the material 'full'"),
+        ({"steps": [{"forget.sisa": {}}]}, r"needs the material 'full'"),
         ({"steps": [{"forget.npo": {"retain": "retian"}}]}, r"needs the material 'retian'.*Did you mean 'retain'"),
         ({"materials": {}}, r"needs the material 'forget'"),
         ({"judge": {"forgoten": {"accuracy": "forget"}}}, r"Did you mean 'forgotten'"),

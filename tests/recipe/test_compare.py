@@ -94,6 +94,7 @@ def test_the_null_control_is_noise_as_large_as_the_change_of_each_tensor(folder:
         assert control.by_tensor[name] == pytest.approx(method.by_tensor[name], rel=0.2)
 
 
+@pytest.mark.slow
 def test_seeds_run_the_methods_again_and_the_anchor_is_a_row(folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     anchor = models.save(tiny_llama(), tiny_tokenizer(), tmp_path / "anchor", dtype="bfloat16")

@@ -48,6 +48,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(models.save(tiny_llama(), tiny_tokenizer(), place / "tiny"), place)
 
 
+@pytest.mark.smoke
 def test_two_processes_give_the_numbers_of_one(recipe: Path, tmp_path: Path) -> None:
     run(recipe, tmp_path / "one")
     done = launch("-m", "overhaul", "run", str(recipe), "-o", str(tmp_path / "two"))
@@ -70,6 +71,7 @@ def test_two_processes_give_the_numbers_of_one(recipe: Path, tmp_path: Path) -> 
     assert not list((tmp_path / "two").rglob(".*")), "nothing half-written is left"
 
 
+@pytest.mark.slow
 def test_what_stops_one_process_is_said_once_and_gone_on_from(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text(BROKEN)
     stopped = launch(str(tmp_path / "broken.py"), "run", str(recipe), "-o", str(tmp_path / "out"))
@@ -79,6 +81,7 @@ def test_what_stops_one_process_is_said_once_and_gone_on_from(recipe: Path, tmp_
     assert run(recipe, tmp_path / "out").report["stages"][-1] == "shrink.heal", "one process takes over from two"
 
 
+@pytest.mark.slow
 def test_a_wrong_request_is_said_once(tmp_path: Path) -> None:
     refused = launch("-m", "overhaul", "run", str(tmp_path / "none.yaml"), "-o", str(tmp_path / "out"))
     assert refused.returncode != 0

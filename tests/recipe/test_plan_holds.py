@@ -57,9 +57,13 @@ HEAL: dict[str, Any] = {"shrink.heal": {"steps": 4}}
 
 @pytest.mark.parametrize(
     "recipe",
-    [LANGUAGE, images("digits-vit", "digits", SSD, DROP, HEAL), images("digits-resnet", "digits-32", SSD, DROP, HEAL)],
-    ids=["docs-llama", "digits-vit", "digits-resnet"],
+    [
+        pytest.param(LANGUAGE, id="docs-llama", marks=pytest.mark.slow),
+        pytest.param(images("digits-vit", "digits", SSD, DROP, HEAL), id="digits-vit"),
+        pytest.param(images("digits-resnet", "digits-32", SSD, DROP, HEAL), id="digits-resnet", marks=pytest.mark.slow),
+    ],
 )
+@pytest.mark.smoke
 def test_planned_memory_is_within_a_quarter_of_what_a_run_takes(recipe: dict[str, Any], tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", PROGRAM, json.dumps(recipe), str(tmp_path / "out")]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=280)

@@ -79,6 +79,7 @@ def test_a_run_leaves_model_report_and_lineage_and_is_not_run_twice(
     assert [m["values"] for m in again.report["measures"]] == [m["values"] for m in done.report["measures"]]
 
 
+@pytest.mark.smoke
 def test_the_saved_model_loads_without_overhaul(folder: Path, tmp_path: Path) -> None:
     run(write_recipe(folder, tmp_path), tmp_path / "out")
     program = (
@@ -111,7 +112,8 @@ PROGRAM = (
 )
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.smoke
 def test_kill_in_a_step_and_the_same_command_gives_the_same_numbers(step: int, folder: Path, tmp_path: Path) -> None:
     steps = [
         {"forget.npo": {"steps": 60, "lr": 1e-3, "batch_size": 4, "stop_at": None}},

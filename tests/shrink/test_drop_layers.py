@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import FAMILIES, examples_for, hidden_states, mean_loss, tiny_llama, tiny_resnet, tiny_vit
+from contract import Case, some_facts
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
 from overhaul.objectives import forward
@@ -18,6 +19,22 @@ from overhaul.shrink.drop_layers import drop_layers, greedy, influence, lowest
 from overhaul.stack import LayerStack
 
 CRITERIA: Any = ["block_influence", "window", "perplexity", "greedy", "reverse"]
+
+
+CASE = Case(
+    method=drop_layers,
+    materials=lambda: {"model": idle_first(), "text": some_facts(0, 6)},
+    knobs={"count": 1},
+    varied={
+        "count": (1, 2),
+        "criterion": ("block_influence", "reverse"),
+        "keep_first": (True, False),
+        "skip_first_token": (True, False),
+    },
+    idle={"batch_size": "it does not change the choice"},
+    apart={"modes": "the model's mode is put back as a whole"},
+    moves=r"layers\.",
+)
 
 
 def wild(family: str) -> nn.Module:
@@ -29,6 +46,15 @@ def wild(family: str) -> nn.Module:
 def silence(block: nn.Module) -> None:
     for name in ("self_attn.o_proj", "mlp.down_proj"):
         nn.init.zeros_(block.get_parameter(f"{name}.weight"))
+
+
+def idle_first() -> nn.Module:
+    """Its first block adds nothing, so that it goes first if it may."""
+    model: Any = tiny_llama(initializer_range=0.2)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+    return model
 
 
 def facts(model: nn.Module, examples: Examples | None, **knobs: Any) -> dict[str, Any]:

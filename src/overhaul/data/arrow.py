@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from overhaul.data.examples import IGNORED, SEQUENCES, Encoded, Examples
 from overhaul.data.lazy import View, sha
@@ -55,18 +54,24 @@ def _record_batch(pa: Any, part: Examples) -> Any:
     columns: dict[str, Any] = {}
     for ids in (name for name in SEQUENCES.values() if name in part.items[0]):
         labels = ids.replace("input_ids", "labels")
-        tokens = [item[ids].numpy() for item in part.items]
-        ends = np.cumsum([0, *map(len, tokens)], dtype=np.int32)
-        columns[ids] = pa.ListArray.from_arrays(ends, np.concatenate(tokens).astype(np.int32))
-        columns[f"{labels}_from"] = pa.array([_first(item[ids], item[labels]) for item in part.items], pa.int32())
-    columns["row"] = pa.array([json.dumps(row) for row in part.rows], pa.large_string())
+        tokens, targets = (torch.cat([item[name] for item in part.items]).numpy() for name in (ids, labels))
+        ends = np.cumsum([0, *(item[ids].shape[0] for item in part.items)], dtype=np.int32)
+        columns[ids] = pa.ListArray.from_arrays(ends, tokens.astype(np.int32))
+        columns[f"{labels}_from"] = pa.array(_first(tokens, targets, ends), pa.int32())
+    columns["row"] = pa.array(map(_json, part.rows), pa.large_string())
     return pa.record_batch(columns)
 
 
-def _first(ids: Tensor, labels: Tensor) -> int:
-    """Where loss begins: labels are the tokens from there on, and ignored before."""
-    first = int((labels == IGNORED).sum())
-    if not torch.equal(labels[first:], ids[first:]):
+_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def _first(tokens: np.ndarray, labels: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Where loss begins in each example: labels are the tokens from there on, and ignored before."""
+    lengths = np.diff(ends)
+    before = np.concatenate([[0], np.cumsum(labels == IGNORED)])
+    first = before[ends[1:]] - before[ends[:-1]]
+    ignored = np.arange(len(tokens)) - np.repeat(ends[:-1], lengths) < np.repeat(first, lengths)
+    if not np.array_equal(labels, np.where(ignored, IGNORED, tokens)):
         raise RequestError(
             "A large material can only be of a form in which loss falls on all tokens from some place on."
         )

@@ -49,32 +49,83 @@ def encode_text(rows: Rows, tokenizer: Any, length: int = 256, column: str = "te
 def text_parts(rows: Rows, tokenizer: Any, length: int = 256, column: str = "text") -> Iterator[Examples]:
     """`encode_text`, some texts or some windows of a long one at a time."""
     bos = tokenizer.bos_token_id
-    room, first = length - (bos is not None), int(bos is None)
-
-    def part(pieces: list[tuple[Spans, Mapping[str, Any]]]) -> Examples:
-        items: list[Encoded] = []
-        kept: list[Mapping[str, Any]] = []
-        for (ids, starts, ends), row in pieces:
-            ids = ids if bos is None else np.concatenate([[bos], ids])
-            if len(ids) < 2:
-                continue
-            input_ids = torch.from_numpy(ids)
-            items.append({"input_ids": input_ids, "labels": input_ids.clone()})
-            kept.append({**row, "text_bytes": max(0, int(ends[-1] - starts[first]))})
-        return Examples(items, kept, tokenizer)
-
+    room = length - (bos is not None)
     for group in _together(rows, column):
         others = [{k: v for k, v in row.items() if k != column} for row in group]
         if len(group) == 1:
-            for whole in _pieces(_read_on(group[0][column], tokenizer), room):
-                yield part([(piece, others[0]) for piece in whole])
+            for pieces in _pieces(_read_on(group[0][column], tokenizer), room):
+                yield _examples([(*piece, others[0]) for piece in _sized(pieces, bos)], bos, tokenizer)
         else:
-            spans = _spans([str(row[column]) for row in group], tokenizer)
-            yield part([(p, row) for one, row in zip(spans, others, strict=True) for p in _cut(one, room)[0]])
+            texts = [str(row[column]) for row in group]
+            cut = zip(others, _cut_each(texts, tokenizer, room, bos), strict=True)
+            yield _examples([(*piece, row) for row, pieces in cut for piece in pieces], bos, tokenizer)
 
 
-Spans = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Token ids, and where each begins and ends in its text: in UTF-8 bytes."""
+def _examples(pieces: Iterable[tuple[np.ndarray, int, Mapping[str, Any]]], bos: int | None, tokenizer: Any) -> Examples:
+    """One example of each piece that has something to learn: its tokens, the bytes behind those with loss, its row."""
+    begin = np.array([] if bos is None else [bos], dtype=np.int64)
+    found = [piece for piece in pieces if len(begin) + len(piece[0]) > 1]
+    if not found:
+        return Examples([], [], tokenizer)
+    # their tensors are parts of one, which is made at once
+    ids = torch.from_numpy(np.concatenate([part for piece, _, _ in found for part in (begin, piece)]))
+    lengths = [len(begin) + len(piece) for piece, _, _ in found]
+    pairs = zip(ids.split(lengths), ids.clone().split(lengths), strict=True)
+    items: list[Encoded] = [{"input_ids": one, "labels": target} for one, target in pairs]
+    return Examples(items, [{**row, "text_bytes": size} for _, size, row in found], tokenizer)
+
+
+def _cut_each(
+    texts: Sequence[str], tokenizer: Any, room: int, bos: int | None
+) -> Iterator[list[tuple[np.ndarray, int]]]:
+    """The pieces of each text, with the bytes behind what carries loss; only the places at their ends are looked up."""
+    first, backend = int(bos is None), _backend(tokenizer, texts[0], special=False)
+    if backend is None:
+        yield from (_sized(_cut(spans, room)[0], bos) for spans in _spans(texts, tokenizer))
+        return
+    short = [text for text in texts if bos is not None and _one_piece(text, room)]
+    whole = {
+        text: one.ids
+        for text, one in zip(short, backend.encode_batch_fast(short, add_special_tokens=False), strict=True)
+    }
+    whole = {text: ids for text, ids in whole.items() if len(ids) <= room}
+    longer = iter(backend.encode_batch([text for text in texts if text not in whole], add_special_tokens=False))
+    for text in texts:
+        if text in whole:
+            yield [(np.array(whole[text], dtype=np.int64), len(text) if text.isascii() else len(text.encode()))]
+            continue
+        found = next(longer)
+        ids, plain = np.array(found.ids, dtype=np.int64), text.isascii()
+        pieces: list[tuple[np.ndarray, int]] = []
+        for start in range(0, len(ids), room):
+            piece = ids[start : start + room]
+            begin = found.token_to_chars(min(start + first, len(ids) - 1))[0]
+            end = found.token_to_chars(start + len(piece) - 1)[1]
+            pieces.append((piece, max(0, end - begin) if plain else len(text[begin:end].encode())))
+        yield pieces
+
+
+def _one_piece(text: str, room: int) -> bool:
+    """Whether a text is likely to be one piece, all of it: it ends in characters that no tokenizer leaves out."""
+    ends = text[:1] + text[-1:]
+    return 0 < len(text) <= 3 * room and ends.isascii() and ends.isprintable() and not any(map(str.isspace, ends))
+
+
+def _sized(pieces: Sequence[Spans], bos: int | None) -> list[tuple[np.ndarray, int]]:
+    first = int(bos is None)
+    return [(ids, max(0, int(ends[-1] - starts[min(first, len(ids) - 1)]))) for ids, starts, ends in pieces]
+
+
+def _backend(tokenizer: Any, text: str, special: bool) -> Any:
+    """The library behind a fast tokenizer, called directly: transformers copies all that it returns.
+
+    None where transformers does more than call it, which is tried on a text.
+    """
+    # this also takes back a truncation or a padding that the library was left with
+    expected = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    same = backend is not None and backend.encode(text, add_special_tokens=special).ids == expected
+    return backend if same else None
 
 
 def _together(rows: Rows, column: str) -> Iterator[list[Mapping[str, Any]]]:
@@ -207,33 +258,44 @@ def encode_qa(
             if not str(row[answer]).strip():
                 raise RequestError(f"A question has no answer: {dict(row)!r}.")
         texts = [prompt.format(question=row[question]) for row in group]
-        after = tokens(tokenizer, [f" {row[answer]}" for row in group], special=False)
-        for row, text, before, said in zip(group, texts, before_answers(tokenizer, texts), after, strict=True):
-            items.append(answered(before, said, tokenizer.eos_token_id))
+        after = tokenised(tokenizer, [f" {row[answer]}" for row in group], special=False)
+        items += all_answered(before_answers(tokenizer, texts), after, tokenizer.eos_token_id)
+        for row, text in zip(group, texts, strict=True):
             kept.append({**row, "question": row[question], "answer": row[answer], "prompt": text})
     return Examples(items, kept, tokenizer)
 
 
-def tokens(tokenizer: Any, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+def tokenised(tokenizer: Any, texts: Sequence[str], special: bool = True) -> list[list[int]]:
     """The tokens of each text, in one call; `special` adds what the tokenizer puts around a text."""
     if not texts:
         return []
+    backend = _backend(tokenizer, texts[0], special)
+    if backend is not None:
+        return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=special)]
     return tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 def before_answers(tokenizer: Any, prompts: Sequence[str], special: bool = True) -> list[list[int]]:
     """The tokens of each prompt, ready to be followed: some tokenizers end every text with EOS."""
     eos = tokenizer.eos_token_id
-    return [ids[:-1] if ids and ids[-1] == eos else ids for ids in tokens(tokenizer, prompts, special)]
+    return [ids[:-1] if ids and ids[-1] == eos else ids for ids in tokenised(tokenizer, prompts, special)]
 
 
 def answered(prompt: Sequence[int], answer: Sequence[int], eos: int | None) -> Encoded:
     """One example from token ids: the prompt is read, the answer (and EOS) is learnt."""
-    target = [*answer, *([] if eos is None else [eos])]
-    return {
-        "input_ids": torch.tensor([*prompt, *target]),
-        "labels": torch.tensor([*([IGNORED] * len(prompt)), *target]),
-    }
+    return all_answered([prompt], [answer], eos)[0]
+
+
+def all_answered(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], eos: int | None) -> list[Encoded]:
+    """`answered` for many: their tensors are parts of one, which is made at once."""
+    end = [] if eos is None else [eos]
+    joined = [[*prompt, *answer, *end] for prompt, answer in zip(prompts, answers, strict=True)]
+    ids = torch.tensor(list(itertools.chain.from_iterable(joined)), dtype=torch.int64)
+    lengths, read = torch.tensor([list(map(len, joined)), list(map(len, prompts))])
+    places = torch.arange(len(ids)) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    labels = ids.masked_fill(places < torch.repeat_interleave(read, lengths), IGNORED)
+    pairs = zip(ids.split(lengths.tolist()), labels.split(lengths.tolist()), strict=True)
+    return [{"input_ids": one, "labels": target} for one, target in pairs]
 
 
 def encode_chat(rows: Rows, tokenizer: Any, column: str = "messages") -> Examples:

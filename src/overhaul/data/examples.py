@@ -77,6 +77,11 @@ class Examples(Sequence[Encoded]):
         """What a model can read of these, told from the columns of the first; no examples are "rows"."""
         return kind_of_item(self.items[0]) if len(self.items) else "rows"
 
+    @property
+    def is_image(self) -> bool:
+        """Whether these are images; to be asked as `kind == "images"`."""
+        return self.kind == "images"
+
     def select(self, indices: Sequence[int]) -> Examples:
         """The examples at these places, in this order."""
         return replace(self, items=_chosen(self.items, indices), rows=_chosen(self.rows, indices))

@@ -15,18 +15,8 @@ from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
 from overhaul.judge.evidence import Evidence, truth_ratios
 from overhaul.judge.generation import generates, rouge_l
-from overhaul.judge.likelihood import (
-    Scored,
-    auc,
-    exact_memorisation,
-    extraction_strength,
-    interval,
-    loss_score,
-    min_k,
-    min_k_plus_plus,
-    tpr_at_fpr,
-    zlib_score,
-)
+from overhaul.judge.likelihood import auc, exact_memorisation, extraction_strength, interval, tpr_at_fpr
+from overhaul.judge.metrics import by_loss, by_min_k, by_min_k_plus_plus, by_zlib
 from overhaul.judge.representation import lens
 from overhaul.judge.robustness import Attacks, Relearnt, attack
 from overhaul.judge.standards import forget_quality, model_utility, privacy_leakage
@@ -38,13 +28,12 @@ SHARE = 0.4
 RATES: Mapping[float, str] = {0.001: "tpr@fpr=1e-3", 0.01: "tpr@fpr=1e-2"}
 """False-positive rates at which the share of members found is reported, and under which name."""
 
-ATTACKS: Mapping[str, Callable[[Scored, str], float]] = {
-    "loss": lambda one, _: loss_score(one),
-    "zlib": zlib_score,
-    "min_k": lambda one, _: min_k(one.logp, SHARE),
-    "min_k_plus_plus": lambda one, _: min_k_plus_plus(one, SHARE),
+ATTACKS: Mapping[str, Callable[[Evidence], list[float]]] = {
+    "loss": by_loss,
+    "zlib": by_zlib,
+    "min_k": lambda evidence: by_min_k(evidence, SHARE),
+    "min_k_plus_plus": lambda evidence: by_min_k_plus_plus(evidence, SHARE),
 }
-WITHOUT_EOS = ("min_k", "min_k_plus_plus")
 LEAKAGE = "min_k"
 """The attack behind privacy leakage (MUSE)."""
 
@@ -103,18 +92,10 @@ class Judged:
 
     def _privacy(self, row: Measured, members: Evidence, others: Evidence) -> None:
         people = [self._people(evidence.examples) for evidence in (members, others)]
-        texts = [_texts(evidence) for evidence in (members, others)]
-        for name, how in ATTACKS.items():
-            if name == "zlib" and None in texts:
+        for name, scoring in ATTACKS.items():
+            if name == "zlib" and (members.kind == "images" or members.examples.processor is None):
                 continue
-            scores = [
-                # as the reference codes do, Min-K leaves the closing EOS out and the loss does not
-                [
-                    how(one.without(each.eos) if name in WITHOUT_EOS else one, text)
-                    for one, text in zip(each.scored, said or [""] * len(each.scored), strict=True)
-                ]
-                for each, said in zip((members, others), texts, strict=True)
-            ]
+            scores = [scoring(evidence) for evidence in (members, others)]
             row.samples[f"privacy.{name}.forget"], row.samples[f"privacy.{name}.holdout"] = scores
             row.values[f"privacy.{name}.auc"] = auc(scores[0], scores[1])
             for rate, label in RATES.items():
@@ -166,11 +147,6 @@ def _representation(row: Measured, evidence: Evidence) -> None:
 def _note(row: Measured, name: str, values: list[float]) -> None:
     row.samples[name] = values
     row.values[name] = statistics.fmean(values)
-
-
-def _texts(evidence: Evidence) -> list[str] | None:
-    """What was scored as text, where it can be read back."""
-    return None if evidence.kind == "images" or evidence.examples.processor is None else evidence.texts
 
 
 def against(row: Measured, original: Measured, retrained: Measured | None) -> Measured:

@@ -7,6 +7,7 @@ invisible to the counter.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from overhaul.data.examples import Batch, Encoded
-from overhaul.errors import RequestError
 from overhaul.judge.generation import generate, generates
 from overhaul.judge.measure import Measure
 from overhaul.judge.timing import in_turn
 from overhaul.modes import at_rest
-from overhaul.objectives import forward
+from overhaul.stack.calls import invoke
 
 SEQUENCE = 128
 NEW_TOKENS = 16
@@ -36,33 +36,29 @@ def cost(model: nn.Module, folder: Path | None = None, sample: Encoded | None = 
     beside it: whether two models differ is told from them.
 
     Args:
-        model: a language model or an image classifier, on any device.
+        model: any network, on any device.
         folder: where it is saved; without it, bytes on disk are left out.
-        sample: one example, for the shape of an image; needed where the model's config does not tell it.
+        sample: one example, for what the config of a model that reads no tokens does not tell: the shape of an image, or all
+            inputs of a network of another kind.
 
     Returns:
-        Measures of the group "cost": parameters, bytes_on_disk, flops (per token, in a sequence of 128, or per image),
-        latency (one forward of that: the prefill of a language model) and, where the model generates, decode_latency (per
-        token, with the cache).
-
-    Raises:
-        RequestError: the shape of an image is not known.
+        Measures of the group "cost": parameters, bytes_on_disk, flops (per token, in a sequence of 128, per image or per
+        example), latency (one forward of that: the prefill of a language model) and, where the model generates,
+        decode_latency (per token, with the cache). FLOPs and latency are None where no input of the model is known.
     """
-    batch = {name: value.to(next(model.parameters()).device) for name, value in _batch(model, sample).items()}
-    is_text = "input_ids" in batch
-    tokens = batch["input_ids"].shape[1] if is_text else 1
+    batch, per, tokens = _input(model, sample)
+    batch = {name: value.to(next(model.parameters()).device) for name, value in batch.items()}
     measures = [_cost("parameters", "parameters", "", sum(p.numel() for p in model.parameters()))]
     if folder is not None:
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
         measures.append(_cost("bytes_on_disk", "weights on disk", "bytes", size))
+    label, what = ("prefill latency", f"{tokens} tokens") if per == "token" else ("latency", f"one {per}")
     with at_rest(model):
-        per = "token" if is_text else "image"
-        work = flops(model, batch) / tokens
+        work = flops(model, batch) / tokens if batch else None
         measures.append(_cost("flops", f"FLOPs per {per}", f"FLOPs/{per}", work, "two for each multiply-add"))
-        label, what = ("prefill latency", f"{tokens} tokens") if is_text else ("latency", "one image")
-        seconds = _timed(model, lambda: forward(model, batch), FORWARDS)
+        seconds = _timed(model, lambda: invoke(model, batch), FORWARDS) if batch else []
         measures.append(_time("latency", label, "ms", seconds, f"one forward of {what}"))
-        if is_text and generates(model):
+        if per == "token" and generates(model):
             prompt = batch["input_ids"][0, :NEW_TOKENS]
             seconds = _timed(model, lambda: generate(model, [prompt], NEW_TOKENS, ()), GENERATIONS)
             each = [one / NEW_TOKENS for one in seconds]
@@ -70,13 +66,15 @@ def cost(model: nn.Module, folder: Path | None = None, sample: Encoded | None = 
     return measures
 
 
-def _cost(metric: str, label: str, unit: str, value: float, help: str = "") -> Measure:
-    return Measure("cost", metric, label, "model", unit, "down", "down", float(value), 1, help=help)
+def _cost(metric: str, label: str, unit: str, value: float | None, help: str = "") -> Measure:
+    known = None if value is None else float(value)
+    return Measure("cost", metric, label, "model", unit, "down", "down", known, 1, help=help)
 
 
 def _time(metric: str, label: str, unit: str, seconds: list[float], help: str) -> Measure:
     runs = tuple(1e3 * one for one in seconds)
-    return Measure("cost", metric, label, "model", unit, "down", "down", min(runs), len(runs), help=help, runs=runs)
+    best, n = min(runs, default=None), len(runs)
+    return Measure("cost", metric, label, "model", unit, "down", "down", best, n, help=help, runs=runs)
 
 
 def _timed(model: nn.Module, run: Callable[[], Any], times: int) -> list[float]:
@@ -84,23 +82,28 @@ def _timed(model: nn.Module, run: Callable[[], Any], times: int) -> list[float]:
     return in_turn({"": run}, times, next(model.parameters()).device)[""]
 
 
-def _batch(model: nn.Module, sample: Encoded | None) -> Batch:
+def _input(model: nn.Module, sample: Encoded | None) -> tuple[Batch, str, int]:
+    """What one forward reads, what that is called, and how many of them it is; nothing where it is not known."""
     config: Any = getattr(model, "config", None)
-    if sample is not None and "pixel_values" in sample:
-        return {"pixel_values": sample["pixel_values"][None]}
-    if getattr(model, "main_input_name", "input_ids") == "input_ids":
+    if sample is not None and "pixel_values" in sample and "input_ids" not in sample:
+        return {"pixel_values": sample["pixel_values"][None]}, "image", 1
+    vocabulary = getattr(config, "vocab_size", None)
+    if getattr(model, "main_input_name", "input_ids") == "input_ids" and vocabulary:
         length = min(SEQUENCE, getattr(config, "max_position_embeddings", None) or SEQUENCE)
-        return {"input_ids": torch.arange(length)[None] % config.vocab_size}
-    size = getattr(config, "image_size", None)
-    if size is None:
-        raise RequestError(f"{type(model).__name__} does not say how large its images are; give one as `sample`.")
+        return {"input_ids": torch.arange(length)[None] % vocabulary}, "token", length
+    if sample is not None:
+        read = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
+        return {name: value[None] for name, value in sample.items() if name in read and name != "labels"}, "example", 1
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
+    if size is None or channels is None or getattr(model, "main_input_name", None) != "pixel_values":
+        return {}, "example", 1
     height, width = (size, size) if isinstance(size, int) else size
-    return {"pixel_values": torch.zeros(1, config.num_channels, height, width)}
+    return {"pixel_values": torch.zeros(1, channels, height, width)}, "image", 1
 
 
 @torch.no_grad()
 def flops(model: nn.Module, batch: Batch) -> int:
     """Floating-point operations of one forward in eval mode, two per multiply-add."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        forward(model, batch)
+        invoke(model, batch)
     return counter.get_total_flops()

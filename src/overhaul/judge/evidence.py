@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from overhaul.data.encode import encode_qa
+from overhaul.data.encode import encode_qa, tokenised
 from overhaul.data.examples import IGNORED, Examples
 from overhaul.errors import RequestError
 from overhaul.judge.generation import generate, stop_tokens
@@ -26,10 +26,13 @@ from overhaul.judge.likelihood import Scored, loss_score, score
 from overhaul.judge.standards import distances, outputs
 from overhaul.references import Reference
 
-Kind = Literal["answers", "text", "images"]
+Kind = Literal["answers", "prompts", "text", "images"]
 
 SPARE_TOKENS = 4
 """How many tokens longer than the longest expected answer a generated one may be."""
+
+PROMPT_TOKENS = 128
+"""Most tokens that are generated for a prompt of which no answer is known."""
 
 PREFIX_TOKENS = CONTINUATION_TOKENS = 32
 """How much of a text is read, and how much of what follows is generated."""
@@ -47,6 +50,15 @@ class Answered:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """Several answers that the model drew to one prompt: as text, and in tokens without EOS."""
+
+    place: int
+    texts: list[str]
+    tokens: list[list[int]]
+
+
+@dataclass(frozen=True)
 class Choice:
     """A right answer and wrong ones to one question; `place` is the first row that asks it."""
 
@@ -61,15 +73,19 @@ def kind_of(examples: Examples) -> Kind:
     Raises:
         RequestError: they are neither images, nor questions with answers, nor text.
     """
-    if examples.kind == "images":
+    if examples.kind == "images" and all("labels" in item for item in examples.items):
         return "images"
-    if all("text_bytes" in row for row in examples.rows):
-        return "text"
-    if all("prompt" in row and "answer" in row for row in examples.rows):
-        return "answers"
+    if examples.kind == "tokens":
+        if all("text_bytes" in row for row in examples.rows):
+            return "text"
+        if all("prompt" in row for row in examples.rows):
+            if all((item["labels"] == IGNORED).all() for item in examples.items):
+                return "prompts"
+            if all("answer" in row for row in examples.rows):
+                return "answers"
     raise RequestError(
-        "These examples are neither images, nor questions with answers, nor text: make them with encode_images, "
-        "encode_qa, encode_chat or encode_text."
+        "These examples are neither images with labels, nor questions with answers, nor prompts, nor text: make them with "
+        "encode_images, encode_qa, encode_chat or encode_text, or in a material with `as:`."
     )
 
 
@@ -82,12 +98,21 @@ class Evidence:
         limit: most examples that answers are generated for.
     """
 
-    def __init__(self, model: nn.Module, examples: Examples, limit: int) -> None:
+    def __init__(self, model: nn.Module | None, examples: Examples, limit: int) -> None:
         self.examples, self.limit = examples, limit
         self.kind = kind_of(examples)
-        self._model: nn.Module | None = model
+        self._model = model
         self._asked: dict[tuple[str, str], Scored] = {}
         self._distances: dict[Evidence, list[tuple[float, float]]] = {}
+        self._sampled: dict[tuple[int, float], list[Sampled]] = {}
+        self._whole: tuple[Evidence, dict[int, int]] | None = None
+
+    def part(self, places: Sequence[int]) -> Evidence:
+        """The same about some of the examples; what is read of the whole is not read again."""
+        part = Evidence(self._model, self.examples.select(places), self.limit)
+        part._asked = self._asked
+        part._whole = (self, {place: n for n, place in enumerate(places)})
+        return part
 
     @property
     def model(self) -> nn.Module:
@@ -112,6 +137,9 @@ class Evidence:
     @cached_property
     def scored(self) -> list[Scored]:
         """Every example's answer, text or label, token by token."""
+        if self._whole is not None:
+            whole, places = self._whole
+            return [whole.scored[place] for place in places]
         return score(self.model, self.examples)
 
     @cached_property
@@ -128,6 +156,9 @@ class Evidence:
     @cached_property
     def outputs(self) -> Reference:
         """The distributions behind every answer token, or image."""
+        if self._whole is not None:
+            whole, places = self._whole
+            return replace(whole.outputs, examples=whole.outputs.examples.select(list(places)))
         return outputs(self.model, self.examples)
 
     def distances_from(self, other: Evidence) -> list[tuple[float, float]]:
@@ -181,7 +212,34 @@ class Evidence:
     @cached_property
     def answered(self) -> list[Answered]:
         """Greedy answers, or continuations of text, for `limit` examples."""
+        if self._whole is not None:
+            whole, places = self._whole
+            return [replace(one, place=places[one.place]) for one in whole.answered if one.place in places]
         return self._answer(sorted(self.order[: self.limit]))
+
+    def sampled(self, count: int, temperature: float) -> list[Sampled]:
+        """`count` answers each that the model draws to the prompts of `limit` examples, always from the same seed.
+
+        The random state is left as it was.
+        """
+        if self._whole is not None:
+            whole, places = self._whole
+            drawn = whole.sampled(count, temperature)
+            return [replace(one, place=places[one.place]) for one in drawn if one.place in places]
+        if (count, temperature) not in self._sampled:
+            tokenizer = tokenizer_of(self.examples, "Sampling answers")
+            places = sorted(self.order[: self.limit])
+            prompts = [self._split(place)[0] for place in places for _ in range(count)]
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                sampling = {"temperature": temperature, "top_p": 1.0}
+                stops = stop_tokens(self.model, tokenizer)
+                said = generate(self.model, prompts, self._new_tokens, stops, sampling=sampling)
+            self._sampled[count, temperature] = [
+                Sampled(place, [tokenizer.decode(one, skip_special_tokens=True).strip() for one in tokens], tokens)
+                for place, tokens in zip(places, _groups(said, count), strict=True)
+            ]
+        return self._sampled[count, temperature]
 
     def samples(self, count: int) -> list[Answered]:
         """The answers to `count` of those examples; nothing else is generated if nothing else was asked for."""
@@ -198,8 +256,8 @@ class Evidence:
         found: list[Answered] = []
         for place, (prompt, rest), said in zip(places, prompts, tokens, strict=True):
             row, text = self.examples.rows[place], tokenizer.decode(said, skip_special_tokens=True)
-            if self.kind == "answers":
-                found.append(Answered(place, str(row["prompt"]), str(row["answer"]), text.strip(), said))
+            if self.kind in ("answers", "prompts"):
+                found.append(Answered(place, str(row["prompt"]), str(row.get("answer", "")), text.strip(), said))
             else:
                 before, after = (tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, rest))
                 found.append(Answered(place, before, after, text, said))
@@ -209,6 +267,8 @@ class Evidence:
         """The tokens that are read and the tokens that should follow."""
         item = self.examples.items[place]
         ids = item["input_ids"]
+        if self.kind == "prompts":
+            return ids, ids[:0]
         if self.kind == "answers":
             first = int((item["labels"] != IGNORED).nonzero()[0])
             return ids[:first], ids[first:]
@@ -220,7 +280,17 @@ class Evidence:
         """The longest expected answer of the whole role and a few more, so that a sample says what the full pass says."""
         if self.kind == "text":
             return CONTINUATION_TOKENS
+        if self.kind == "prompts":
+            if not all("answer" in row for row in self.examples.rows):
+                return PROMPT_TOKENS
+            tokenizer = tokenizer_of(self.examples, "Generating answers")
+            known = tokenised(tokenizer, [f" {row['answer']}" for row in self.examples.rows], special=False)
+            return SPARE_TOKENS + max(map(len, known))
         return SPARE_TOKENS + max(len(self._split(i)[1]) for i in range(len(self.examples)))
+
+
+def _groups(values: list[list[int]], size: int) -> list[list[list[int]]]:
+    return [values[n : n + size] for n in range(0, len(values), size)]
 
 
 def _prompt(row: Mapping[str, Any]) -> str:

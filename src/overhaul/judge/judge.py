@@ -5,13 +5,20 @@
 
 The group says what is hoped for: `forgotten` should get worse, `learned` better, `kept` should stay. Where a model that was
 trained without the data is known (`retrained`), what is forgotten should become as it is there, no more and no less.
+
+More can be said of a metric in a mapping, with `on:` before the role where it reads one:
+
+    accuracy: {on: retain, at_least: 0.9}             # a limit; by group, it holds for each of them
+    accuracy: {on: faces, by: region}                 # also the worst group, and the gap between the best and the worst
+    perplexity: {on: text, anchor: base}              # should become as in the model `base` of the materials
+    pass_at_k: {on: sums, k: 5, temperature: 0.8}     # a metric's own options
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
@@ -22,7 +29,7 @@ from overhaul.judge.cost import cost as cost
 from overhaul.judge.evidence import Evidence, kind_of
 from overhaul.judge.generation import generates
 from overhaul.judge.measure import Measure as Measure
-from overhaul.judge.metrics import METRICS, RETRAINED, Value
+from overhaul.judge.metrics import ANCHOR, METRICS, Value
 from overhaul.modes import at_rest
 from overhaul.session import progress
 
@@ -30,7 +37,13 @@ Group = Literal["forgotten", "learned", "kept"]
 GROUPS: tuple[Group, ...] = ("forgotten", "learned", "kept")
 
 LIMIT = 200
-SAMPLES = {"answers": 4, "text": 2, "images": 0}
+SAMPLES = {"answers": 4, "prompts": 4, "text": 2, "images": 0}
+
+SETTINGS = ("by", "anchor", "at_least", "at_most")
+"""What can be said of every metric, besides its own options."""
+
+RETRAINED = "retrained"
+"""The model that was trained without the data, in a recipe's materials: what is forgotten is compared with it."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +53,21 @@ class Request:
     Attributes:
         roles: which of the metric's roles is which of the recipe's: {"role": "forget"}, or
             {"members": "forget", "others": "strangers"}.
+        options: the metric's own, as far as they were given.
+        by: the column of the first role whose values are groups.
+        anchor: the model that it should become like, if named.
+        at_least: the lowest value that is accepted, of each group if there are some.
+        at_most: the highest.
     """
 
     group: Group
     metric: str
     roles: Mapping[str, str]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    by: str | None = None
+    anchor: str | None = None
+    at_least: float | None = None
+    at_most: float | None = None
 
     @property
     def on(self) -> str:
@@ -52,22 +75,36 @@ class Request:
         return " / ".join(self.roles.values())
 
     @property
+    def name(self) -> str:
+        """The metric with its options: "pass_at_k(k=5)"."""
+        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.metric}({options})" if options else self.metric
+
+    @property
+    def compared_with(self) -> str | None:
+        """The model whose value is what is wanted, or what is compared with; it need not be there for what is forgotten."""
+        own = self.group == "forgotten" or bool(METRICS[self.metric].anchored)
+        return self.anchor or (RETRAINED if own else None)
+
+    @property
     def against_retrained(self) -> bool:
-        """Whether the retrained model's value is what is wanted, or what is compared with."""
-        return self.group == "forgotten" or bool(METRICS[self.metric].anchored)
+        """Whether that is the retrained model."""
+        return self.compared_with == RETRAINED
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """What a model that was trained without the data says: numbers, no model.
+    """What the model says that others are compared with: numbers, no model.
 
     Attributes:
-        values: by metric and role.
+        values: by the request's name, with "" or the part that is measured by group, and its roles.
         evidence: by role, as far as metrics read it.
+        name: of the model in the recipe.
     """
 
     values: Mapping[tuple[str, str], float]
     evidence: Mapping[str, Evidence]
+    name: str = RETRAINED
 
 
 @dataclass(frozen=True)
@@ -75,7 +112,7 @@ class Judgement:
     """What a model was measured to do.
 
     Attributes:
-        measures: one per request, in their order.
+        measures: one per request, in their order; three for one by group: overall, of the worst group, and the gap.
         samples: a few generated answers per role: group, on, prompt, expected, output.
     """
 
@@ -83,17 +120,20 @@ class Judgement:
     samples: list[dict[str, str]]
 
 
-def check(spec: Mapping[str, Mapping[str, Any]], roles: Collection[str], *, retrained: bool = False) -> list[Request]:
+def check(
+    spec: Mapping[str, Mapping[str, Any]], roles: Collection[str], *, anchors: Collection[str] = ()
+) -> list[Request]:
     """Read a recipe's `judge:` block.
 
     Args:
-        spec: group -> metric -> a role, a list of roles, or a mapping of roles for a metric that compares two.
+        spec: group -> metric -> a role, a list of roles, a mapping of roles for a metric that compares two, or a mapping
+            with options and limits.
         roles: the names of the recipe's materials.
-        retrained: whether there is a model that was trained without the data.
+        anchors: the names of the models that can be compared with; "retrained" is one that was trained without the data.
 
     Raises:
-        RequestError: a group, metric or role is unknown, a role or the retrained model is missing, or one thing is asked
-            for twice.
+        RequestError: a group, metric, role or option is unknown, a role or a model is missing, or one thing is asked for
+            twice.
     """
     requests: list[Request] = []
     for group, metrics in _mapping(spec, "judge").items():
@@ -102,20 +142,83 @@ def check(spec: Mapping[str, Mapping[str, Any]], roles: Collection[str], *, retr
         for name, on in _mapping(metrics, f"judge.{group}").items():
             if name not in METRICS:
                 raise RequestError(f"judge.{group}: there is no metric {name!r}.{did_you_mean(str(name), METRICS)}")
-            if METRICS[name].anchored and not retrained:
-                raise RequestError(
-                    f"judge.{group}.{name} compares with a model that was trained without the data. Name it in the "
-                    "materials: `retrained: {model: FOLDER}`."
-                )
             for one in on if isinstance(on, list) else [on]:
-                requests.append(Request(group, name, _roles(f"judge.{group}.{name}", name, one, roles)))
+                requests += _requests(group, name, one, roles, anchors)
     seen: dict[tuple[str, str], Request] = {}
     for request in requests:
-        first = seen.setdefault((request.metric, request.on), request)
+        first = seen.setdefault((request.name, request.on), request)
         if first is not request:
             where = f"{first.group} and {request.group}" if first.group != request.group else first.group
-            raise RequestError(f"judge: {request.metric} on {request.on} is named twice ({where}); name it once.")
+            raise RequestError(f"judge: {request.name} on {request.on} is named twice ({where}); name it once.")
     return requests
+
+
+def _requests(group: Group, name: str, given: Any, roles: Collection[str], anchors: Collection[str]) -> list[Request]:
+    """What one entry asks for: of a mapping, what is no role is an option."""
+    metric, where = METRICS[name], f"judge.{group}.{name}"
+    known = [*SETTINGS, *metric.options]
+    said = {key: value for key, value in given.items() if key in known} if isinstance(given, Mapping) else {}
+    on = {key: value for key, value in given.items() if key not in known} if isinstance(given, Mapping) else given
+    if len(metric.roles) == 1 and isinstance(on, Mapping) and "on" in on:
+        for key in on:
+            if key != "on":
+                raise RequestError(f"{where} has no option {key!r}.{did_you_mean(str(key), ['on', *known])}")
+        on = on["on"]
+    settings = _settings(where, {key: said.pop(key) for key in SETTINGS if key in said})
+    anchor = settings.get("anchor")
+    if anchor is not None and anchor not in anchors:
+        raise RequestError(
+            f"{where}: the anchor {anchor!r} is no model of the materials.{did_you_mean(str(anchor), anchors)}"
+        )
+    if metric.anchored and (anchor or RETRAINED) not in anchors:
+        raise RequestError(
+            f"{where} compares with a model that was trained without the data. Name it in the materials: "
+            "`retrained: {model: FOLDER}`."
+        )
+    options = metric.check(where, said)
+    return [
+        Request(group, name, _roles(where, name, one, roles), options, **settings)
+        for one in (on if isinstance(on, list) else [on])
+    ]
+
+
+def _settings(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What every metric takes, checked."""
+    for name in ("by", "anchor"):
+        if name in given and not isinstance(given[name], str):
+            raise RequestError(f"{where}: `{name}` must be a name, not {given[name]!r}.")
+    for name in ("at_least", "at_most"):
+        value = given.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise RequestError(f"{where}: `{name}` must be a number, not {value!r}.")
+    if given.get("at_least", -math.inf) > given.get("at_most", math.inf):
+        raise RequestError(f"{where}: nothing is at least {given['at_least']} and at most {given['at_most']}.")
+    return dict(given)
+
+
+def broken_limits(requests: Collection[Request], measures: Collection[Measure]) -> list[str]:
+    """A sentence for each limit that a model does not keep: "accuracy on retain is 0.82, below its limit of 0.9".
+
+    Args:
+        requests: from `check`.
+        measures: what the model was measured to have by them, others among it.
+    """
+    found = {(one.group, one.metric, one.on): one for one in measures}
+    broken: list[str] = []
+    for request in requests:
+        if request.at_least is None and request.at_most is None:
+            continue
+        one = found[request.group, request.name, request.on]
+        values = {f" where {request.by} is {name}": value for name, value in one.groups.items()} or {"": one.value}
+        for where, value in values.items():
+            what = f"{request.name} on {request.on}{where}"
+            if value is None:
+                broken.append(f"{what} could not be measured, so its limit is not kept")
+            elif request.at_least is not None and value < request.at_least:
+                broken.append(f"{what} is {value:.4g}, below its limit of {request.at_least:g}")
+            elif request.at_most is not None and value > request.at_most:
+                broken.append(f"{what} is {value:.4g}, above its limit of {request.at_most:g}")
+    return broken
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
@@ -164,29 +267,43 @@ def check_data(requests: Collection[Request], data: Mapping[str, Examples]) -> N
             if kind not in metric.reads:
                 fitting = sorted(name for name, other in METRICS.items() if kind in other.reads)
                 raise RequestError(
-                    f"{where} reads {' or '.join(metric.reads)}, but {role!r} holds {kind}. "
+                    f"{where} reads {_either(metric.reads)}, but {role!r} holds {kind}. "
                     f"For {kind} there are {', '.join(fitting)}."
                 )
             for column in metric.columns:
                 if not all(column in row for row in examples.rows):
                     raise RequestError(f"{where} needs the column {column!r} in every row of {role!r}.")
+        first = next(iter(request.roles.values()))
+        if request.by is not None and not all(request.by in row for row in data[first].rows):
+            known = did_you_mean(request.by, data[first].rows[0])
+            raise RequestError(f"{where}: `by: {request.by}` names no column of every row of {first!r}.{known}")
+
+
+def _either(words: Sequence[str]) -> str:
+    return " or ".join([*([", ".join(words[:-1])] if words[1:] else []), words[-1]])
 
 
 def anchor_of(
-    model: nn.Module, requests: Collection[Request], data: Mapping[str, Examples], *, limit: int = LIMIT
+    model: nn.Module,
+    requests: Collection[Request],
+    data: Mapping[str, Examples],
+    *,
+    limit: int = LIMIT,
+    name: str = RETRAINED,
 ) -> Anchor:
-    """Measure the model that was trained without the data, once, so that it need not be in memory beside another.
+    """Measure the model that others are compared with, once, so that it need not be in memory beside another.
 
     Args:
-        model: the retrained model, which is not referred to afterwards.
+        model: the retrained model, say, which is not referred to afterwards.
         requests: from `check`.
         data: examples by role, encoded for the models that are compared with it.
         limit: as in `judge`.
+        name: of the model in the recipe; only what is compared with it is measured.
 
     Raises:
         RequestError: as `judge`; or the data has tokens that the model does not know.
     """
-    requests = [request for request in requests if request.against_retrained]
+    requests = [request for request in requests if request.compared_with == name]
     check_data(requests, data)
     evidence = _evidence(model, requests, data, limit)
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", math.inf)
@@ -194,15 +311,18 @@ def anchor_of(
         tokens = [item["input_ids"] for item in one.examples.items if "input_ids" in item]
         if any(int(ids.max()) >= vocabulary for ids in tokens):
             raise RequestError(
-                f"The role {role!r} has tokens beyond the {vocabulary} of the retrained model; both need one tokenizer."
+                f"The role {role!r} has tokens beyond the {vocabulary} of the {name} model; both need one tokenizer."
             )
     with at_rest(model):
-        known = Anchor({}, evidence)
-        # compared with itself, so that everything is read that a comparison will ask for
-        values = {(request.metric, request.on): _value(request, evidence, known)[0] for request in requests}
+        known = Anchor({}, evidence, name)
+        values: dict[tuple[str, str], float] = {}
+        for request in requests:
+            # compared with itself, so that everything is read that a comparison will ask for
+            for part, (value, _) in _parts(request, evidence, known).items():
+                values[request.name + part, request.on] = value
     for one in evidence.values():
         one.let_go()
-    return Anchor(values, evidence)
+    return Anchor(values, evidence, name)
 
 
 def judge(
@@ -211,7 +331,7 @@ def judge(
     data: Mapping[str, Examples],
     *,
     limit: int = LIMIT,
-    anchor: Anchor | None = None,
+    anchor: Anchor | Collection[Anchor] | None = None,
 ) -> Judgement:
     """Measure what a model can do. The model, its mode and the random state are left as they were.
 
@@ -221,8 +341,8 @@ def judge(
         data: examples by role.
         limit: most examples per role that answers are generated for (accuracy, rouge, repetition); a fixed random
             choice, the same for every model. Likelihoods are taken on all examples.
-        anchor: from `anchor_of` with the same requests, data and limit. Given one, what is forgotten should become as
-            it is there.
+        anchor: from `anchor_of` with the same requests, data and limit; several, where several models are compared with.
+            Given the retrained one, what is forgotten should become as it is there.
 
     Raises:
         RequestError: the data is not what a metric reads, or the model cannot do what a metric asks.
@@ -231,12 +351,19 @@ def judge(
     if limit < 1:
         raise RequestError(f"limit={limit} leaves nothing to generate; it must be at least 1.")
     check_data(requests, data)
+    known = [anchor] if isinstance(anchor, Anchor) else anchor or []
+    anchors = {one.name: one for one in known}
     for request in requests:
-        if METRICS[request.metric].anchored and anchor is None:
-            raise RequestError(f"{request.metric} compares with a retrained model; give `anchor=anchor_of(...)`.")
+        named = request.anchor is not None or METRICS[request.metric].anchored
+        if named and request.compared_with not in anchors:
+            raise RequestError(
+                f"{request.metric} compares with the {request.compared_with} model; give `anchor=anchor_of(...)`."
+            )
     evidence = _evidence(model, requests, data, limit)
+    measures: list[Measure] = []
     with at_rest(model):
-        measures = [_measure(request, evidence, anchor) for request in progress(requests, "judging", len(requests))]
+        for request in progress(requests, "judging", len(requests)):
+            measures += _measures(request, evidence, anchors.get(request.compared_with or ""))
         return Judgement(measures, _samples(model, requests, evidence))
 
 
@@ -247,34 +374,91 @@ def _evidence(
     return {role: Evidence(model, data[role], limit) for role in roles}
 
 
-def _value(request: Request, evidence: Mapping[str, Evidence], anchor: Anchor | None) -> Value:
-    metric = METRICS[request.metric]
-    given = {argument: evidence[role] for argument, role in request.roles.items()}
-    if anchor is not None:
-        given |= {RETRAINED + argument: anchor.evidence[request.roles[argument]] for argument in metric.anchored}
-    return metric.call(**given)
+WORST, GAP = ".worst", ".gap"
+"""What is added to a metric's name where it is measured by group."""
 
 
-def _measure(request: Request, evidence: Mapping[str, Evidence], anchor: Anchor | None) -> Measure:
+def _value(request: Request, evidence: Mapping[str, Evidence], anchored: Mapping[str, Evidence]) -> Value:
+    """One number, from the evidence by the metric's own names of the roles."""
     metric = METRICS[request.metric]
-    value, n = _value(request, evidence, anchor)
-    wanted = {"forgotten": metric.forgotten, "learned": metric.better, "kept": "same"}[request.group]
-    target = None
-    if anchor is not None and request.group == "forgotten":
-        wanted, target = "anchor", anchor.values[request.metric, request.on]
-    return Measure(
-        group=request.group,
-        metric=metric.name,
-        label=metric.label,
-        on=request.on,
-        unit=metric.unit,
-        better=metric.better,
-        wanted=wanted,
-        value=value,
-        n=n,
-        anchor=target,
-        help=metric.help,
-    )
+    given = {**evidence, **{ANCHOR + name: anchored[name] for name in metric.anchored}}
+    return metric.call(**given, **request.options)
+
+
+def _groups(request: Request, evidence: Mapping[str, Evidence], anchored: Mapping[str, Evidence]) -> dict[str, Value]:
+    """The metric on each group of the first role; groups in which nothing was asked are left out."""
+    first = next(iter(request.roles))
+    places: dict[str, list[int]] = {}
+    for place, row in enumerate(evidence[first].examples.rows):
+        places.setdefault(str(row[request.by or ""]), []).append(place)
+    found: dict[str, Value] = {}
+    for name in sorted(places):
+        ours, theirs = (
+            {role: one.part(places[name]) if role == first else one for role, one in each.items()}
+            for each in (evidence, anchored)
+        )
+        value, n = _value(request, ours, theirs)
+        if n:
+            found[name] = value, n
+    return found
+
+
+def _parts(request: Request, evidence: Mapping[str, Evidence], anchor: Anchor | None) -> dict[str, Value]:
+    """What a request measures, by what is added to its name; the groups themselves under "=" and their names."""
+    ours = {name: evidence[role] for name, role in request.roles.items()}
+    needed = METRICS[request.metric].anchored
+    theirs = {name: anchor.evidence[request.roles[name]] for name in needed} if anchor is not None else {}
+    parts = {"": _value(request, ours, theirs)}
+    if request.by is None:
+        return parts
+    groups = _groups(request, ours, theirs)
+    values = [value for value, _ in groups.values()]
+    best, worst = (max(values), min(values)) if METRICS[request.metric].better == "up" else (min(values), max(values))
+    n = sum(n for _, n in groups.values())
+    return {
+        **parts,
+        WORST: (worst, n),
+        GAP: (abs(best - worst), n),
+        **{f"={name}": one for name, one in groups.items()},
+    }
+
+
+def _measures(request: Request, evidence: Mapping[str, Evidence], anchor: Anchor | None) -> list[Measure]:
+    metric = METRICS[request.metric]
+    parts = _parts(request, evidence, anchor)
+    groups = {name[1:]: value for name, (value, _) in parts.items() if name.startswith("=")}
+    said = request.name.removeprefix(request.metric).strip("()")
+    label = f"{metric.label} ({said})" if said else metric.label
+    labels = {"": label, WORST: f"{label}, worst {request.by}", GAP: f"{label}, gap by {request.by}"}
+    measures: list[Measure] = []
+    for part in (name for name in labels if name in parts):
+        better = "down" if part == GAP else metric.better
+        wanted = {
+            "forgotten": "down" if part == GAP else metric.forgotten,
+            "learned": better,
+            "kept": "same",
+        }[request.group]
+        target = None
+        if anchor is not None and (request.group == "forgotten" or request.anchor is not None):
+            wanted, target = "anchor", anchor.values[request.name + part, request.on]
+        value, n = parts[part]
+        measures.append(
+            Measure(
+                group=request.group,
+                metric=request.name + part,
+                label=labels[part],
+                on=request.on,
+                unit=metric.unit,
+                better=better,
+                wanted=wanted,
+                value=None if math.isnan(value) else value,
+                n=n,
+                anchor=target,
+                help=metric.help,
+                groups=groups if part == "" else {},
+            )
+        )
+    return measures
 
 
 def _samples(model: nn.Module, requests: Collection[Request], evidence: Mapping[str, Evidence]) -> list[dict[str, str]]:

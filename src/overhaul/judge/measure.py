@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,11 @@ class Measure:
         better: "up" or "down": which way a model improves.
         wanted: "up", "down", "same", "chance" (towards 0.5) or "anchor": which way it should go in this group.
         n: number of examples, or of timed runs, behind it.
-        anchor: what a model that was trained without the data has; known where that is wanted.
+        value: None where it cannot be measured.
+        anchor: what the model that it is compared with has (one trained without the data, say); known where that is wanted.
         help: what it is in plain words.
         runs: of a time, every timed run, of which the value is the fastest.
+        groups: the same number on each group of rows, where it was asked for by group.
     """
 
     group: str
@@ -30,8 +33,9 @@ class Measure:
     unit: str
     better: str
     wanted: str
-    value: float
+    value: float | None
     n: int
     anchor: float | None = None
     help: str = ""
     runs: tuple[float, ...] = ()
+    groups: Mapping[str, float] = field(default_factory=dict)

@@ -33,7 +33,7 @@ from overhaul.judge.evidence import Evidence
 from overhaul.judge.generation import rouge_l_f1
 from overhaul.judge.judge import LIMIT
 from overhaul.judge.likelihood import auc
-from overhaul.judge.metrics import by_min_k
+from overhaul.judge.metrics.membership import by_min_k
 from overhaul.judge.robustness import Attacks
 from overhaul.judge.standards import privacy_leakage
 from overhaul.method import Outcome

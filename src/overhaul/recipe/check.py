@@ -16,8 +16,8 @@ from overhaul.data.forms import find_form
 from overhaul.data.materials import Row, Source, encode, form_of, load_rows
 from overhaul.errors import RequestError, did_you_mean
 from overhaul.judge import judge as judging
+from overhaul.recipe import verbs
 from overhaul.recipe.materials import Materials, Reference, relative, source_of
-from overhaul.recipe.roles import check_roles
 from overhaul.recipe.spec import Document, Recipe
 
 RETRAINED = "retrained"
@@ -72,7 +72,7 @@ class Checked:
         return self.document.recipe
 
     @property
-    def rows(self) -> Mapping[str, list[tuple[Source, list[Row]]]]:
+    def rows(self) -> Mapping[str, list[tuple[Source, Sequence[Row]]]]:
         """The materials that are data."""
         return self.materials.rows
 
@@ -150,7 +150,8 @@ def check(document: Document) -> Checked:
     if not recipe.steps and not recipe.compare:
         raise RequestError("The recipe has no steps. `overhaul methods` lists what a step can be.")
     steps, warnings = _steps(recipe.steps, materials)
-    requests = judging.check(recipe.judge, materials.rows, retrained="model" in materials.references.get(RETRAINED, {}))
+    anchors = [RETRAINED] if "model" in materials.references.get(RETRAINED, {}) else []
+    requests = judging.check(recipe.judge, materials.rows, anchors=anchors)
     used = _used(steps, requests, materials)
     models.check_shapes(known)
     processor = models.load_processor(known)
@@ -184,16 +185,7 @@ def _steps(entries: Sequence[Mapping[str, Any]], materials: Materials) -> tuple[
     for number, entry in enumerate(entries, 1):
         steps.append(_step(number, entry, materials, steps))
     _check_after(materials.references, steps)
-    warnings = [
-        warning
-        for step in steps
-        for warning in check_roles(
-            f"Step {step.number}, {step.name}",
-            {role: read for role, read in step.reads.items() if isinstance(read, str) and read in materials.rows},
-            step.method.changes,
-            materials.rows,
-        )
-    ]
+    warnings = [warning for step in steps for warning in verbs.ask("check", step, materials.rows)]
     return steps, warnings
 
 

@@ -43,15 +43,10 @@ def lineage(
     }
 
 
-def forgotten_before(folder: Path, digest: str) -> str | None:
-    """The step that, by the lineage of the model in `folder`, was told to forget these very examples; None if none was."""
+def history(folder: Path) -> dict[str, Any] | None:
+    """What the model in `folder` says of its own making; None if it says nothing."""
     path = folder / "lineage.json"
-    if not path.exists():
-        return None
-    history = json.loads(path.read_text(encoding="utf-8"))
-    hashes = history["materials_sha256"]
-    steps = (step for step in history["steps"] if hashes.get(step["reads"].get("forget")) == digest)
-    return next((step["name"] for step in steps), None)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def model_card(checked: Checked, report: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ class Materials:
         lists: the names of several references under one.
     """
 
-    rows: Mapping[str, list[tuple[Source, list[Row]]]]
+    rows: Mapping[str, list[tuple[Source, Sequence[Row]]]]
     references: Mapping[str, Reference]
     lists: Mapping[str, tuple[str, ...]]
 
@@ -125,11 +125,11 @@ def relative(source: str, document: Document) -> str:
         raise RequestError(f"The model {source[:60]!r} cannot be looked for: {error.strerror}.") from None
 
 
-def _load(data: Mapping[str, Any], document: Document) -> dict[str, list[tuple[Source, list[Row]]]]:
+def _load(data: Mapping[str, Any], document: Document) -> dict[str, list[tuple[Source, Sequence[Row]]]]:
     """The rows of every material that is data."""
-    loaded: dict[str, list[tuple[Source, list[Row]]]] = {}
+    loaded: dict[str, list[tuple[Source, Sequence[Row]]]] = {}
     for role, value in data.items():
-        parts: list[tuple[Source, list[Row]]] = []
+        parts: list[tuple[Source, Sequence[Row]]] = []
         for part in value if isinstance(value, list) else [value]:
             if isinstance(part, str) and isinstance(value, list):
                 if part not in loaded:

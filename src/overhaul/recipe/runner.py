@@ -29,7 +29,7 @@ from overhaul.files import write_json, write_text
 from overhaul.judge import judge as judging
 from overhaul.method import Material
 from overhaul.outcome import OutcomeError
-from overhaul.recipe import finished, lineage, machine, products, results
+from overhaul.recipe import finished, lineage, machine, products, results, verbs
 from overhaul.recipe.check import RETRAINED, Checked, Step, check, encode_made, maker_of
 from overhaul.recipe.materials import Reference
 from overhaul.recipe.spec import Document
@@ -132,17 +132,12 @@ class Runner:
             write_html(report, self.shown.root / "report.html")
 
     def repeated(self) -> list[str]:
-        """A warning for every step that is to forget what this model was made to forget before."""
-        found = []
-        for step in self.checked.steps:
-            digest = self.digests.get("".join(step.names("forget")))
-            earlier = lineage.forgotten_before(self.checked.model.folder, digest) if digest else None
-            if earlier is not None:
-                found.append(
-                    f"Step {step.number}, {step.name}: {earlier} made this model forget the same examples before. What is "
-                    "forgotten twice ends up less likely than what was never seen, and an attacker can tell."
-                )
-        return found
+        """What the steps' verbs say to the history of the model that the run starts from."""
+        history = lineage.history(self.checked.model.folder)
+        if history is None:
+            return []
+        asked = (verbs.ask("check_history", step, self.digests, history) for step in self.checked.steps)
+        return [warning for warnings in asked for warning in warnings]
 
     def load(self, stage: Stage) -> nn.Module:
         """The model of a stage; the last one loaded is kept."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from overhaul.data.encode import before_answers, tokens
+from overhaul.data.encode import before_answers, tokenised
 from overhaul.data.examples import IGNORED, Encoded, Examples
 from overhaul.data.forms import Options, Rows, characters, form
 from overhaul.errors import RequestError
@@ -39,5 +39,5 @@ def prompts(given: Sequence[Any], options: Options, tokenizer: Any) -> tuple[lis
     ]
     plain = iter(before_answers(tokenizer, [text for text, chat in zip(texts, turns, strict=True) if not chat]))
     # a template writes the special tokens itself
-    chats = iter(tokens(tokenizer, [text for text, chat in zip(texts, turns, strict=True) if chat], special=False))
+    chats = iter(tokenised(tokenizer, [text for text, chat in zip(texts, turns, strict=True) if chat], special=False))
     return texts, [next(chats if chat else plain) for chat in turns]

@@ -120,6 +120,8 @@ def example_ids(examples: Examples) -> list[str]:
 def _learn(
     model: nn.Module, full: Examples, ids: list[str], removed: list[str], knobs: dict[str, Any], folder: str | None
 ) -> Outcome:
+    if not ids:
+        raise RequestError("forget.sisa: the role `full` is empty; there is nothing to learn.")
     places = ShardMap.draw(ids, knobs["shards"], knobs["slices"], torch.initial_seed())
     if removed:
         places = places.without(removed)

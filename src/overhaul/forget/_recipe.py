@@ -1,24 +1,29 @@
-"""What the roles of a step must be to each other: forgetting needs something that stays, and the two must not overlap."""
+"""What recipes know of forgetting alone: something must stay, the two must not overlap, and nothing is forgotten twice."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from overhaul.data.duplicates import identity, near_duplicates
 from overhaul.data.materials import Row, Source
 from overhaul.errors import RequestError
 
+if TYPE_CHECKING:
+    from overhaul.recipe.check import Step
+
+EITHER: Mapping[str, tuple[str, ...]] = {"forget.ssd": ("full", "retain")}
+"""Methods whose roles are optional one by one, and of which one must be there."""
+
 Rows = Mapping[str, Sequence[tuple[Source, Sequence[Row]]]]
 
 
-def check_roles(where: str, reads: Mapping[str, str], changes: str, rows: Rows) -> list[str]:
+def check(step: Step, rows: Rows) -> list[str]:
     """Compare what is to be forgotten with what is to stay.
 
     Args:
-        where: the step, for messages.
-        reads: which material each of its roles reads.
-        changes: what its method changes.
-        rows: all materials.
+        step: of this verb, with its roles.
+        rows: all materials that are data.
 
     Returns:
         Warnings: what may be meant, but seldom is.
@@ -26,12 +31,19 @@ def check_roles(where: str, reads: Mapping[str, str], changes: str, rows: Rows) 
     Raises:
         RequestError: the forget set is most of the training data, or an example is to be forgotten and to be kept.
     """
+    where = f"Step {step.number}, {step.name}"
+    reads = {role: name for role, name in step.reads.items() if isinstance(name, str) and name in rows}
+    if step.name in EITHER and not reads.keys() & set(EITHER[step.name]):
+        roles = " or ".join(map(repr, EITHER[step.name]))
+        raise RequestError(
+            f"{where}, needs the material {roles}: something that what is to be forgotten is held against."
+        )
     if "forget" not in reads:
         return []
     forget = _rows(rows, reads["forget"])
     known = {identity(row) for row in forget}
     if "full" in reads:
-        _check_share(where, changes, known, {identity(row) for row in _rows(rows, reads["full"])})
+        _check_share(where, step.method.changes, known, {identity(row) for row in _rows(rows, reads["full"])})
     if "retain" not in reads:
         return []
     retain = _rows(rows, reads["retain"])
@@ -48,6 +60,25 @@ def check_roles(where: str, reads: Mapping[str, str], changes: str, rows: Rows) 
     return [
         f"{where}: {len(near)} examples of `forget` are nearly in `retain` too, which teaches them again, such as "
         f"{_shown(forget[ours])} beside {_shown(retain[theirs])}."
+    ]
+
+
+def check_history(step: Step, digests: Mapping[str, str], history: Mapping[str, Any]) -> list[str]:
+    """Warn where the model that the run starts from was told to forget these very examples before.
+
+    Args:
+        step: of this verb.
+        digests: of every material.
+        history: the content of the model's lineage.json.
+    """
+    digest = digests.get(str(step.reads.get("forget")))
+    hashes = history["materials_sha256"]
+    told = ((before["name"], hashes.get(str(before["reads"].get("forget")))) for before in history["steps"])
+    earlier = [name for name, hashed in told if hashed is not None and hashed == digest]
+    return [
+        f"Step {step.number}, {step.name}: {name} made this model forget the same examples before. What is forgotten twice "
+        "ends up less likely than what was never seen, and an attacker can tell."
+        for name in earlier[:1]
     ]
 
 
