@@ -217,9 +217,16 @@ def as_recipe(case: Case, folder: Path) -> dict[str, Any]:
 def _as_source(value: Any, path: Path) -> dict[str, Any]:
     if isinstance(value, nn.Module | Checkpoint | str | Path):
         return {"model": str(_saved(value, path))}
-    rows = rows_of(value) if isinstance(value, Examples) else [dict(row) for row in value]
+    pairs = isinstance(value, Examples) and value.kind == "pairs"
+    rows = (
+        rows_of(value)
+        if isinstance(value, Examples) and not pairs
+        else [dict(row) for row in (value.rows if pairs else value)]
+    )
     path.with_suffix(".jsonl").write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
     source: dict[str, Any] = {"from": str(path.with_suffix(".jsonl"))}
+    if pairs:
+        return {**source, "as": "preference", "prompt": "{question}"}
     return {**source, "as": "qa", "prompt": "{question}"} if "question" in rows[0] else source
 
 

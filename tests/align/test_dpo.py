@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import examples_for, tiny_llama
+from conftest import examples_for, tiny_llama, tiny_tokenizer
 from overhaul.align.dpo import Loss, dpo, dpo_term, margins, with_reference
 from overhaul.data.examples import Examples, collate
+from overhaul.data.materials import Source, encode
 from overhaul.errors import RequestError
 from overhaul.fit import Regime
 from overhaul.objectives import forward, forward_answers
@@ -30,12 +31,21 @@ def pairs(count: int, seed: int = 0) -> Examples:
     return Examples(items, [{}] * count)
 
 
+def preferences() -> Examples:
+    """Twelve pairs as a recipe reads them."""
+    rows = [
+        {"prompt": f"{n} + {n}", "chosen": str(2 * n), "rejected": str(2 * n + 1) * (1 + n % 3)} for n in range(1, 13)
+    ]
+    source = Source.model_validate({"from": "pairs.jsonl", "as": "preference", "prompt": "{question}"})
+    return encode(rows, source, tiny_tokenizer())
+
+
 CASE = dict(
     method=dpo,
-    materials=lambda: {"model": tiny_llama(initializer_range=0.2), "preferences": pairs(12)},
-    knobs={"steps": 3, "batch_size": 4, "lr": 1e-3},
+    materials=lambda: {"model": tiny_llama(initializer_range=0.2), "preferences": preferences()},
+    knobs={"steps": 12, "batch_size": 4, "lr": 1e-3},
     varied={
-        "loss": ("sum", "length_normalised"), "beta": (0.5, 5.0), "steps": (2, 3), "batch_size": (2, 4), "lr": (1e-3, 1e-2),
+        "loss": ("sum", "length_normalised"), "beta": (0.5, 5.0), "steps": (2, 12), "batch_size": (2, 4), "lr": (1e-3, 1e-2),
         "warmup": (0.0, 0.9), "schedule": ("constant", "linear"), "weight_decay": (0.0, 0.5), "clip": (1e-3, None),
     },
 )  # fmt: skip

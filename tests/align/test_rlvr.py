@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,11 @@ from overhaul.align.rlvr import ADVANTAGE, REFERENCE, advantages, grpo, learn_fr
 from overhaul.data.encode import encode_qa
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
-from overhaul.fit import Regime
-from overhaul.objectives import answer_tokens, forward, forward_answers
+from overhaul.fit import Regime, fit
+from overhaul.objectives import answer_tokens, cross_entropy, forward, forward_answers
 from overhaul.rollouts import LOGPROB, answer_logprobs, rollouts
 
-ROWS = [
-    {"question": question, "answer": "a", "verify": "contains"} for question in ("ab", "ba", "aab", "b", "bb", "aba")
-]
+ROWS = [{"question": question, "answer": "a", "verify": "exact"} for question in ("ab", "ba", "aab", "b", "bb", "aba")]
 
 
 def questions() -> Examples:
@@ -37,9 +37,19 @@ def model() -> nn.Module:
     return made
 
 
+@functools.cache
+def taught() -> nn.Module:
+    """Taught to answer with one letter or two, whichever: now and then it is right."""
+    policy = model()
+    rows = [{**row, "answer": answer} for row in ROWS for answer in ("a", "b", "ab", "ba")]
+    lessons = encode_qa(rows, tiny_tokenizer(), prompt="{question}:")
+    fit(policy, [cross_entropy("qa")], {"qa": lessons}, steps=25, batch_size=24, lr=1e-2)
+    return policy
+
+
 CASE = {
     "method": rlvr,
-    "materials": lambda: {"model": model(), "prompts": questions()},
+    "materials": lambda: {"model": copy.deepcopy(taught()), "prompts": questions()},
     "knobs": {"steps": 3, "batch_size": 4, "lr": 1e-3, "samples": 4, "updates": 1, "new_tokens": 6},
     "varied": {
         "samples": (2, 4), "updates": (1, 2), "beta": (0.0, 1.0), "clip_ratio": (1e-6, 0.2, {"updates": 3, "lr": 1e-2}),

@@ -458,7 +458,8 @@ def test_inner_products_are_over_all_of_the_gradient(
 def test_masters_are_kept_with_two_processes(way: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     ours, alone = both(request.getfixturevalue(way), weights_below_float32), weights_below_float32(tmp_path)
     assert ours[1]["same"] and ours[1]["low"] and alone[1]["same"]
-    assert_same(ours, alone, 1e-2)  # a bfloat16 next to 1 is 4e-3 away
+    # shards compute in float32, and a bfloat16 next to 1 is 4e-3 away
+    assert all(torch.allclose(ours[0][name], tensor, rtol=0, atol=1e-2) for name, tensor in alone[0].items())
 
 
 @pytest.mark.slow
