@@ -205,7 +205,8 @@ def _skips(
     """What is tried on each example; positions are drawn from the seed and the example alone."""
     parts: list[Part] = ["block"]
     if sublayers:
-        parts += [part for part, role in (("attention", "attention"), ("MLP", "mlp")) if parts_of(found, role)]
+        sublayer: tuple[tuple[Part, str], ...] = (("attention", "attention"), ("MLP", "mlp"))
+        parts += [part for part, role in sublayer if parts_of(found, role)]
     if direct:
         parts.append("direct")
     draw = torch.Generator().manual_seed(torch.initial_seed())
@@ -276,7 +277,8 @@ def _facts(seen: Profile, read: Lens, joined: Mapping[Kind, Effects]) -> dict[st
         "decided_by_overlap_at": alike[0] - 1 if alike else None,
     }
     half = len(cosines) // 2
-    for kind, name in ((("block", True), "future"), (("block", False), "all_positions")):
+    kinds: tuple[tuple[Kind, str], ...] = ((("block", True), "future"), (("block", False), "all_positions"))
+    for kind, name in kinds:
         if half and kind in joined:
             # the last block has none behind it
             later, output = on_later(joined[kind].later)[:-1].tolist(), joined[kind].output.tolist()
