@@ -207,31 +207,30 @@ def methods(
     """List the methods, or describe one: what it reads, its knobs and their defaults."""
     from rich.table import Table
 
-    from overhaul.method import find
-    from overhaul.method import methods as all_methods
+    from overhaul.listing import entries, entry
 
-    chosen = [find(name)] if name else list(all_methods().values())
+    chosen = [entry(name)] if name else entries()
     if as_json:
-        listing = [one.listing() for one in chosen]
-        print(json.dumps(listing[0] if name else listing, indent=1, default=str))
+        said = [{key: value for key, value in one.items() if key != "doc"} for one in chosen]
+        print(json.dumps(said[0] if name else said, indent=1))
         return
     if not name:
         table = Table("method", "changes", "paper", "what it does", box=None, pad_edge=False)
         for one in chosen:
-            table.add_row(one.name, one.changes, f"arXiv:{one.paper}" if one.paper else "", one.summary)
+            table.add_row(one["name"], one["changes"], one["paper"] or "", one["summary"])
         console.print(table)
         return
     (one,) = chosen
-    console.print(
-        f"[bold]{one.name}[/]  {f'arXiv:{one.paper}' if one.paper else ''}\n\n{escape(one.doc)}\n", highlight=False
-    )
+    console.print(f"[bold]{one['name']}[/]  {one['paper'] or ''}\n\n{escape(one['doc'])}\n", highlight=False)
     table = Table("reads", "kind", "", box=None, pad_edge=False)
-    for material in one.materials:
-        table.add_row(material.name, material.kind, "required" if material.required else "optional")
+    for material in one["materials"]:
+        kind = f"several: {material['kind']}" if material["many"] else material["kind"]
+        table.add_row(material["name"], kind, "required" if material["required"] else "optional")
     console.print(table)
-    knobs = Table("knob", "type", "default", box=None, pad_edge=False)
-    for knob in one.knobs:
-        knobs.add_row(knob.name, escape(knob.type), "required" if knob.required else repr(knob.default))
+    knobs = Table("knob", "type", "default", "what it does", box=None, pad_edge=False)
+    for knob in one["knobs"]:
+        default = "required" if knob["required"] else knob["shown"]
+        knobs.add_row(knob["name"], escape(knob["type"]), escape(default), escape(knob["doc"]))
     console.print(knobs)
 
 

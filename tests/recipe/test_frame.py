@@ -272,3 +272,31 @@ def test_annotations_that_no_recipe_can_give_are_refused_when_a_method_is_define
                 where: a place.
             """
             return Outcome(model)
+
+
+def test_a_limit_fails_the_step_that_breaks_it_and_the_report_shows_why(folder: Path, tmp_path: Path) -> None:
+    raw = {"raw": {"from": str(tmp_path / "people.jsonl")}}
+    judge = {"kept": {"perplexity": {"on": "raw", "at_most": 1e9}, "accuracy": {"on": "raw", "at_least": 1.0}}}
+    steps = ["inspect.look", {"merge.double": {"factor": 1.5}}, {"merge.double": {"factor": 2.0}}]
+    words = r"Step 2, merge.double: accuracy on raw is 0, below its limit of 1. .*report.html"
+    with pytest.raises(RunError, match=words):
+        go(folder, tmp_path, materials=raw, steps=steps, judge=judge)
+    out = tmp_path / "out"
+    report = json.loads((out / "report.json").read_text())
+    assert report["stages"] == ["before", "merge.double"] and "below its limit of 1" in report["warnings"][-1]
+    assert (out / "report.html").exists() and not (out / "model").exists()
+    assert len(list((out / "steps").glob("03*"))) == 0
+    judge["kept"].pop("accuracy")
+    assert go(folder, tmp_path, materials=raw, steps=steps, judge=judge).report["stages"][2:] == ["merge.double"]
+
+
+def test_any_model_of_the_materials_is_an_anchor(folder: Path, tmp_path: Path) -> None:
+    materials = {"raw": {"from": str(tmp_path / "people.jsonl")}, "twin": {"model": str(folder)}}
+    judge = {"kept": {"perplexity": {"on": "raw", "anchor": "twin"}}}
+    done = go(folder, tmp_path, materials=materials, steps=[{"merge.double": {"factor": 1.5}}], judge=judge)
+    (measure,) = [one for one in done.report["measures"] if one["metric"] == "perplexity"]
+    before, after = measure["values"]
+    assert measure["anchor"] == pytest.approx(before) and after != before
+    judge["kept"]["perplexity"]["anchor"] = "twni"
+    with pytest.raises(RequestError, match="'twni' is no model of the materials. Did you mean 'twin'"):
+        go(folder, tmp_path, materials=materials, steps=[{"merge.double": {}}], judge=judge)

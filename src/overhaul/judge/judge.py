@@ -86,11 +86,6 @@ class Request:
         own = self.group == "forgotten" or bool(METRICS[self.metric].anchored)
         return self.anchor or (RETRAINED if own else None)
 
-    @property
-    def against_retrained(self) -> bool:
-        """Whether that is the retrained model."""
-        return self.compared_with == RETRAINED
-
 
 @dataclass(frozen=True)
 class Anchor:

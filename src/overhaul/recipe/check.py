@@ -86,11 +86,10 @@ class Checked:
         return [models.facts(one["model"]) for one in self.references.values() if "model" in one]
 
     @property
-    def compares_with_retrained(self) -> bool:
-        """Whether what is measured is to be held against a retrained model, which the recipe names."""
-        return "model" in self.references.get(RETRAINED, {}) and any(
-            request.against_retrained for request in self.requests
-        )
+    def anchors(self) -> list[str]:
+        """The models that what is measured is to be held against, those that the recipe names."""
+        compared = dict.fromkeys(request.compared_with for request in self.requests)
+        return [name for name in compared if name is not None and "model" in self.references.get(name, {})]
 
     def encode(self) -> dict[str, Examples]:
         """The examples of every role that a step or the judge reads.
@@ -150,7 +149,7 @@ def check(document: Document) -> Checked:
     if not recipe.steps and not recipe.compare:
         raise RequestError("The recipe has no steps. `overhaul methods` lists what a step can be.")
     steps, warnings = _steps(recipe.steps, materials)
-    anchors = [RETRAINED] if "model" in materials.references.get(RETRAINED, {}) else []
+    anchors = [name for name, one in materials.references.items() if "model" in one]
     requests = judging.check(recipe.judge, materials.rows, anchors=anchors)
     used = _used(steps, requests, materials)
     models.check_shapes(known)

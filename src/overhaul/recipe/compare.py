@@ -148,7 +148,7 @@ class _Comparison:
         """Every variant's run, the table and the page."""
         rows: dict[str, list[_Judged]] = {}
         measures: list[dict[str, Any]] = []
-        anchored = None
+        anchored: dict[str, Any] = {}
         failed: list[tuple[str, OverhaulError]] = []
         for variant in self.variants:
             runner = Runner(variant.checked, self.folder, self.data, RunFolder(self.folder.root / variant.folder))
@@ -158,7 +158,6 @@ class _Comparison:
             except OverhaulError as error:  # one method that cannot must not hide what the others did
                 failed.append((variant.label, error))
                 continue
-            anchored = runner.anchored
             if not rows:
                 measures = [
                     {k: v for k, v in one.items() if k not in ("value", "runs")} for one in judged[0]["measures"]

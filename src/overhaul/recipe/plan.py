@@ -18,10 +18,12 @@ import psutil
 import torch
 
 from overhaul.data.materials import positions_of
-from overhaul.models import DTYPES
+from overhaul.models import DTYPES, Checkpoint, facts
 from overhaul.recipe.check import Checked, Step
 
 DRAWN_BATCHES = 32
+STREAMED_BYTES_PER_SECOND = 1e9  # from and to a local disk that has them at hand
+STREAMED_BYTES = 300_000_000  # pieces of tensors and the pages of their files, whatever the size of the models
 KERNELS_BYTES = 40_000_000  # code of kernels and libraries that only the first steps page in, seen over several runs
 
 
@@ -119,15 +121,18 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
     }
     size = int(step.knobs.get("batch_size") or 16)
     positions = max([1, *(largest_batch(each, size) for each in lengths.values())])
-    trains = step.method.memory != "forward"
+    trains = step.method.memory in ("gradient", "training")
     # logits stand several times: raw, shifted, log-softmax and its gradient in float32
     logits = shape.logits * (16 if trains else width + 4)
     activations = positions * (width * (shape.kept if trains else shape.live) + logits)
-    models = 1 + sum(len(step.names(role.name)) for role in step.method.roles if role.kind == "model")
+    models = sum(len(step.names(role.name)) for role in step.method.roles if role.kind == "model")
+    if step.method.memory != "stream":  # its own model, and of those that are opened one by one the one at hand
+        models += 1 + any(role.kind == "checkpoint" and role.name in step.reads for role in step.method.roles)
     trained = (
         _adapters(model.shapes, int(step.knobs["rank"])) if step.knobs.get("weights") == "lora" else model.parameters
     )
     held = {
+        "stream": STREAMED_BYTES,
         "forward": activations,
         "gradient": 8 * trained + max(width * trained, activations),
         "training": 2 * width * trained + max(width * trained, activations),
@@ -137,8 +142,18 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
     means = [sum(each) / len(each) for each in lengths.values()]
     tokens = steps * size * sum(means) if steps else sum(map(sum, lengths.values()))
     seconds = tokens * model.parameters * (6 if trains else 2) / speed
+    if step.method.memory == "stream":
+        read_bytes = sum(models_read.bytes for models_read in _streamed(step, checked))
+        seconds = (read_bytes + model.bytes) / STREAMED_BYTES_PER_SECOND
     peak = width * model.parameters * models + held + cached
     return Planned(step.name, {role: len(each) for role, each in lengths.items()}, step.knobs, peak, seconds)
+
+
+def _streamed(step: Step, checked: Checked) -> list[Checkpoint]:
+    """The checkpoints that a step reads from their files."""
+    names = [name for role in step.method.roles if role.is_model for name in step.names(role.name)]
+    outside = [facts(checked.references[name]["model"]) for name in names if "model" in checked.references[name]]
+    return [checked.model, *outside]
 
 
 def _adapters(shapes: Mapping[str, tuple[int, ...]], rank: int) -> int:

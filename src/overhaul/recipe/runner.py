@@ -30,11 +30,12 @@ from overhaul.judge import judge as judging
 from overhaul.method import Material
 from overhaul.outcome import OutcomeError
 from overhaul.recipe import finished, lineage, machine, products, results, verbs
-from overhaul.recipe.check import RETRAINED, Checked, Step, check, encode_made, maker_of
+from overhaul.recipe.check import Checked, Step, check, encode_made, maker_of
 from overhaul.recipe.materials import Reference
 from overhaul.recipe.spec import Document
-from overhaul.recipe.store import RunFolder, Stage, code_version, key_of
+from overhaul.recipe.store import RunFolder, Stage, key_of
 from overhaul.report.html import write_html
+from overhaul.versions import version_of
 
 
 def start(document: Document, root: Path) -> dict[str, Any]:
@@ -80,7 +81,7 @@ class Runner:
         self.digests |= {role: key_of(parts) for role, parts in self.raw_rows().items() if role not in self.digests}
         self.warnings = [*checked.warnings, *self.repeated()]
         self.model: tuple[str, nn.Module] | None = None
-        self.anchored: judging.Anchor | None = None
+        self.anchored: dict[str, judging.Anchor] = {}
 
     def go(self) -> dict[str, Any]:
         """All steps, all judgements and the published model; the report."""
@@ -97,6 +98,7 @@ class Runner:
         for step in self.checked.steps:
             stages.append(self.step(step, stages))
             judged.append(self.judge(stages[-1]))
+            self.check_limits(stages, judged)
         report = self.report(stages, judged)
         if processes.is_main():
             self.publish(stages, report)
@@ -127,6 +129,10 @@ class Runner:
         )
         write_text(self.shown.root / "recipe.yaml", self.checked.document.text)
         write_json(self.shown.root / "lineage.json", history)
+        self.show(report)
+
+    def show(self, report: dict[str, Any]) -> None:
+        """Write the report."""
         write_json(self.shown.root / "report.json", report)
         with writing(self.shown.root):
             write_html(report, self.shown.root / "report.html")
@@ -263,11 +269,11 @@ class Runner:
         """What the judge says of a stage: found where it was judged before, else measured."""
         requests = [asdict(request) for request in self.checked.requests]
         roles = {role: self.digests[role] for request in self.checked.requests for role in request.roles.values()}
-        anchor = [self.reference_key(RETRAINED, [])] if self.checked.compares_with_retrained else []
-        parts = (stage.key, requests, roles, code_version(Path(judging.__file__).parent), *anchor)
+        anchors = {name: self.reference_key(name, []) for name in self.checked.anchors}
+        parts = (stage.key, requests, roles, version_of(judging.__name__), anchors)
         path = self.folder.judged(key_of(*parts))
         if processes.is_main() and not path.exists():
-            anchored = self.anchor()
+            anchored = self.anchors()
             model = self.load(stage)
             torch.manual_seed(self.checked.recipe.seed)
             judgement = judging.judge(model, self.checked.requests, self.data, anchor=anchored)
@@ -277,14 +283,35 @@ class Runner:
         processes.wait()
         return json.loads(path.read_text())
 
-    def anchor(self) -> judging.Anchor | None:
-        """What the retrained model says, if the judge compares with one: read once, before another model is loaded."""
-        if self.checked.compares_with_retrained and self.anchored is None:
-            self.model = None
-            model = self.opened(self.reference_facts(RETRAINED, []))
-            torch.manual_seed(self.checked.recipe.seed)
-            self.anchored = judging.anchor_of(model, self.checked.requests, self.data)
-        return self.anchored
+    def anchors(self) -> list[judging.Anchor]:
+        """What the models say that the judge compares with: each read once, before another model is loaded."""
+        for name in self.checked.anchors:
+            if name not in self.anchored:
+                self.model = None
+                model = self.opened(self.reference_facts(name, []))
+                torch.manual_seed(self.checked.recipe.seed)
+                self.anchored[name] = judging.anchor_of(model, self.checked.requests, self.data, name=name)
+        return [self.anchored[name] for name in self.checked.anchors]
+
+    def check_limits(self, stages: list[Stage], judged: list[dict[str, Any]]) -> None:
+        """Refuse to go on from a step that broke a limit of the recipe; the report of all until then is written.
+
+        Raises:
+            RunError: with each limit that is broken.
+        """
+        measures = [judging.Measure(**measure) for measure in judged[-1]["measures"]]
+        broken = judging.broken_limits(self.checked.requests, measures)
+        if not broken or not stages[-1].changed:
+            return
+        report = self.report(stages, judged)
+        report["warnings"] = [*report["warnings"], *(f"{stages[-1].name}: {one}." for one in broken)]
+        if processes.is_main():
+            self.show(report)
+        processes.wait()
+        raise RunError(
+            f"Step {len(stages) - 1}, {stages[-1].name}: {'; '.join(broken)}. {self.shown.root / 'report.html'} shows all "
+            "that was measured; the step's model is kept, and none is published. Change the step, or the limit."
+        )
 
     def report(self, stages: list[Stage], judged: list[dict[str, Any]]) -> dict[str, Any]:
         """Everything the report shows, aligned over the stages."""

@@ -28,11 +28,6 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def code_version(folder: Path) -> str:
-    """A short hash of a package's own source files."""
-    return key_of(*((path.name, path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.py"))))
-
-
 @dataclass(frozen=True)
 class Stage:
     """A model of the run: as it came in, or after a step.
