@@ -24,6 +24,7 @@ from overhaul.recipe.check import Checked, Step
 DRAWN_BATCHES = 32
 STREAMED_BYTES_PER_SECOND = 1e9  # from and to a local disk that has them at hand
 STREAMED_BYTES = 300_000_000  # pieces of tensors and the pages of their files, whatever the size of the models
+LIBRARIES_BYTES = 430_000_000  # resident after importing what a training imports, with the locked versions
 KERNELS_BYTES = 40_000_000  # code of kernels and libraries that only the first steps page in, seen over several runs
 
 
@@ -45,12 +46,8 @@ def plan(checked: Checked, flops_per_second: float | None = None) -> list[Planne
 
 
 def libraries_bytes() -> int:
-    """What this process holds before any model: the interpreter and its libraries, those of a training included."""
-    import accelerate  # noqa: F401 (a run imports it)
-    import matplotlib.figure  # noqa: F401
-    from transformers import GenerationMixin  # noqa: F401
-
-    return psutil.Process().memory_info().rss + KERNELS_BYTES
+    """What a run's process holds before any model: the interpreter and its libraries, those of a training included."""
+    return max(psutil.Process().memory_info().rss, LIBRARIES_BYTES) + KERNELS_BYTES
 
 
 def matmul_speed(size: int = 512, repeats: int = 5, dtype: torch.dtype = torch.float32) -> float:
