@@ -154,7 +154,7 @@ def mean(folder: Path, parameters: int, times: int, mergekit: str | None, quick:
         sides["mergekit"] = by_mergekit(mergekit, LINEAR.format(*models), folder, other, peaks["mergekit"])
     seconds = alternate(sides, times)
     memory = max(peaks["blend"]) / 1e9
-    lines = [
+    lines: list[tuple[str, bool | None]] = [
         (f"{memory:.2f} GB of memory at most (target: at most 1.3)", memory <= 1.3),
         (f"{median_ratio(seconds['blend'], seconds['plain copy']):.1f} times as long as the copy", None),
     ]
@@ -196,7 +196,7 @@ def against_obvious(folder: Path, parameters: int, times: int) -> None:
         )
         faster = median_ratio(seconds["obvious"], seconds["ours"])
         smaller = max(peaks["obvious"]) / max(peaks["ours"])
-        lines = [
+        lines: list[tuple[str, bool | None]] = [
             (f"{faster:.2f} times as fast as the obvious script", None),
             (f"{smaller:.2f} times as little memory", None),
             (f"{distance:.2g} is the distance between the results, of the change (target: 1e-3)", distance <= 1e-3),

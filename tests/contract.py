@@ -55,7 +55,7 @@ class Case:
         idle: knobs that cannot matter here, each with the reason.
         moves: which tensors of the model may change, by a regular expression on their names. If None, every parameter and
             no buffer; what has another name or shape than before is always new.
-        apart: what of the battery does not hold, and why: "modes", "requires_grad", "random state", "goes on".
+        apart: what of the battery does not hold, and why: "modes", "hooks", "requires_grad", "random state", "goes on".
     """
 
     method: Callable[..., Outcome]
@@ -232,7 +232,7 @@ def _as_source(value: Any, path: Path) -> dict[str, Any]:
 
 def rows_of(examples: Examples) -> list[dict[str, Any]]:
     """Rows that a recipe can read in place of the examples: pictures, or questions with answers."""
-    if examples.is_image:
+    if examples.kind == "images":
         pixels = ({"image": item["pixel_values"].tolist(), "label": int(item["labels"])} for item in examples)
         return [{**row, **shown} for row, shown in zip(examples.rows, pixels, strict=True)]
     if "question" in examples.rows[0]:

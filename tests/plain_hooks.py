@@ -48,7 +48,7 @@ def parts(model: Any) -> tuple[Any, str, str]:
         return model.transformer.h, "attn", "mlp"
     sandwich = hasattr(model.model.layers[0], "pre_feedforward_layernorm")
     names = ("post_attention_layernorm", "post_feedforward_layernorm") if sandwich else ("self_attn", "mlp")
-    return model.model.layers, *names
+    return model.model.layers, names[0], names[1]
 
 
 def first(output: Any) -> Tensor:

@@ -170,10 +170,11 @@ def test_every_kind_of_class_can_be_converted(family: str, tmp_path: Path) -> No
     model, inputs = EVERY[family].build(), EVERY[family].inputs()
     with torch.no_grad():
         convert(model, "tied_head", starts_as_identity=True, inputs=inputs)
+    second: Any = model.second
     said = output(model, inputs)
     again: Any
     again, _ = models.open_model(models.save(model, None, tmp_path / "m", dtype="float32"))
-    assert torch.equal(output(again, inputs), said) and torch.equal(again.second.weight, model.second.weight)  # pyright: ignore[reportAttributeAccessIssue]
+    assert torch.equal(output(again, inputs), said) and torch.equal(again.second.weight, second.weight)
 
 
 # the library alone
@@ -271,7 +272,8 @@ def test_what_cannot_be_kept_or_is_no_identity_leaves_the_model_as_it_was() -> N
     assert state(model) == before
     with pytest.raises(RequestError, match=r"no conversion 'dampin'.*Did you mean 'damping'"):
         convert(model, "dampin")
-    for wrong in ({"start": 0.0}, {"start": float("nan"), "width": 32}, {"start": torch.ones(1), "width": 32}):
+    damaged: list[Any] = [{"start": 0.0}, {"start": float("nan"), "width": 32}, {"start": torch.ones(1), "width": 32}]
+    for wrong in damaged:
         with pytest.raises(RequestError, match="cannot be recorded with these arguments"):
             convert(model, "damping", **wrong)
     with pytest.raises(RequestError, match="no config that could record"):

@@ -326,12 +326,13 @@ def adapter(base: Path, out: Path, **options: Any) -> tuple[Path, Any]:
     """A random adapter for a saved base, as peft saves it, and the model with it."""
     from peft import LoraConfig, get_peft_model
 
+    model: Any
     model, _ = models.open_model(base)
-    model.config._name_or_path = str(base)  # pyright: ignore[reportAttributeAccessIssue]
+    model.config._name_or_path = str(base)
     kept = LoraConfig(**{"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, **options})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        wrapped = get_peft_model(model, kept).eval()  # pyright: ignore[reportArgumentType]
+        wrapped = get_peft_model(model, kept).eval()
     wrapped.save_pretrained(str(out))
     return out, wrapped
 

@@ -302,11 +302,12 @@ def test_adapters_on_a_selection_change_it_and_nothing_else(model: Any) -> None:
     built = model()
     chosen = select(built, "attention.out", "first:1,last:1")
     before = {name: value.clone() for name, value in built.named_parameters()}
-    with adapters(built, 2, 2, 0.0, chosen.modules) as trained:
-        found = select(trained.model, "adapters, attention.out")
+    with adapters(built, 2, 2, 0.0, chosen.modules) as wrapped:
+        inner: Any = wrapped.model
+        found = select(inner, "adapters, attention.out")
         assert {part.role for part in found.parts if "lora" in str(part.parameters)} == {"adapters"}
-        for name in select(trained.model, "adapters").parameters:
-            nn.init.normal_(trained.model.get_parameter(name))
+        for name in select(inner, "adapters").parameters:
+            nn.init.normal_(inner.get_parameter(name))
     changed = [name for name, value in built.named_parameters() if not torch.equal(value, before[name])]
     assert changed == [f"{module}.weight" for module in chosen.modules]
 

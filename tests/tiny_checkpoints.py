@@ -61,7 +61,21 @@ def tiny_llava() -> nn.Module:
     return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=60))
 
 
-VISION_LANGUAGE: dict[str, Callable[..., nn.Module]] = {"gemma3": tiny_gemma3_vision, "llava": tiny_llava}
+def tiny_qwen_vision() -> nn.Module:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "depth": 3, "out_hidden_size": 16}
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config={**vision, "fullatt_block_indexes": [1]})
+    )
+
+
+VISION_LANGUAGE: dict[str, Callable[..., nn.Module]] = {
+    "gemma3": tiny_gemma3_vision, "llava": tiny_llava, "qwen": tiny_qwen_vision,
+}  # fmt: skip
 MORE: dict[str, Callable[..., nn.Module]] = {"t5": tiny_t5, "clip": tiny_clip, "mixtral": tiny_mixtral}
 EVERY = {**FAMILIES, **MORE}
 

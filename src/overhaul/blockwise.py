@@ -147,7 +147,7 @@ def blockwise(
             folder, in the session's scratch if there is one, until the loop ends.
 
     Yields:
-        A `Site` for each block.
+        A `Site` for each block. Who stops before the last one closes the loop.
 
     Raises:
         RequestError: there is no batch, the budget does not hold the arguments of all blocks and one state, or the blocks

@@ -61,7 +61,7 @@ def load_weights(known: Checkpoint, dtype: str, trust_remote_code: bool = False)
     kind = class_of(known)
     if kind is not None and known.is_new:
         return _drawn(known, kind).to(DTYPES[dtype]).eval()
-    _refuse_adapter_beside(known)
+    _refuse_what_lies_beside(known)
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "use_safetensors": True, "output_loading_info": True}
     if known.library == "diffusers":
         options["torch_dtype"] = options.pop("dtype")
@@ -110,8 +110,13 @@ def _check_unexpected(known: Checkpoint, model: Any, names: list[str]) -> None:
         )
 
 
-def _refuse_adapter_beside(known: Checkpoint) -> None:
-    """Transformers would add it to the model on opening, without merging it."""
+def _refuse_what_lies_beside(known: Checkpoint) -> None:
+    """An adapter, which transformers would add on opening without merging it, and a path as it was recorded once."""
+    if (known.folder / "overhaul_path.json").exists():
+        raise RequestError(
+            f"{known.folder} holds overhaul_path.json, in which paths are no longer kept. Without that file it opens as the "
+            "plain model; follow the path (`LayerStack.following`) and save again to have it in config.json."
+        )
     if (known.folder / ADAPTER_CONFIG).exists():
         raise RequestError(
             f"{known.folder} holds a whole model and an adapter ({ADAPTER_CONFIG}) beside it, so it is not certain which of "
@@ -216,7 +221,7 @@ def check_shapes(known: Checkpoint) -> None:
         return check_shapes(known.base)
     if known.is_new or (model := planned(known)) is None:
         return
-    _refuse_adapter_beside(known)
+    _refuse_what_lies_beside(known)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, shape in known.shapes.items():
         if expected.get(name, shape) != shape:

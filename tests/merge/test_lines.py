@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import tiny_llama, tiny_tokenizer
 from contract import Case
 from merging import flat, ties_change, unflat
 from overhaul import models, weights
 from overhaul.errors import RequestError
 from overhaul.merge.lines import lines
+from overhaul.recipe.run import run
 from tiny_checkpoints import depth_of, make, same_bits, tensors, two_llamas
 
 CASE = Case(
@@ -112,3 +114,25 @@ def test_what_the_formulas_leave_open_is_asked_for(tmp_path: Path) -> None:
         lines(base, [tuned, tuned], out=tmp_path / "out")
     with pytest.raises(RequestError, match="alpha=-1"):
         lines(base, [tuned], alpha=-1, out=tmp_path / "out")
+
+
+def test_a_recipe_merges_folders_and_gives_what_the_call_gives(tmp_path: Path) -> None:
+    base, *tuned = (models.save(tiny_llama(), tiny_tokenizer(), tmp_path / f"m{n}") for n in range(3))
+    (tmp_path / "rows.jsonl").write_text('{"question": "who?", "answer": "a"}\n' * 4)
+    done = run(
+        {
+            "model": str(base),
+            "materials": {
+                "first": {"model": str(tuned[0])},
+                "tuned": ["first", {"model": str(tuned[1])}],
+                "text": {"from": str(tmp_path / "rows.jsonl")},
+            },
+            "steps": [{"merge.lines": {"beta": 0.5, "merge": "ties"}}],
+            "judge": {"kept": {"accuracy": "text"}},
+        },
+        tmp_path / "run",
+    )
+    called = lines(base, tuned, beta=0.5, merge="ties", out=tmp_path / "out")
+    assert same_bits(tensors(done.folder / "model"), tensors(called.model))
+    (record,) = done.report["steps"]
+    assert record["facts"]["alpha"] == pytest.approx(called.facts["alpha"])

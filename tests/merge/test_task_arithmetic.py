@@ -11,7 +11,7 @@ from contract import Case
 from overhaul import models
 from overhaul.errors import RequestError, RunError
 from overhaul.merge.task_arithmetic import task_arithmetic
-from tiny_checkpoints import make, same_bits, tensors, two_llamas
+from tiny_checkpoints import make, rewrite, same_bits, tensors, two_llamas
 
 CASE = Case(
     method=task_arithmetic,
@@ -72,4 +72,12 @@ def test_what_rounding_takes_away_is_said(tmp_path: Path) -> None:
     base, tuned = (make("llama", tmp_path / f"m{seed}", seed, "bfloat16") for seed in (1, 2))
     with pytest.raises(RunError, match="lost in rounding"):
         task_arithmetic(base, [tuned], scale=1e-9, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_variance_below_0_is_refused(tmp_path: Path) -> None:
+    base, tuned = (make("resnet", tmp_path / f"m{seed}", seed) for seed in (1, 2))
+    rewrite(tuned, lambda held: [t.mul_(2) for name, t in held.items() if name.endswith("running_var")])
+    with pytest.raises(RunError, match="running_var became negative"):
+        task_arithmetic(base, [tuned], scale=-2.0, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

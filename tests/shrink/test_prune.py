@@ -187,7 +187,7 @@ def by_hand(model: nn.Module, examples: Examples, criterion: str, sparsity: floa
         ]
         given: dict[nn.Module, Tensor] = {}
         hooks = [
-            layer.register_forward_pre_hook(lambda layer, args, to=given: to.update({layer: args[0].flatten(0, -2)}))
+            layer.register_forward_pre_hook(lambda layer, args, to=given: to.__setitem__(layer, args[0].flatten(0, -2)))
             for layer in layers
         ]
         batch = collate(examples.items)

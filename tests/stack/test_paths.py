@@ -120,6 +120,13 @@ def test_a_recorded_path_that_does_not_fit_is_refused(arguments: Any, message: s
         models.open_model(folder)
 
 
+def test_a_path_in_a_file_of_its_own_is_no_longer_followed_and_said_to_be(tmp_path: Path) -> None:
+    folder = models.save(tiny_llama(), None, tmp_path / "m")
+    (folder / "overhaul_path.json").write_text("{}")
+    with pytest.raises(RequestError, match="Without that file it opens as the plain model"):
+        models.open_model(folder)
+
+
 def test_a_copy_made_along_a_path_is_independent() -> None:
     stack, inputs = stack_of("Llama"), FAMILIES["Llama"].inputs()
     with stack.following([0, 1, 1, 3]):

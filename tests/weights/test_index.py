@@ -130,8 +130,9 @@ def test_the_text_stack_of_a_vision_language_model_keeps_its_final_norm(family: 
     index = TensorIndex.of(models.save(model, None, tmp_path / "m"))
     stacks = {stack.path: stack for stack in LayerStack.find(model)}
     (text,) = [path for path in stacks if "language" in path]
-    norms = [t for t in index.tensors.values() if t.name.endswith("norm.weight") and "language" in t.name]
-    (final,) = [t for t in norms if "layers" not in t.name]
+    (final,) = [t for t in index.tensors.values() if t.name.endswith("model.norm.weight")]
+    first = [t for t in index.tensors.values() if t.name.endswith(".layers.0.mlp.up_proj.weight")]
+    assert {(t.stack, t.depth) for t in first} == {(text, 0)}
     assert (final.stack, final.depth) == (text, len(stacks[text]))
 
 

@@ -157,7 +157,7 @@ def _difficulty(model: nn.Module, tokenizer: Any, size: Size, seed: int) -> dict
     asked = encode_qa([{**row, "group": group} for row, group in zip(chosen, groups, strict=True)], tokenizer)
     knobs: dict[str, Any] = {"sublayers": False, "direct": False, "maps": 0, "over": "mean"}
     knobs |= {"within": "answer", "stride": 4, "examples": size.sums}
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     for by, name in (("level", "sums with"), ("group", "sums in a random group, as many as with")):
         scores = {
             row[0]: row[2:] for row in depth_use(model, asked, by=by, **knobs).tables["depth score by level"].rows

@@ -31,7 +31,7 @@ from overhaul.conversions.records import Conversion, conversion, known_as, recor
 from overhaul.errors import RequestError, RunError
 from overhaul.modes import at_rest
 
-__all__ = ["conversion", "convert", "records", "revert"]
+__all__ = ["conversion", "convert", "made_up_inputs", "records", "revert"]
 
 
 def convert(
@@ -63,7 +63,7 @@ def convert(
     one = known_as(name)
     record = one.record(**arguments)
     _check(model, one)
-    inputs = _made_up(model) if inputs is None else inputs
+    inputs = made_up_inputs(model) if inputs is None else inputs
     if inputs is None and starts_as_identity:
         raise RequestError(
             f"Whether {name} starts as the identity shows on inputs, and none could be made up for "
@@ -170,7 +170,7 @@ def _outputs(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     return found.float()
 
 
-def _made_up(model: Any) -> dict[str, Tensor] | None:
+def made_up_inputs(model: Any) -> dict[str, Tensor] | None:
     """Some random tokens or pixels, the same at each call; None for a model that reads something else."""
     config = model.config
     draw = torch.Generator().manual_seed(0)

@@ -22,10 +22,14 @@ _PREFIX = "Converted"
 
 def mark(model: Any, kept: Sequence[Record]) -> None:
     """Let a model be what its records say: of a derived class, or of its plain class where there are none."""
+    if isinstance(getattr(model.config, "overhaul", None), str):
+        raise RequestError(
+            f"A {type(model).__name__} cannot be converted or saved along a path; do so with what is inside."
+        )
     plain = plain_class(type(model))
     content: dict[str, Any] | None = {"class": plain.__name__, "conversions": list(kept)} if kept else None
     if isinstance(model.config, Mapping):  # diffusers
-        model._internal_dict = type(model.config)({k: v for k, v in model.config.items() if k != "overhaul"})
+        model._internal_dict = _without_record(model.config)
         if content:
             model.register_to_config(overhaul=content)
     elif content:
@@ -33,6 +37,10 @@ def mark(model: Any, kept: Sequence[Record]) -> None:
     else:
         vars(model.config).pop("overhaul", None)
     model.__class__ = converted_class(plain) if kept else plain
+
+
+def _without_record(config: Any) -> Any:
+    return type(config)({name: value for name, value in config.items() if name != "overhaul"})
 
 
 @contextmanager
@@ -81,7 +89,8 @@ class _OfTransformers:
     """How a converted class of transformers builds, loads and saves."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        found: Any = super()
+        found.__init__(config, *args, **kwargs)
         _replay(self)
 
     @classmethod

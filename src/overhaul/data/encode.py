@@ -23,11 +23,11 @@ QA_PROMPT = "Question: {question}\nAnswer:"
 BATCH = 1000
 """Rows that are tokenised in one call."""
 
-WINDOW, OVERLAP, AGREEING = 2**18, 2**12, 32
+WINDOW, OVERLAP, AGREEING = 2**17, 2**12, 32
 """Long texts are tokenised in windows of so many characters, which overlap by so many; where two windows agree on so many
 tokens in a row, the later one goes on for the earlier."""
 
-AT_ONCE = 4
+AT_ONCE = 2
 """Windows that are tokenised in one call."""
 
 T = TypeVar("T")
@@ -109,6 +109,10 @@ def _one_piece(text: str, room: int) -> bool:
     """Whether a text is likely to be one piece, all of it: it ends in characters that no tokenizer leaves out."""
     ends = text[:1] + text[-1:]
     return 0 < len(text) <= 3 * room and ends.isascii() and ends.isprintable() and not any(map(str.isspace, ends))
+
+
+Spans = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Token ids, and where each begins and ends in its text: in UTF-8 bytes."""
 
 
 def _sized(pieces: Sequence[Spans], bos: int | None) -> list[tuple[np.ndarray, int]]:

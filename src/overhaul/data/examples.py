@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -77,12 +78,7 @@ class Examples(Sequence[Encoded]):
         """What a model can read of these, told from the columns of the first; no examples are "rows"."""
         return kind_of_item(self.items[0]) if len(self.items) else "rows"
 
-    @property
-    def is_image(self) -> bool:
-        """Whether these are images; to be asked as `kind == "images"`."""
-        return self.kind == "images"
-
-    def select(self, indices: Sequence[int]) -> Examples:
+    def select(self, indices: Sequence[int] | np.ndarray) -> Examples:
         """The examples at these places, in this order."""
         return replace(self, items=_chosen(self.items, indices), rows=_chosen(self.rows, indices))
 
@@ -133,7 +129,7 @@ class Examples(Sequence[Encoded]):
         return hasher.hexdigest()
 
 
-def _chosen(values: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
+def _chosen(values: Sequence[Any], indices: Sequence[int] | np.ndarray) -> Sequence[Any]:
     return values.select(indices) if isinstance(values, View) else [values[i] for i in indices]
 
 
@@ -177,11 +173,11 @@ def _as_view(part: Examples) -> Examples:
     if isinstance(part.items, View) and isinstance(part.rows, View):
         return part
     key, places = part.digest(), range(len(part))
-    views = (
-        View(values.__getitem__, places, sha(key, name))
-        for name, values in (("items", part.items), ("rows", part.rows))
+    items, rows = (
+        View(part.items.__getitem__, places, sha(key, "items")),
+        View(part.rows.__getitem__, places, sha(key, "rows")),
     )
-    return Examples(*views, part.processor)
+    return Examples(items, rows, part.processor)
 
 
 def collate(items: Sequence[Encoded]) -> Batch:

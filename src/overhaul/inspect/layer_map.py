@@ -146,7 +146,7 @@ class _Batches:
     """The text, the part that maps are fitted to and the part that they are judged on."""
 
     def __init__(self, text: Examples, held_out: float, skip_first: int, size: int, model: nn.Module) -> None:
-        if text.is_image:
+        if text.kind == "images":
             raise RequestError("inspect.layer_map reads text, and the role `text` holds images.")
         kept = max(1, round(len(text) * held_out))
         if len(text) < 2 or kept >= len(text):
@@ -186,7 +186,7 @@ def _errors(
                 _add(sums, place, state, other)
         maps = {place: sums[place].solved(ridge) for place in places}
         means = sums[places[0]].crossed[-1] / sums[places[0]].own[-1, -1]
-        total, shifted, count = torch.zeros(len(places), len(theirs) + 1, dtype=torch.float64), 0.0, 0
+        total, shifted, count = torch.zeros(len(places), len(theirs) + 1, dtype=torch.float64), torch.zeros(()), 0
         for own, other in _pairs(stack, theirs, batches.of("held out"), places):
             size = other.norm(dim=-1).clamp_min(SMALLEST)
             for n, place in enumerate(places):

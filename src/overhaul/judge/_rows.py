@@ -16,7 +16,7 @@ from overhaul.errors import RequestError
 from overhaul.judge.evidence import Evidence, truth_ratios
 from overhaul.judge.generation import generates, rouge_l
 from overhaul.judge.likelihood import auc, exact_memorisation, extraction_strength, interval, tpr_at_fpr
-from overhaul.judge.metrics import by_loss, by_min_k, by_min_k_plus_plus, by_zlib
+from overhaul.judge.metrics.membership import by_loss, by_min_k, by_min_k_plus_plus, by_zlib
 from overhaul.judge.representation import lens
 from overhaul.judge.robustness import Attacks, Relearnt, attack
 from overhaul.judge.standards import forget_quality, model_utility, privacy_leakage

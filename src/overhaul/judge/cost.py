@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ NEW_TOKENS = 16
 FORWARDS, GENERATIONS = 20, 5
 
 
-def cost(model: nn.Module, folder: Path | None = None, sample: Encoded | None = None) -> list[Measure]:
+def cost(model: nn.Module, stored: int | None = None, sample: Encoded | None = None) -> list[Measure]:
     """Size, work and speed of a model; times are the fastest of some warm runs of one example.
 
     The fastest, since whatever else a machine does only adds to a run, and stages are timed minutes apart. All runs are kept
@@ -37,7 +36,7 @@ def cost(model: nn.Module, folder: Path | None = None, sample: Encoded | None = 
 
     Args:
         model: any network, on any device.
-        folder: where it is saved; without it, bytes on disk are left out.
+        stored: bytes of its weights on disk; without them, they are left out.
         sample: one example, for what the config of a model that reads no tokens does not tell: the shape of an image, or all
             inputs of a network of another kind.
 
@@ -49,9 +48,8 @@ def cost(model: nn.Module, folder: Path | None = None, sample: Encoded | None = 
     batch, per, tokens = _input(model, sample)
     batch = {name: value.to(next(model.parameters()).device) for name, value in batch.items()}
     measures = [_cost("parameters", "parameters", "", sum(p.numel() for p in model.parameters()))]
-    if folder is not None:
-        size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-        measures.append(_cost("bytes_on_disk", "weights on disk", "bytes", size))
+    if stored is not None:
+        measures.append(_cost("bytes_on_disk", "weights on disk", "bytes", stored))
     label, what = ("prefill latency", f"{tokens} tokens") if per == "token" else ("latency", f"one {per}")
     with at_rest(model):
         work = flops(model, batch) / tokens if batch else None

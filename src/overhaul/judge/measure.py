@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Measure:
         better: "up" or "down": which way a model improves.
         wanted: "up", "down", "same", "chance" (towards 0.5) or "anchor": which way it should go in this group.
         n: number of examples, or of timed runs, behind it.
-        value: None where it cannot be measured.
+        value: a float; None where it cannot be measured.
         anchor: what the model that it is compared with has (one trained without the data, say); known where that is wanted.
         help: what it is in plain words.
         runs: of a time, every timed run, of which the value is the fastest.
@@ -33,7 +34,7 @@ class Measure:
     unit: str
     better: str
     wanted: str
-    value: float | None
+    value: Any
     n: int
     anchor: float | None = None
     help: str = ""

@@ -39,6 +39,11 @@ def written(method: str, base: Checkpoint, tuned: Sequence[Checkpoint], combine:
 
     def watched(tensor: TensorFacts, models: list[Tensor]) -> Tensor:
         made = combine(tensor, models)
+        if tensor.name.endswith("running_var") and bool((made < 0).any()):
+            raise RunError(
+                f"{method}: {tensor.name} became negative, and a variance cannot be. Use smaller coefficients; running "
+                "statistics of batch norms are to be measured anew after a merge in any case."
+            )
         if tensor.name not in moved and not torch.equal(made.to(tensor.dtype), models[0].to(tensor.dtype)):
             with lock:
                 moved.add(tensor.name)

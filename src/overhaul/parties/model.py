@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from overhaul.conversions.within import build_within, describe
 from overhaul.errors import RequestError
 from overhaul.parties.party import perceptron
 
@@ -46,8 +46,8 @@ class PartConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.overhaul = "overhaul.parties.model"
-        self.widths, self.last, self.inner, self.inner_class = list(widths), last, dict(inner or {}), inner_class
+        describe(self, "overhaul.parties.model", inner, inner_class)
+        self.widths, self.last = list(widths), last
 
 
 class VerticalConfig(PreTrainedConfig):
@@ -102,8 +102,7 @@ class Part(_Ours):
         super().__init__(config)
         self.network: nn.Module
         if config.inner_class:
-            kind = getattr(transformers, config.inner_class)
-            self.network = kind(kind.config_class.from_dict(config.inner))
+            self.network = build_within(config)
         else:
             self.network = perceptron(config.widths, config.last)
         self.post_init()

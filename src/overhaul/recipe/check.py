@@ -143,7 +143,7 @@ def check(document: Document) -> Checked:
         RequestError: with what is wrong, where, and what to write instead.
     """
     recipe = document.recipe
-    known = models.facts(relative(recipe.model, document))
+    known = models.facts(relative(recipe.model, document), seed=recipe.seed)
     if recipe.dtype not in models.DTYPES:
         raise RequestError(f"dtype {recipe.dtype!r} is not possible.{did_you_mean(recipe.dtype, models.DTYPES)}")
     materials = Materials.of(recipe, document)

@@ -70,7 +70,7 @@ def check_effect(step: Step, before: models.Checkpoint, after: models.Checkpoint
     Raises:
         RunError: a step that should change the model did not.
     """
-    if before.shapes != after.shapes:
+    if before.shapes != after.shapes or before.is_new:
         return {}
     change = relative_change(before.folder, after.folder)
     rebuilt = step.method.changes == "architecture" and before.built != after.built

@@ -272,7 +272,7 @@ class Runner:
             torch.manual_seed(self.checked.recipe.seed)
             judgement = judging.judge(model, self.checked.requests, self.data, anchor=anchored)
             sample = next((data[0] for data in self.data.values() if len(data)), None)
-            measures = [*judgement.measures, *judging.cost(model, stage.facts.folder, sample)]
+            measures = [*judgement.measures, *judging.cost(model, stage.facts.bytes, sample)]
             write_json(path, {"measures": [asdict(measure) for measure in measures], "samples": judgement.samples})
         processes.wait()
         return json.loads(path.read_text())

@@ -86,10 +86,6 @@ class Comparison:
         """Where a measure stands in `measures`."""
         return next(n for n, one in enumerate(self.measures) if one["metric"] == metric and on in (None, one["on"]))
 
-    def value(self, label: str, metric: str, on: str | None = None) -> Number:
-        """The mean over seeds of one measure of one model."""
-        return mean(self[label].values[self.place(metric, on)])
-
     def ranked(self, metric: str, on: str | None = None) -> list[str]:
         """The methods and null controls from best to worst in one measure; what was not measured comes last."""
         place = self.place(metric, on)

@@ -247,11 +247,14 @@ def _inputs(layer: nn.Module) -> int:
 
 def _ranges(roles: list[str]) -> Outputs:
     """Neighbours of one role as ranges; what nothing reaches (a pruned head) goes with what lies before it."""
-    first = next((role for role in roles if role), "")
-    filled = itertools.accumulate(roles, lambda before, role: role or before, initial=first)
+    before = next((role for role in roles if role), "")
+    filled: list[str] = []
+    for role in roles:
+        before = role or before
+        filled.append(before)
     found: Outputs = {}
     start = 0
-    for role, run in itertools.groupby(map(str, list(filled)[1:])):
+    for role, run in itertools.groupby(filled):
         end = start + len(list(run))
         found.setdefault(role, []).append(range(start, end))
         start = end

@@ -44,11 +44,12 @@ def _renamed(ours: Checkpoint, first: TensorIndex, theirs: Checkpoint, other: Te
     if first.tensors.keys() == other.tensors.keys():
         return other
     try:
-        models = planned(ours), planned(theirs)
+        one, two = planned(ours), planned(theirs)
     except RequestError:
         return other
-    if models[0] is None or models[1] is None:
+    if one is None or two is None:
         return other
+    models = (one, two)
     ties = [dict(getattr(model, "all_tied_weights_keys", None) or {}) for model in models]
     built = [built_names(models[0], first.tensors), built_names(models[1], other.tensors)]
     mine, yours = (

@@ -9,6 +9,8 @@ Everything rests on `stream`: a pure function of the same tensor in several mode
 3. What cannot be merged is refused before a weight is read. Nothing is cut to fit, and coefficients are never normalised.
 4. Integers and booleans are copied from the first model and have to agree, except the counters of batch norms.
 5. Tied tensors are stored once, and so they are counted once.
+6. Tensors correspond by what the class loads them into, whatever a file calls them. Tokenizers that number words differently
+   are refused where embeddings are combined; what configs say differently is a warning (`agreement`).
 """
 
 from __future__ import annotations

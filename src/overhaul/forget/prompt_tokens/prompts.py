@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from overhaul.conversions.within import build_within, class_within, describe
 from overhaul.data.examples import Batch
 from overhaul.errors import RequestError
 from overhaul.stack import LayerStack
@@ -59,13 +60,11 @@ class PromptsConfig(PreTrainedConfig):
         available: Sequence[int] = (),
         **kwargs: Any,
     ) -> None:
-        self.inner, self.inner_class, self.stack, self.width = dict(inner or {}), inner_class, stack, width
-        super().__init__(**{name: self.inner[name] for name in ("id2label", "label2id") if name in self.inner} | kwargs)
-        self.overhaul = "overhaul.forget.prompt_tokens.prompts"
+        known = dict(inner or {})
+        super().__init__(**{name: known[name] for name in ("id2label", "label2id") if name in known} | kwargs)
+        describe(self, "overhaul.forget.prompt_tokens.prompts", known, inner_class, _OF_THE_INNER)
+        self.stack, self.width = stack, width
         self.prompts_per_class, self.available = prompts_per_class, list(available)
-        for name in _OF_THE_INNER:
-            if self.inner.get(name) is not None:
-                setattr(self, name, self.inner[name])
 
 
 class PromptedClassifier(PreTrainedModel):
@@ -80,10 +79,9 @@ class PromptedClassifier(PreTrainedModel):
 
     def __init__(self, config: PromptsConfig) -> None:
         super().__init__(config)
-        kind = getattr(transformers, config.inner_class)
-        self.inner: nn.Module = kind(kind.config_class.from_dict(config.inner))
+        self.inner: nn.Module = build_within(config)
         self.bank = nn.Parameter(torch.randn(len(config.available), config.prompts_per_class, config.width))
-        self.main_input_name = kind.main_input_name
+        self.main_input_name = class_within(config).main_input_name
         self.post_init()
 
     @classmethod

@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -28,6 +27,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from overhaul.adapters import projections
+from overhaul.conversions.within import build_within, class_within, describe
 from overhaul.errors import RequestError
 
 ADAPTER = "shard"
@@ -70,14 +70,11 @@ class EnsembleConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.overhaul = "overhaul.forget.sisa.ensemble"
-        self.inner, self.inner_class, self.adapter = dict(inner or {}), inner_class, adapter
+        describe(self, "overhaul.forget.sisa.ensemble", inner, inner_class, _OF_THE_BASE)
+        self.adapter = adapter
         self.members, self.aggregate = list(members), aggregate
         self.training, self.shard_map = dict(training or {}), dict(shard_map or {})
         self.record, self.decision = list(record), decision
-        for name in _OF_THE_BASE:
-            if self.inner.get(name) is not None:
-                setattr(self, name, self.inner[name])
 
 
 class Member(nn.Module):
@@ -116,13 +113,12 @@ class Ensemble(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: EnsembleConfig) -> None:
         super().__init__(config)
-        kind = getattr(transformers, config.inner_class)
-        self.base: nn.Module = kind(kind.config_class.from_dict(config.inner))
+        self.base: nn.Module = build_within(config)
         if config.adapter is not None:
             add_adapter(self.base, config.adapter)
         names = own_names(self.base, config.adapter is not None)
         self.members = nn.ModuleDict({str(shard): Member(self.base, names) for shard in config.members})
-        self.main_input_name = kind.main_input_name
+        self.main_input_name = class_within(config).main_input_name
         self.requires_grad_(False)
         self.post_init()
 
@@ -220,7 +216,7 @@ class Ensemble(PreTrainedModel, GenerationMixin):
 
     def can_generate(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Whether the base can."""
-        return getattr(transformers, self.config.inner_class).can_generate()
+        return class_within(self.config).can_generate()
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -129,7 +129,7 @@ def depth_use(
         map_tensors(batch, lambda value: value.to(next(model.parameters()).device))
         for batch in chosen.batches(batch_size)
     ]
-    kept = 0 if chosen.is_image else keep_first
+    kept = 0 if chosen.kind == "images" else keep_first
     counted_from = 0 if count_first else kept
     with at_rest(model):
         found = sites(stack, _sample(batches[0]))
@@ -205,16 +205,17 @@ def _skips(
     """What is tried on each example; positions are drawn from the seed and the example alone."""
     parts: list[Part] = ["block"]
     if sublayers:
-        parts += [part for part, role in (("attention", "attention"), ("MLP", "mlp")) if parts_of(found, role)]
+        sublayer: tuple[tuple[Part, str], ...] = (("attention", "attention"), ("MLP", "mlp"))
+        parts += [part for part, role in sublayer if parts_of(found, role)]
     if direct:
         parts.append("direct")
     draw = torch.Generator().manual_seed(torch.initial_seed())
     ends: list[list[int]] = []
     for item in chosen.items:
-        possible = futures(item["labels"], stride, kept, in_answer) if count and not chosen.is_image else []
+        possible = futures(item["labels"], stride, kept, in_answer) if count and chosen.kind != "images" else []
         order = torch.randperm(len(possible), generator=draw).tolist()
         ends.append([possible[n] for n in order[:count]])
-    if count and not chosen.is_image and not any(ends):
+    if count and chosen.kind != "images" and not any(ends):
         raise RequestError(
             f"inspect.depth_use: no example is long enough to read the future at a multiple of {stride} tokens, four before "
             "its end. Give longer text, a smaller stride, or futures: 0."
@@ -276,7 +277,8 @@ def _facts(seen: Profile, read: Lens, joined: Mapping[Kind, Effects]) -> dict[st
         "decided_by_overlap_at": alike[0] - 1 if alike else None,
     }
     half = len(cosines) // 2
-    for kind, name in ((("block", True), "future"), (("block", False), "all_positions")):
+    kinds: tuple[tuple[Kind, str], ...] = ((("block", True), "future"), (("block", False), "all_positions"))
+    for kind, name in kinds:
         if half and kind in joined:
             # the last block has none behind it
             later, output = on_later(joined[kind].later)[:-1].tolist(), joined[kind].output.tolist()
