@@ -77,7 +77,7 @@ def test_methods_lists_as_table_and_as_json(
     assert call(monkeypatch, "methods", "--json") == 0
     listing = json.loads(capsys.readouterr().out)
     assert {"forget.npo", "forget.ssd", "shrink.drop_layers", "shrink.heal"} <= {entry["name"] for entry in listing}
-    assert all(entry["materials"][0]["name"] == "model" for entry in listing)
+    assert all(entry["materials"][0]["kind"] in ("model", "checkpoint") for entry in listing)
     assert call(monkeypatch, "methods", "ssd") == 0
     shown = capsys.readouterr().out
     assert "arXiv:2308.07707" in shown and "alpha" in shown

@@ -53,7 +53,7 @@ def test_blocks_by_hand_give_the_models_own_output_bit_for_bit(family: str) -> N
         state = calls.entering
         for place in range(len(stack)):
             state = calls.run(place, state)
-    found = tensors(calls.finish(state))
+        found = tensors(calls.finish(state))
     assert len(found) == len(expected) and all(map(torch.equal, found, expected))
     assert not any("forward" in vars(module) for module in model.modules())
 

@@ -31,6 +31,7 @@ def assert_good(name: str, measured: Quality) -> None:
 NAMES = ["docs-llama", "digits-vit", "digits-resnet"]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", NAMES)
 def test_a_starter_is_as_good_as_it_is_held_to(name: str) -> None:
     folder = models.starters()[name]

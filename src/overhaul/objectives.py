@@ -74,7 +74,10 @@ def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     if "other_input_ids" in batch:
         batch = _one_below_the_other(batch)
     out: Any = model(**read_by(model, batch))
-    return out if isinstance(out, Tensor) else next(out[name] for name in LOGITS if name in out)
+    if isinstance(out, Tensor):
+        return out
+    held = out if isinstance(out, Mapping) else vars(out)
+    return next(held[name] for name in LOGITS if name in held)
 
 
 LOGITS = ("logits", "logits_per_image", "sample")

@@ -70,7 +70,7 @@ def test_the_original_knows_more_of_the_forgotten_than_the_retrained(world: Worl
 
 def test_judges_of_likelihood_and_generation_work_on_it(world: World) -> None:
     evidence = Evidence(world.original, world.forget, 4)
-    assert len(truth_ratios(evidence)) == 10
+    assert len(truth_ratios(evidence)) == 20
     assert len(evidence.answered) == 4
     assert len(evidence.paraphrased) == 10
 

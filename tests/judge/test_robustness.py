@@ -220,7 +220,7 @@ def test_shots_that_give_the_answer_away_and_roles_that_are_no_questions_are_ref
     asked = short(tokenizer, "x", "y")
     with pytest.raises(RequestError, match="take the shots from `retain`"):
         shown(asked, short(tokenizer, "z", "y"))
-    with pytest.raises(RequestError, match="neither images, nor questions"):
+    with pytest.raises(RequestError, match="neither images with labels, nor questions"):
         shown(asked, examples_for("llama", 2))
     speaker = tiny_tokenizer()
     speaker.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -280,5 +280,5 @@ def test_images_are_relearnt_and_rounded() -> None:
 def test_sampling_without_questions_is_refused() -> None:
     with pytest.raises(RequestError, match="count >= 1"):
         draws(tiny_llama(), examples_for("llama", 2), 0)
-    with pytest.raises(RequestError, match="neither images, nor questions"):
+    with pytest.raises(RequestError, match="neither images with labels, nor questions"):
         draws(tiny_llama(), examples_for("llama", 2), 1)

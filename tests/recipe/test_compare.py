@@ -46,6 +46,7 @@ def values(report: dict[str, Any], label: str) -> list[list[float]]:
     return row["values"]
 
 
+@pytest.mark.smoke
 def test_every_method_gives_what_a_run_of_its_own_gives(folder: Path, tmp_path: Path) -> None:
     request = recipe(folder, tmp_path)
     done = compare(request, out=tmp_path / "out")

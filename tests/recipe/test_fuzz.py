@@ -68,8 +68,9 @@ def recipe(folder: Path, base: Path) -> dict[str, Any]:
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     if path:
         yield path
+    nested = len(path) < 40  # what was put there may be nested without end
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, one in items:
+    for key, one in items if nested else ():
         yield from places(one, (*path, key))
 
 
