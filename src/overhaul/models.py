@@ -26,6 +26,9 @@ from overhaul.checkpoints import starters as starters
 from overhaul.conversions.classes import CONVERTED, apply_late, class_in, marked_with
 from overhaul.conversions.records import records
 from overhaul.errors import RequestError, RunError, did_you_mean, writing
+from overhaul.processor import count_tokens as count_tokens
+from overhaul.processor import load_processor as load_processor
+from overhaul.processor import quiet_transformers
 from overhaul.stack.arrangement import is_hub_model, unlike_its_class
 from overhaul.stack.paths import records_of, set_aside
 
@@ -74,7 +77,7 @@ def load_weights(known: Checkpoint, dtype: str, trust_remote_code: bool = False)
         from transformers import AutoModel
 
         kind, options["trust_remote_code"] = AutoModel, True
-    with _quiet_transformers():
+    with quiet_transformers():
         model, loading = kind.from_pretrained(known.folder, **options)
     missing = sorted(loading["missing_keys"])
     if missing:
@@ -243,43 +246,6 @@ def check_shapes(known: Checkpoint) -> None:
 _NUMBERS = re.compile(r"\.\d+\.")
 
 
-def load_processor(known: Checkpoint) -> Any:
-    """The folder's tokenizer, else its image processor, else what an adapter's base has, else None."""
-    with _quiet_transformers():
-        if any(
-            (known.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-        ):
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(known.folder)
-            rows = known.config.get("vocab_size")
-            if rows is not None and len(tokenizer) > rows:
-                raise RequestError(
-                    f"{known.source}: the tokenizer has {len(tokenizer)} tokens but the model only {rows} (vocab_size). "
-                    "They do not belong together, or tokens were added without resizing the embeddings."
-                )
-            return tokenizer
-        if (known.folder / "preprocessor_config.json").exists():
-            from transformers import AutoImageProcessor
-
-            return AutoImageProcessor.from_pretrained(known.folder)
-    return load_processor(known.base) if known.base else None
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hide loading bars: a run shows its own progress."""
-    from transformers.utils import logging
-
-    was_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_shown:
-            logging.enable_progress_bar()
-
-
 def save(model: nn.Module, processor: Any, folder: str | Path, *, dtype: str | None = None) -> Path:
     """Save a checkpoint that opens as what it is: written beside its place and renamed when complete.
 
@@ -350,7 +316,7 @@ def _not_compiled(model: nn.Module) -> Iterator[nn.Module]:
 def write_checkpoint(model: Any, processor: Any, folder: Path, dtype: str | None) -> None:
     """`save_pretrained` in `dtype` without changing the model that is held."""
     if (wanted := DTYPES.get(dtype or "")) is None:
-        with _quiet_transformers():
+        with quiet_transformers():
             model.save_pretrained(folder)
     elif hasattr(model, "register_to_config"):  # diffusers saves only what the model holds
         from huggingface_hub import save_torch_state_dict
@@ -363,7 +329,7 @@ def write_checkpoint(model: Any, processor: Any, folder: Path, dtype: str | None
     else:
         config_dtype, model.config.dtype = model.config.dtype, wanted
         try:
-            with _quiet_transformers():
+            with quiet_transformers():
                 model.save_pretrained(folder, state_dict=_cast(model, wanted))
         finally:
             model.config.dtype = config_dtype

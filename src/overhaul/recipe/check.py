@@ -59,12 +59,19 @@ class Checked:
 
     document: Document
     model: models.Checkpoint
-    processor: Any
     steps: list[Step]
     materials: Materials
     requests: list[judging.Request]
     used: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    loaded: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def processor(self) -> Any:
+        """The model's tokenizer or image processor, which is loaded when it is first asked for."""
+        if "processor" not in self.loaded:
+            self.loaded["processor"] = models.load_processor(self.model)
+        return self.loaded["processor"]
 
     @property
     def recipe(self) -> Recipe:
@@ -152,16 +159,17 @@ def check(document: Document) -> Checked:
     anchors = [name for name, one in materials.references.items() if "model" in one]
     requests = judging.check(recipe.judge, materials.rows, anchors=anchors)
     used = _used(steps, requests, materials)
-    models.check_shapes(known)
-    processor = models.load_processor(known)
+    if not recipe.model.startswith("starter:"):  # what ships has been built; building takes seconds of imports
+        models.check_shapes(known)
+    words = models.count_tokens(known)
     for role in used:
         read = any(find_form(form_of(*source)).needs == "tokenizer" for source in materials.rows[role])
-        if read and not hasattr(processor, "encode"):
+        if read and words is None:
             raise RequestError(
                 f"The material {role!r} is text, but {known.source} has no tokenizer. Put its tokenizer.json beside the "
                 "weights (`tokenizer.save_pretrained(folder)`)."
             )
-    return Checked(document, known, processor, steps, materials, requests, used, warnings)
+    return Checked(document, known, steps, materials, requests, used, warnings)
 
 
 def with_steps(checked: Checked, entries: Sequence[Mapping[str, Any]]) -> Checked:
