@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from overhaul.errors import RequestError, did_you_mean
+from overhaul.errors import RequestError, did_you_mean, reading
 
 STARTERS = Path(__file__).parent / "data" / "starters"
 NEW = "new:"
@@ -144,9 +144,10 @@ def locate(source: str | Path, *, weights: bool = True) -> Path:
         if name not in known:
             raise RequestError(f"There is no starter model {name!r}.{did_you_mean(name, known)}")
         return known[name]
-    folder = Path(text).expanduser()
-    if folder.is_dir():
-        return folder
+    with reading(f"The model folder {text!r}"):
+        folder = Path(text).expanduser()
+        if folder.is_dir():
+            return folder
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", text):
         raise RequestError(
             f"The model folder {text!r} does not exist. A model is a folder with config.json and *.safetensors, "

@@ -5,14 +5,23 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+_ENDLESS = re.compile(r"\S{400,}")
+
 
 class OverhaulError(Exception):
-    """What a user should read as one paragraph: what is wrong, where, and what to do instead."""
+    """What a user should read as one paragraph: what is wrong, where, and what to do instead.
+
+    A word that no one reads to its end, such as a path of thousands of characters, is cut in its middle.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_ENDLESS.sub(lambda word: f"{word[0][:100]}...{word[0][-40:]}", message))
 
 
 class RequestError(OverhaulError):
@@ -32,6 +41,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
         return ""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
+
+
+@contextlib.contextmanager
+def reading(place: object) -> Iterator[None]:
+    """Turn the operating system's refusals to look for something or to read it into one readable error."""
+    try:
+        yield
+    except OverhaulError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # a path with a null byte; the home of nobody
+        raise RequestError(f"{place} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 
 
 @contextlib.contextmanager

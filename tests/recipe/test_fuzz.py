@@ -86,7 +86,8 @@ def mutated(whole: dict[str, Any], draw: random.Random) -> dict[str, Any]:
         if kind == 0:
             del inside[last]
         elif kind == 1 and isinstance(inside, dict):
-            inside[draw.choice([str(last)[:-1] or "q", "x", 3, None, f"{last} "])] = inside.pop(last)
+            name: Any = draw.choice([str(last)[:-1] or "q", "x", 3, None, f"{last} "])
+            inside[name] = inside.pop(last)
         elif kind == 2 and isinstance(inside, dict):
             inside[draw.choice(["lr", "steps", "from", "by", "extra", "model"])] = draw.choice(VALUES)
         else:

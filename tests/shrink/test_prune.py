@@ -185,7 +185,7 @@ def by_hand(model: nn.Module, examples: Examples, criterion: str, sparsity: floa
         layers = [
             module for module in block.modules() if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
         ]
-        given: dict[nn.Module, Tensor] = {}
+        given: dict[Any, Tensor] = {}
         hooks = [
             layer.register_forward_pre_hook(lambda layer, args, to=given: to.__setitem__(layer, args[0].flatten(0, -2)))
             for layer in layers

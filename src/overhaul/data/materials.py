@@ -19,7 +19,7 @@ from overhaul.data.examples import Examples, Row
 from overhaul.data.forms import FORMS, find_form, told_from
 from overhaul.data.lazy import LARGE, TextFile, View, json_lines, sha
 from overhaul.data.verifiers import find_verifier
-from overhaul.errors import RequestError, did_you_mean
+from overhaul.errors import RequestError, did_you_mean, reading
 from overhaul.versions import version_of
 
 STARTER_DATA: Mapping[str, Callable[[tasks.Split], list[Row]]] = {
@@ -190,10 +190,13 @@ def _read(spec: Source, base: Path) -> Sequence[Row]:
         if spec.split not in get_args(tasks.Split):
             raise RequestError(f"starter:{name} has no split {spec.split!r}. Known: train, validation.")
         return STARTER_DATA[name](spec.split)  # pyright: ignore[reportArgumentType]
-    path = _inside(spec.from_, base)
-    if path.is_file():
-        return _read_file(path)
-    if path.is_dir():
+    with reading(spec.from_):
+        path = _inside(spec.from_, base)
+        is_file, is_folder = path.is_file(), path.is_dir()
+    if is_file:
+        with reading(path):
+            return _read_file(path)
+    if is_folder:
         return _read_folder(path, spec)
     if spec.from_.count("/") == 1 and not spec.from_.startswith("."):
         return _read_hub(spec)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from overhaul import models
 from overhaul.data.materials import Row, Source, form_of, load_rows
-from overhaul.errors import RequestError, did_you_mean
+from overhaul.errors import RequestError, did_you_mean, reading
 from overhaul.recipe.spec import Document, Recipe
 
 Reference = dict[str, Any]
@@ -119,10 +119,8 @@ def relative(source: str, document: Document) -> str:
     if source.startswith("starter:") or not path:
         return source
     beside = document.base / path
-    try:
+    with reading(f"The model {source!r}"):
         return f"{kind}{beside}" if beside.is_dir() else source
-    except OSError as error:
-        raise RequestError(f"The model {source[:60]!r} cannot be looked for: {error.strerror}.") from None
 
 
 def _load(data: Mapping[str, Any], document: Document) -> dict[str, list[tuple[Source, Sequence[Row]]]]:

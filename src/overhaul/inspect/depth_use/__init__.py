@@ -206,7 +206,7 @@ def _skips(
     parts: list[Part] = ["block"]
     if sublayers:
         sublayer: tuple[tuple[Part, str], ...] = (("attention", "attention"), ("MLP", "mlp"))
-        parts += [part for part, role in sublayer if parts_of(found, role)]
+        parts.extend(part for part, role in sublayer if parts_of(found, role))
     if direct:
         parts.append("direct")
     draw = torch.Generator().manual_seed(torch.initial_seed())
