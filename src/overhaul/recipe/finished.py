@@ -1,7 +1,9 @@
 """Whether a run is finished: recipe, code, libraries and every file that went in are as they were, by size and time.
 
-OUT/finished.json    written last; a file that was touched since makes it void, and the run is walked through again, whose
-                     steps are known by their contents
+OUT/finished.json    written last; a file that was touched since, one that joined a folder and one that is gone make it void,
+                     and the run is walked through again, whose steps are known by their contents
+
+Paths are kept as the recipe leads to them: a link that leads elsewhere now makes it void too.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ def found(root: Path, document: Document) -> dict[str, Any] | None:
     path = root / FILE
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        files = kept["files"]
+        places = [Path(place) for place in kept["places"]]
         if kept["recipe"] != document.text or kept["base"] != str(document.base) or kept["code"] != _code():
             return None
-        if [_stamp(Path(name)) for name, *_ in files] != files:
+        if _stamps(places, root) != kept["files"]:
             return None
         return json.loads((root / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError):
@@ -44,9 +46,11 @@ def remember(root: Path, checked: Checked) -> None:
 
     if any(not step.method.module.startswith("overhaul.") for step in checked.steps):
         return
-    files = [root / name for name in SHOWN] + list(_below(root / "model"))
+    places = [root / name for name in (*SHOWN, "model")]
     for known in [checked.model, *checked.references_read()]:
-        files += _below(known.folder)
+        while known is not None:
+            places.append(known.folder)
+            known = known.base
     for parts in checked.rows.values():
         for spec, _ in parts:
             if spec.from_.startswith("starter:"):
@@ -54,10 +58,22 @@ def remember(root: Path, checked: Checked) -> None:
             place = checked.document.base / Path(spec.from_).expanduser()
             if not place.exists():
                 return
-            files += _below(place)
-    stamps = [_stamp(path.resolve()) for path in dict.fromkeys(files)]
+            places.append(place)
+    places = [place.absolute() for place in dict.fromkeys(places)]
     text, base = checked.document.text, str(checked.document.base)
-    write_json(root / FILE, {"recipe": text, "base": base, "code": _code(), "files": stamps})
+    kept = {"recipe": text, "base": base, "code": _code(), "places": list(map(str, places))}
+    write_json(root / FILE, kept | {"files": _stamps(places, root)})
+
+
+def _stamps(places: Iterable[Path], root: Path) -> list[list[Any]]:
+    """All files at these places and below them; of the run's own folder, where it lies inside of one, only what is named."""
+    root = root.absolute()
+    files = [path for place in places for path in _below(place) if path == place or _counts(path, place, root)]
+    return [_stamp(path) for path in dict.fromkeys(files)]
+
+
+def _counts(path: Path, place: Path, root: Path) -> bool:
+    return place.is_relative_to(root) or not path.is_relative_to(root)
 
 
 def _below(place: Path) -> Iterable[Path]:
@@ -66,7 +82,7 @@ def _below(place: Path) -> Iterable[Path]:
 
 def _stamp(path: Path) -> list[Any]:
     status = path.stat()
-    return [str(path), status.st_size, status.st_mtime_ns]
+    return [str(path), status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 def _code() -> list[str]:

@@ -215,10 +215,11 @@ class Runner:
         """The stage after a step: found where it was done before, else made."""
         key = self.key(step, stages)
         place = self.folder.step(step.number, step.name, key)
-        if not processes.agreed((place / "step.json").exists()):
+        if not processes.agreed(processes.is_main() and self.folder.finished_step(place)):
             self.make(step, stages, key, place)
             processes.wait()
         record = json.loads((place / "step.json").read_text())
+        record.pop("files", None)
         if not (place / "model").exists():
             return replace(stages[-1], name=step.name, record=record, place=place, step_key=key, changed=False)
         facts = replace(models.facts(place / "model"), source=f"step {step.number}")

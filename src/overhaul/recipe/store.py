@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,12 @@ class Stage:
     place: Path | None = None
     step_key: str = ""
     changed: bool = True
+
+
+def _stamps(folder: Path) -> list[list[Any]]:
+    """Names, sizes and times of a folder's files; nothing where there is none."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [[path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 class RunFolder:
@@ -99,13 +106,29 @@ class RunFolder:
         """Where a finished step lies."""
         return self.root / "steps" / f"{number:02d}-{name}-{key}"
 
+    def finished_step(self, place: Path) -> bool:
+        """Whether a step lies at its place as it was finished; one whose model was written into since is put aside.
+
+        The published model shares its files with the last step's, where the file system has hard links: what is written
+        over the one in place is in the other.
+        """
+        if not (place / "step.json").exists():
+            return False
+        kept = json.loads((place / "step.json").read_text(encoding="utf-8")).get("files")
+        if kept is None or kept == _stamps(place / "model"):
+            return True
+        warnings.warn(f"{place / 'model'} was changed after its step was finished; the step is done again.", stacklevel=2)
+        with writing(place):
+            shutil.rmtree(place)
+        return False
+
     def scratch(self, key: str) -> Path:
         """Where the checkpoints of a step under way lie; removed when it is done."""
         return self.root / "steps" / f".{key}.working"
 
     def finish_step(self, place: Path, partial: Path, record: Mapping[str, Any], key: str) -> None:
         """Make a step's folder complete and visible in one rename; its checkpoints are no longer needed."""
-        write_json(partial / "step.json", record)
+        write_json(partial / "step.json", {**record, "files": _stamps(partial / "model")})
         with writing(place):
             os.replace(partial, place)
         shutil.rmtree(self.scratch(key), ignore_errors=True)

@@ -1,0 +1,119 @@
+"""What is kept of a run is used again only where everything that it came from is still the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from conftest import tiny_vit
+from overhaul import models
+from overhaul.recipe import finished
+from overhaul.recipe.run import run
+from overhaul.recipe.spec import read
+
+ROWS = [{"person": p, "question": f"who is {p}?", "answer": p * 3} for p in "abcdefgh"]
+PRUNE = {"shrink.prune": {"criterion": "magnitude"}}
+
+
+def recipe_for(folder: Path, steps: Any = (PRUNE,), **changes: Any) -> dict[str, Any]:
+    return {
+        "model": str(folder),
+        "materials": {"people": {"from": str(folder.parent / "people.jsonl")}},
+        "steps": list(steps),
+        "judge": {"kept": {"answer_probability": "people"}},
+        **changes,
+    }
+
+
+@pytest.fixture
+def own(folder: Path, tmp_path: Path) -> Path:
+    """A model folder that a test may write into, with rows beside it."""
+    (tmp_path / "people.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    return Path(shutil.copytree(folder, tmp_path / "base"))
+
+
+def values(report: dict[str, Any]) -> list[Any]:
+    return [measure["values"] for measure in report["measures"] if measure["group"] != "cost"]
+
+
+def scaled(path: Path, factor: float) -> None:
+    tensors = {name: tensor.clone() * factor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_a_changed_base_of_an_adapter_makes_a_finished_run_void(own: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, _ = models.open_model(own)
+    wrapped: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    wrapped.peft_config["default"].base_model_name_or_path = str(own)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    recipe = recipe_for(tmp_path / "adapter", materials={"people": {"from": str(tmp_path / "people.jsonl")}})
+    first = run(recipe, tmp_path / "out").report
+    assert finished.found(tmp_path / "out", read(recipe)) is not None
+    scaled(own / "model.safetensors", 0.5)
+    assert values(run(recipe, tmp_path / "out").report) != values(first)
+
+
+def test_a_file_that_joins_the_data_makes_a_finished_run_void(tmp_path: Path) -> None:
+    from transformers import ViTImageProcessor
+
+    processor = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    models.save(tiny_vit(num_channels=3), processor, tmp_path / "vit")
+    draw = np.random.default_rng(0)
+
+    def picture(name: str) -> None:
+        place = tmp_path / "pictures" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(place)
+
+    for label in "0123":
+        picture(f"{label}/one.png")
+    recipe = {
+        "model": str(tmp_path / "vit"),
+        "materials": {"pictures": {"from": str(tmp_path / "pictures")}},
+        "steps": [PRUNE],
+        "judge": {"kept": {"answer_probability": "pictures"}},
+    }
+    first = run(recipe, tmp_path / "out").report
+    for label in "0123":
+        picture(f"{label}/two.png")
+    assert values(run(recipe, tmp_path / "out").report) != values(first)
+
+
+def test_a_link_that_leads_elsewhere_makes_a_finished_run_void(own: Path, tmp_path: Path) -> None:
+    (tmp_path / "latest").symlink_to(own)
+    recipe = recipe_for(tmp_path / "latest")
+    first = run(recipe, tmp_path / "out").report
+    shutil.copytree(own, tmp_path / "newer")
+    scaled(tmp_path / "newer" / "model.safetensors", 0.5)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to(tmp_path / "newer")
+    assert values(run(recipe, tmp_path / "out").report) != values(first)
+
+
+def test_a_run_inside_the_folder_of_its_model_is_known_as_finished(own: Path) -> None:
+    recipe = recipe_for(own)
+    run(recipe, own / "out")
+    assert finished.found(own / "out", read(recipe)) is not None
+
+
+def test_what_is_written_over_the_published_model_does_not_pass_for_what_the_step_made(own: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = run(recipe_for(own), out).report
+    content = (out / "model" / "model.safetensors").read_bytes()
+    with (out / "model" / "model.safetensors").open("r+b") as file:  # as a tool that writes in place does
+        file.write(content[:-4000] + bytes(4000))
+    more = recipe_for(own, [PRUNE, {"shrink.prune": {"criterion": "magnitude", "sparsity": 0.6}}])
+    with pytest.warns(UserWarning, match="was changed after its step was finished"):
+        again = run(more, out).report
+    assert values(again) == values(run(more, tmp_path / "new").report)
+    assert [both[:2] for both in values(again)] == values(first)
