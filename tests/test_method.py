@@ -112,3 +112,8 @@ def test_a_misspelt_method_is_answered_with_the_nearest() -> None:
     with pytest.raises(RequestError, match=r"Did you mean 'forget.ssd'\?"):
         find("forget.sdd")
     assert find("ssd").name == "forget.ssd"
+
+
+def test_a_name_on_two_shelves_needs_its_verb() -> None:
+    with pytest.raises(RequestError, match=r"'dpo' may be forget.dpo or align.dpo; write the verb with it"):
+        find("dpo")

@@ -408,4 +408,6 @@ def find(name: str) -> Method:
     short = [full for full in known if full.endswith(f".{name}")]
     if len(short) == 1:
         return known[short[0]]
+    if short:
+        raise RequestError(f"{name!r} may be {' or '.join(short)}; write the verb with it.")
     raise RequestError(f"There is no method {name!r}.{did_you_mean(name, [*known, *(n.split('.')[1] for n in known)])}")

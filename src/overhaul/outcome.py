@@ -6,7 +6,7 @@ A number is finite or None. A product can be stored, so that a later step of a r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -117,20 +117,29 @@ def checked(outcome: Any, name: str, makes: Mapping[str, str]) -> Outcome:
     if not isinstance(outcome, Outcome):
         raise TypeError(f"{name} must return an Outcome, not {type(outcome).__name__}")
     try:
-        outcome.facts = {key: _fact(value, f"facts[{key!r}]") for key, value in outcome.facts.items()}
+        outcome.facts = {
+            _name(key, "facts"): _fact(value, f"facts[{key!r}]") for key, value in _mapping(outcome.facts, "facts")
+        }
         outcome.layers = {
-            key: {int(depth): _number(value, f"layers[{key!r}][{depth}]") for depth, value in values.items()}
-            for key, values in outcome.layers.items()
+            _name(key, "layers"): {
+                _depth(depth, f"layers[{key!r}]"): _number(value, f"layers[{key!r}][{depth}]")
+                for depth, value in _mapping(values, f"layers[{key!r}]")
+            }
+            for key, values in _mapping(outcome.layers, "layers")
         }
         outcome.curves = {
-            key: [_number(value, f"curves[{key!r}][{n}]") for n, value in enumerate(values)]
-            for key, values in outcome.curves.items()
+            _name(key, "curves"): [
+                _number(value, f"curves[{key!r}][{n}]") for n, value in enumerate(_values(values, f"curves[{key!r}]"))
+            ]
+            for key, values in _mapping(outcome.curves, "curves")
         }
-        outcome.tables = {key: _table(table, f"tables[{key!r}]") for key, table in outcome.tables.items()}
-        for product in outcome.made:
+        outcome.tables = {
+            _name(key, "tables"): _table(table, f"tables[{key!r}]") for key, table in _mapping(outcome.tables, "tables")
+        }
+        for product, _ in _mapping(outcome.made, "made"):
             if product not in makes:
                 raise ValueError(f"made[{product!r}] is not among what it declares: {sorted(makes)}")
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # a tensor without memory has no value
         raise OutcomeError(f"{name} returned a value that cannot be reported: {error}.", outcome) from None
     return outcome
 
@@ -139,6 +148,31 @@ def plain(value: Any) -> Any:
     """A numpy or torch scalar as a Python number; anything else as it is."""
     if isinstance(value, numpy.generic) or (isinstance(value, Tensor | numpy.ndarray) and value.ndim == 0):
         return value.item()
+    return value
+
+
+def _mapping(value: Any, where: str) -> Iterable[tuple[Any, Any]]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} is a {type(value).__name__}, not a dict")
+    return value.items()
+
+
+def _values(value: Any, where: str) -> Iterable[Any]:
+    if not isinstance(value, list | tuple) and not (isinstance(value, Tensor | numpy.ndarray) and value.ndim == 1):
+        raise ValueError(f"{where} is a {type(value).__name__}, not a list of numbers")
+    return value
+
+
+def _name(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where} has the name {value!r}, which is no text")
+    return str(value)  # a numpy text is one too
+
+
+def _depth(value: Any, where: str) -> int:
+    value = plain(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{where} has the depth {value!r}, which is no whole number")
     return value
 
 
@@ -173,4 +207,6 @@ def _table(table: Any, where: str) -> Table:
         tuple(_cell(cell, f"{where}, row {n}, column {name!r}") for name, cell in zip(table.columns, row, strict=True))
         for n, row in enumerate(table.rows)
     )
+    for name in (*table.columns, table.along, table.across, table.unit):
+        _name(name, where)
     return Table(table.columns, rows, table.drawn, table.along, table.across, table.unit)

@@ -19,7 +19,7 @@ from overhaul.data.examples import Examples, Rows
 from overhaul.errors import RequestError, RunError
 from overhaul.method import Outcome, Table, method
 from overhaul.models import Checkpoint
-from overhaul.outcome import OutcomeError
+from overhaul.outcome import OutcomeError, checked
 from overhaul.recipe.run import Run, run
 from overhaul.versions import reached, version_of
 
@@ -83,9 +83,22 @@ def broken(model: nn.Module, text: Examples, *, value: float = 0.0) -> Outcome:
     return Outcome(model, facts={"loss": math.nan})
 
 
+@method(verb="shrink", changes="weights", makes={"kept": "json", "more": "rows"})
+def makes_little(model: nn.Module, *, kept: bool = True) -> Outcome:
+    """Change a weight; keep something that can be kept, or cannot.
+
+    Args:
+        model: it is changed.
+        kept: whether it can be.
+    """
+    next(model.parameters()).data.mul_(2)
+    return Outcome(model, made={"kept": [1] if kept else {1, 2}})
+
+
 @pytest.fixture(autouse=True)
 def shelved(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = {one.method.name: one.method for one in (look, double, broken)}  # pyright: ignore[reportFunctionMemberAccess]
+    known: list[Any] = [look, double, broken, makes_little]
+    ours = {one.method.name: one.method for one in known}
     find: Callable[[str], methods.Method] = methods.find
     monkeypatch.setattr(methods, "find", lambda name: ours[name] if name in ours else find(name))
     SEEN.clear()
@@ -237,6 +250,87 @@ def test_every_product_comes_back_as_it_was(tmp_path: Path) -> None:
             assert again == value
     with pytest.raises(RunError, match="'bad' cannot be kept as json"):
         products.write({"x": math.nan}, "json", products.place_of(tmp_path, "bad", "json"))
+
+
+def test_a_product_that_would_come_back_as_something_else_is_refused(tmp_path: Path) -> None:
+    from overhaul.recipe import products
+
+    one = torch.arange(6.0).reshape(2, 3)
+    place = products.place_of(tmp_path, "views", "tensors")
+    products.write({"a": one, "b": one, "c": one[0]}, "tensors", place)
+    assert {name: tensor.shape for name, tensor in products.read("tensors", place).items()} == {
+        "a": (2, 3), "b": (2, 3), "c": (3,),
+    }  # fmt: skip
+    place = products.place_of(tmp_path, "value", "tensors")
+    products.write({"value": one}, "tensors", place)
+    assert torch.equal(products.read("tensors", place)["value"], one), "a name of its own is no sign"
+    place = products.place_of(tmp_path, "rows", "examples")
+    products.write(Examples([{"x": one}], [{"label": np.int64(3), "age": math.nan}]), "examples", place)
+    assert list(products.read("examples", place).rows) == [{"label": 3, "age": None}]
+    mixed = Examples([{"x": torch.tensor(1)}, {"x": torch.tensor(0.5)}], [{}, {}])
+    for n, (value, kind, message) in enumerate(
+        [
+            ({1: 2}, "json", "the key 1 is no text"),
+            ([{"a": {1: 2}}], "rows", "the key 1 is no text"),
+            (mixed, "examples", "of several dtypes"),
+            ({"a": one.to_sparse()}, "tensors", "cannot be kept as tensors"),
+            ({"a": one.to("meta")}, "tensors", "cannot be kept as tensors"),
+        ]
+    ):
+        with pytest.raises(RunError, match=message):
+            products.write(value, kind, products.place_of(tmp_path, f"bad{n}", kind))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        {"curves": {"loss": 3.0}},
+        {"curves": {"loss": torch.tensor(3.0)}},
+        {"curves": {"loss": "text"}},
+        {"facts": {math.nan: 1}},
+        {"facts": [1]},
+        {"layers": {"share": [1.0]}},
+        {"layers": {"share": {None: 1.0}}},
+        {"layers": {"share": {0.5: 1.0}}},
+        {"facts": {"x": torch.ones((), device="meta")}},
+        {"tables": {"x": Table((math.nan,), ((1,),))}},  # pyright: ignore[reportArgumentType]
+        {"tables": {"x": Table(("a",), ((1,),), unit=np.float32(1))}},  # pyright: ignore[reportArgumentType]
+        {"tables": {3: Table(("a",), ((1,),))}},
+        {"made": None},
+    ],
+)
+def test_what_no_report_can_hold_is_told_where_it_returns_and_loses_no_model(outcome: dict[str, Any]) -> None:
+    model = nn.Linear(1, 1)
+    with pytest.raises(OutcomeError, match="method returned a value that cannot be reported") as caught:
+        checked(Outcome(model, **outcome), "method", {})
+    assert caught.value.outcome.model is model
+
+
+def test_a_product_that_cannot_be_kept_loses_no_model(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"Step 1, shrink.makes_little: .*'kept' cannot be kept as json.*is kept in"):
+        go(folder, tmp_path, materials={}, judge={}, steps=[{"shrink.makes_little": {"kept": False}}])
+    (kept,) = (tmp_path / "out" / "steps").glob("*.refused")
+    assert models.facts(kept).shapes == models.facts(folder).shapes
+
+
+def test_a_product_that_was_declared_and_not_made_is_told_to_who_reads_it(folder: Path, tmp_path: Path) -> None:
+    materials = {"raw": {"made": "shrink.makes_little", "name": "more"}}
+    steps = ["shrink.makes_little", "inspect.look"]
+    with pytest.raises(RunError, match=r"shrink.makes_little made no 'more' for the material 'raw'"):
+        go(folder, tmp_path, materials=materials, judge={}, steps=steps)
+
+
+def test_after_says_which_of_two_steps_of_a_name(folder: Path, tmp_path: Path) -> None:
+    twice = ["shrink.makes_little", "shrink.makes_little", {"inspect.look": {"others": "middle"}}]
+    read: dict[str, Any] = {"raw": {"from": str(tmp_path / "people.jsonl")}}
+    with pytest.raises(RequestError, match="which the steps 1, 2 are. Write the number"):
+        go(folder, tmp_path, materials=read | {"middle": {"after": "makes_little"}}, judge={}, steps=twice)
+    for number in (1, 2):
+        SEEN.clear()
+        out = tmp_path / str(number)
+        run(recipe(folder, tmp_path, materials=read | {"middle": {"after": number}}, judge={}, steps=twice), out)
+        ((_, _, (middle,), _),) = SEEN
+        assert middle.folder.parent.name.startswith(f"0{number}-")
 
 
 def test_a_steps_version_covers_the_code_that_it_imports(tmp_path: Path) -> None:

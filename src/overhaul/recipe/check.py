@@ -49,8 +49,8 @@ class Step:
         return (read,) if isinstance(read, str) else read
 
     def goes_by(self, name: str) -> bool:
-        """Whether a recipe may call it so: "forget.npo" or "npo"."""
-        return name in (self.name, self.name.partition(".")[2])
+        """Whether a recipe may call it so: "forget.npo", "npo", or its number."""
+        return name in (self.name, self.name.partition(".")[2], str(self.number))
 
 
 @dataclass(frozen=True)
@@ -339,6 +339,11 @@ def _check_after(references: Mapping[str, Reference], steps: Sequence[Step]) -> 
         if target != "start" and not places:
             hint = did_you_mean(target, ["start", *(step.name for step in steps)])
             raise RequestError(f"The model {name!r} is `after: {target}`, which is no step.{hint}")
+        if len(places) > 1:
+            raise RequestError(
+                f"The model {name!r} is `after: {target}`, which the steps {', '.join(map(str, places))} are. Write the "
+                f"number of the one that is meant: `after: {places[0]}`."
+            )
         users = [step for step in steps if name in step.materials]
         if places and any(step.number <= places[0] for step in users):
             raise RequestError(f"The model {name!r} is the one after {target}, but a step before that reads it.")

@@ -84,6 +84,8 @@ def _reference(role: str, value: Reference, document: Document) -> Reference:
             raise RequestError(
                 f"The material {role!r} has no option {key!r}.{did_you_mean(str(key), REFERENCES[kind])}"
             )
+    if kind == "after" and type(value[kind]) is int:  # a step's number
+        value = {"after": str(value[kind])}
     for key in {kind, "name"} & value.keys():
         if not isinstance(value[key], str):
             raise RequestError(f"The material {role!r}, {key}: {value[key]!r} is no name; write `{key}: NAME`.")

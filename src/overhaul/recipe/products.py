@@ -6,6 +6,7 @@ STEP/made/NAME.jsonl, NAME.safetensors, NAME.json, or the folder NAME of a check
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from overhaul import models
 from overhaul.data.examples import Examples
 from overhaul.errors import RunError
 from overhaul.method import Product
+from overhaul.outcome import plain
 
 _ENDINGS: Mapping[Product, str] = {"rows": ".jsonl", "tensors": ".safetensors", "json": ".json"}
 _ALONE = "value"
@@ -49,7 +51,7 @@ def write(value: Any, kind: Product, place: Path, processor: Any = None) -> int 
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
         return _WRITERS[kind](value, place, processor)
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise RunError(f"the product {place.stem!r} cannot be kept as {kind}: {error}") from error
 
 
@@ -60,27 +62,49 @@ def read(kind: Product, place: Path, processor: Any = None) -> Any:
     if kind == "json":
         return json.loads(place.read_text(encoding="utf-8"))
     if kind == "tensors":
+        with safe_open(place, framework="pt") as file:
+            alone = _ALONE in (file.metadata() or {})
         tensors = load_file(place)
-        return tensors[_ALONE] if set(tensors) == {_ALONE} else tensors
+        return tensors[_ALONE] if alone else tensors
     if kind == "checkpoint":
         return models.facts(place)
     return _read_examples(place, processor)
 
 
 def _write_rows(rows: Sequence[Mapping[str, Any]], place: Path, _: Any) -> int:
-    lines = [json.dumps(dict(row), ensure_ascii=False, allow_nan=False) for row in rows]
+    lines = [_json(dict(row), ensure_ascii=False) for row in rows]
     place.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return len(lines)
 
 
+def _json(value: Any, **options: Any) -> str:
+    """What reads back as it was: JSON would turn other keys into text, and NaN is none."""
+    _check_keys(value)
+    return json.dumps(value, allow_nan=False, **options)
+
+
+def _check_keys(value: Any) -> None:
+    if isinstance(value, Mapping):
+        for key, one in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"the key {key!r} is no text")
+            _check_keys(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            _check_keys(one)
+
+
 def _write_json(value: Any, place: Path, _: Any) -> int | None:
-    place.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    place.write_text(_json(value, indent=1) + "\n", encoding="utf-8")
     return len(value) if isinstance(value, list | dict) else None
 
 
 def _write_tensors(value: Tensor | Mapping[str, Tensor], place: Path, _: Any) -> int:
-    tensors = {_ALONE: value} if isinstance(value, Tensor) else dict(value)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, place)
+    alone = isinstance(value, Tensor)
+    tensors = {_ALONE: value} if alone else dict(value)
+    # a copy each: several may be views of one
+    copies = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    save_file(copies, place, {_ALONE: ""} if alone else None)
     return len(tensors)
 
 
@@ -94,15 +118,23 @@ def _write_checkpoint(value: Any, place: Path, processor: Any) -> None:
 def _write_examples(examples: Examples, place: Path, _: Any) -> int:
     """Every column's values end to end with their shapes beside them; rows as JSON lines."""
     place.mkdir()
-    rows = [{key: value for key, value in row.items() if _is_plain(value)} for row in examples.rows]
+    rows = [{key: kept for key, value in row.items() if _is_plain(kept := _known(value))} for row in examples.rows]
     _write_rows(rows, place / "rows.jsonl", None)
     tensors: dict[str, Tensor] = {}
     for name in examples.items[0] if len(examples) else ():
         values = [item[name] for item in examples.items]
+        if len(dtypes := {value.dtype for value in values}) > 1:
+            raise ValueError(f"the column {name!r} is of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
         tensors[name] = torch.cat([value.reshape(-1) for value in values])
         tensors[f"{name}.shape"] = torch.tensor([list(value.shape) for value in values], dtype=torch.int64)
     save_file(tensors or {"nothing": torch.zeros(0)}, place / "examples.safetensors")
     return len(examples)
+
+
+def _known(value: Any) -> Any:
+    """A value of a row as JSON has it: plain numbers, and None where a file of numbers had none (NaN)."""
+    value = plain(value)
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _is_plain(value: Any) -> bool:

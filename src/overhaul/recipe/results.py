@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -58,10 +59,23 @@ def _keep(step: Step, outcome: Outcome, partial: Path, processor: Any) -> dict[s
     for name, value in outcome.made.items():
         kind = step.method.makes[name]
         place = products.place_of(partial, name, kind)
-        with writing(place):
-            count = products.write(value, kind, place, processor)
+        try:
+            with writing(place):
+                count = products.write(value, kind, place, processor)
+        except RunError as error:
+            raise RunError(f"Step {step.number}, {step.name}: {error}{_put_aside(partial)}") from error
         listed[name] = {"kind": kind, "path": str(place.relative_to(partial)), "count": count}
     return listed
+
+
+def _put_aside(partial: Path) -> str:
+    """Keep the model of a step whose products cannot be kept, and say where."""
+    if not (partial / "model").exists():
+        return ""
+    kept = partial.with_name(f"{partial.name.strip('.').removesuffix('.partial')}.refused")
+    shutil.rmtree(kept, ignore_errors=True)
+    os.replace(partial / "model", kept)
+    return f" The model that it made is kept in {kept}."
 
 
 def check_effect(step: Step, before: models.Checkpoint, after: models.Checkpoint) -> dict[int, float]:

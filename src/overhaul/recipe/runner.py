@@ -203,7 +203,13 @@ class Runner:
         if "made" in reference:
             stage = self.maker(reference, stages)
             assert stage.place is not None and stage.record is not None, "a stage that made something has a place"
-            kind = stage.record["made"][reference["name"]]["kind"]
+            made = stage.record["made"].get(reference["name"])
+            if made is None:
+                raise RunError(
+                    f"{stage.name} made no {reference['name']!r} for the material {name!r} this time: it does so with some "
+                    f"of its knobs or materials only. It ran with {dict(stage.record['knobs'])}."
+                )
+            kind = made["kind"]
             value = products.read(kind, products.place_of(stage.place, reference["name"], kind), self.checked.processor)
             if kind == "rows" and role.kind == "examples":
                 return encode_made(name, reference, value, self.checked.processor)
