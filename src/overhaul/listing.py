@@ -49,6 +49,9 @@ def entry(name: str) -> Entry:
     ]
     if len(found) == 1:
         return found[0]
+    if found:
+        listed = " or ".join(one["name"] for one in found)
+        raise RequestError(f"{name!r} may be {listed}; write the verb with it.")
     names = [one["name"] for one in known]
     raise RequestError(f"There is no method {name!r}.{did_you_mean(name, [*names, *(n.split('.')[1] for n in names)])}")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import tiny_vit
 from overhaul import models
+from overhaul.errors import RequestError, RunError
 from overhaul.recipe import finished
 from overhaul.recipe.run import run
 from overhaul.recipe.spec import read
@@ -106,7 +109,9 @@ def test_a_run_inside_the_folder_of_its_model_is_known_as_finished(own: Path) ->
     assert finished.found(own / "out", read(recipe)) is not None
 
 
-def test_what_is_written_over_the_published_model_does_not_pass_for_what_the_step_made(own: Path, tmp_path: Path) -> None:
+def test_what_is_written_over_the_published_model_does_not_pass_for_what_the_step_made(
+    own: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     first = run(recipe_for(own), out).report
     content = (out / "model" / "model.safetensors").read_bytes()
@@ -117,3 +122,32 @@ def test_what_is_written_over_the_published_model_does_not_pass_for_what_the_ste
         again = run(more, out).report
     assert values(again) == values(run(more, tmp_path / "new").report)
     assert [both[:2] for both in values(again)] == values(first)
+
+
+PROGRAM = (
+    "import sys\n"
+    "from pathlib import Path\n"
+    "from overhaul.recipe.store import RunFolder\n"
+    "folder = RunFolder.claim(Path(sys.argv[1]), 'recipe', 0)\n"
+    "print('held', flush=True)\n"
+    "sys.stdin.read()\n"
+)
+
+
+@pytest.mark.smoke
+def test_two_processes_do_not_work_in_one_folder(own: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = [sys.executable, "-c", PROGRAM, str(out)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(RequestError, match="Another process works on the run in .*out now"):
+            run(recipe_for(own), out)
+        other.kill()
+    assert run(recipe_for(own), out).report["stages"] == ["before", "shrink.prune"], "a killed one lets go"
+
+
+def test_a_run_that_failed_lets_go_of_its_folder(own: Path, tmp_path: Path) -> None:
+    nothing = [PRUNE, PRUNE]  # the second changes nothing
+    for _ in range(2):
+        with pytest.raises(RunError, match="Step 2, shrink.prune"):
+            run(recipe_for(own, nothing), tmp_path / "out")

@@ -82,7 +82,8 @@ def compare(
     if processes.is_main():
         folder = RunFolder.claim(root, f"{document.name} (compared)", needed)
     processes.wait()
-    return _Comparison(base, variants, folder).go()
+    with folder.held():
+        return _Comparison(base, variants, folder).go()
 
 
 def _variants(base: Checked, names: Sequence[str]) -> list[Variant]:

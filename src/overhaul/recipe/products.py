@@ -103,7 +103,9 @@ def _write_tensors(value: Tensor | Mapping[str, Tensor], place: Path, _: Any) ->
     alone = isinstance(value, Tensor)
     tensors = {_ALONE: value} if alone else dict(value)
     # a copy each: several may be views of one
-    copies = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     save_file(copies, place, {_ALONE: ""} if alone else None)
     return len(tensors)
 

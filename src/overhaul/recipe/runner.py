@@ -53,7 +53,8 @@ def start(document: Document, root: Path) -> dict[str, Any]:
     if processes.is_main():
         folder = RunFolder.claim(root, document.name, checked.model.bytes * (1 + len(checked.steps)))
     processes.wait()
-    return Runner(checked, folder).go()
+    with folder.held():
+        return Runner(checked, folder).go()
 
 
 class Runner:

@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,58 @@ def _stamps(folder: Path) -> list[list[Any]]:
     return [[path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
+def _check_room(root: Path, needed_bytes: int) -> None:
+    free = shutil.disk_usage(root).free
+    if free < needed_bytes:
+        raise RequestError(
+            f"{root} lies on a disk with {free / 1e9:.1f} GB free; this run writes at least {needed_bytes / 1e9:.1f} GB "
+            "(one model per step). Choose another folder with -o."
+        )
+
+
+def _lock(root: Path) -> int | None:
+    """Keep other processes out of a run folder, where its file system knows locks.
+
+    Raises:
+        RequestError: one is at work there.
+    """
+    if os.name != "posix":
+        return None
+    import fcntl
+
+    place = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(place)
+        raise RequestError(
+            f"Another process works on the run in {root} now. Wait until it ends, or choose another folder with -o."
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    return place
+
+
 class RunFolder:
     """One run's folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.lock: int | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What was claimed is this process's until the `with` ends; a process that is killed lets go by itself."""
+        try:
+            yield
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Let other processes in."""
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
     @classmethod
     def claim(cls, root: Path, owner: str, needed_bytes: int) -> RunFolder:
@@ -74,7 +122,7 @@ class RunFolder:
             needed_bytes: what the run will write, at the least.
 
         Raises:
-            RequestError: the folder holds something else, or the disk has too little room.
+            RequestError: the folder holds something else, another process works there, or the disk has too little room.
             RunError: it cannot be written.
         """
         marker = root / "run.json"
@@ -88,19 +136,21 @@ class RunFolder:
                 )
         elif root.exists() and any(root.iterdir()):
             raise RequestError(f"{root} is not empty and holds no run of Overhaul. Choose another folder with -o.")
+        claimed = cls(root)
         with writing(root):
             root.mkdir(parents=True, exist_ok=True)
-            if not marker.exists():
-                write_json(marker, {"recipe": owner})
-            (root / ".writable").touch()
-            (root / ".writable").unlink()
-        free = shutil.disk_usage(root).free
-        if free < needed_bytes:
-            raise RequestError(
-                f"{root} lies on a disk with {free / 1e9:.1f} GB free; this run writes at least {needed_bytes / 1e9:.1f} GB "
-                "(one model per step). Choose another folder with -o."
-            )
-        return cls(root)
+            claimed.lock = _lock(root)
+        try:
+            with writing(root):
+                if not marker.exists():
+                    write_json(marker, {"recipe": owner})
+                (root / ".writable").touch()
+                (root / ".writable").unlink()
+            _check_room(root, needed_bytes)
+        except BaseException:
+            claimed.release()
+            raise
+        return claimed
 
     def step(self, number: int, name: str, key: str) -> Path:
         """Where a finished step lies."""
@@ -117,7 +167,9 @@ class RunFolder:
         kept = json.loads((place / "step.json").read_text(encoding="utf-8")).get("files")
         if kept is None or kept == _stamps(place / "model"):
             return True
-        warnings.warn(f"{place / 'model'} was changed after its step was finished; the step is done again.", stacklevel=2)
+        warnings.warn(
+            f"{place / 'model'} was changed after its step was finished; the step is done again.", stacklevel=2
+        )
         with writing(place):
             shutil.rmtree(place)
         return False
