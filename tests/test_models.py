@@ -399,3 +399,45 @@ def rewrite_file(path: Path, change: Any) -> None:
 
 def rewrite(folder: Path, change: Any) -> None:
     rewrite_file(folder / "model.safetensors", change)
+
+
+def test_what_would_not_be_what_it_was_when_it_is_opened_is_not_saved(tmp_path: Path) -> None:
+    model: Any = tiny_llama(tie_word_embeddings=False)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(RunError, match="are one tensor here, and LlamaForCausalLM does not tie them"):
+        models.save(model, None, tmp_path / "tied by hand")
+    model = tiny_llama()
+    model.model.norm.weight.data.fill_(1e6)
+    with pytest.raises(RunError, match=r"values that torch.float16 files cannot, such as 'model.norm.weight'"):
+        models.save(model, None, tmp_path / "large", dtype="float16")
+    models.save(model, None, tmp_path / "large in bfloat16", dtype="bfloat16")
+    model = tiny_resnet()
+    next(b for b in model.buffers() if b.is_floating_point()).fill_(math.nan)
+    with pytest.raises(RunError, match="values that are not finite"):
+        models.save(model, None, tmp_path / "statistics")
+    assert [path.name for path in tmp_path.iterdir()] == ["large in bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": "LlamaForCausalLM"}, "must be a list with the name of a class"),
+        ({"architectures": [3]}, "must be a list with the name of a class"),
+        ({"hidden_size": "wide"}, "can be built from config.json"),
+    ],
+)
+def test_a_damaged_config_is_refused_in_words(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    models.save(tiny_llama(), None, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(RequestError, match=message):
+        models.check_shapes(models.facts(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("header", ["[]", '{"a": 3}', '{"a": {"dtype": "F32"}}', '{"a": {"data_offsets": [0, 4]}}'])
+def test_a_header_that_describes_no_tensors_is_refused_in_words(header: str, tmp_path: Path) -> None:
+    models.save(tiny_llama(), None, tmp_path / "model")
+    content = header.encode()
+    (tmp_path / "model" / "model.safetensors").write_bytes(len(content).to_bytes(8, "little") + content)
+    with pytest.raises(RequestError, match="its header describes no tensors"):
+        models.facts(tmp_path / "model")

@@ -232,8 +232,11 @@ def _config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise RequestError(f"{folder} has no config.json, so it is not a Hugging Face checkpoint.")
     config = _read_json(path)
-    if not config.get("architectures") and "_class_name" not in config:
+    named = config.get("architectures")
+    if not named and "_class_name" not in config:
         raise RequestError(f"{path} names no `architectures`, so the model class is not known.")
+    if named and not (isinstance(named, list) and isinstance(named[0], str)):
+        raise RequestError(f"{path}: `architectures` must be a list with the name of a class, not {named!r}.")
     return config
 
 
@@ -280,10 +283,14 @@ def header(path: Path) -> dict[str, Any]:
             raise RequestError(
                 f"{path} is damaged: its header is not JSON ({error}). Fetch or save it again."
             ) from None
-    found.pop("__metadata__", None)
-    if not found:
-        raise RequestError(f"{path} holds no tensors.")
-    end = max(entry["data_offsets"][1] for entry in found.values())
+    try:
+        found.pop("__metadata__", None)
+        if not found:
+            raise RequestError(f"{path} holds no tensors.")
+        end = max(entry["data_offsets"][1] for entry in found.values())
+        _ = [(entry["dtype"], math.prod(entry["shape"])) for entry in found.values()]
+    except (TypeError, KeyError, AttributeError, IndexError):
+        raise RequestError(f"{path} is damaged: its header describes no tensors. Fetch or save it again.") from None
     if 8 + length + end != size:
         raise RequestError(f"{path} is cut short: its header promises {8 + length + end} bytes, the file has {size}.")
     return found

@@ -29,7 +29,7 @@ from overhaul.errors import RequestError, RunError, did_you_mean, writing
 from overhaul.processor import count_tokens as count_tokens
 from overhaul.processor import load_processor as load_processor
 from overhaul.processor import quiet_transformers
-from overhaul.stack.arrangement import is_hub_model, unlike_its_class
+from overhaul.stack.arrangement import is_hub_model, skeleton, unlike_its_class
 from overhaul.stack.paths import records_of, set_aside
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -191,12 +191,13 @@ def planned(known: Checkpoint) -> nn.Module | None:
     kind = class_of(known)
     if kind is None:
         return None
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.initialization import no_init_weights
 
     try:
         with torch.device("meta"), no_init_weights():
             return _built(known, kind)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise RequestError(
             f"{known.source}: no {known.architecture} can be built from config.json: {error}. Correct config.json; "
             "`overhaul plan` checks it without reading weights."
@@ -264,9 +265,7 @@ def save(model: nn.Module, processor: Any, folder: str | Path, *, dtype: str | N
     folder = Path(folder)
     if folder.exists():
         raise RequestError(f"{folder} exists already; saving never replaces a folder. Choose another name.")
-    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-    if bad:
-        raise RunError(f"{len(bad)} tensors hold values that are not finite, such as {bad[0]!r}; nothing was saved.")
+    _check_finite(model, DTYPES.get(dtype or ""))
     partial = folder.with_name(f".{folder.name}.partial")
     with _not_compiled(model) as plain, set_aside(plain) as paths:
         _check_loads_back(plain)
@@ -278,12 +277,34 @@ def save(model: nn.Module, processor: Any, folder: str | Path, *, dtype: str | N
     return folder
 
 
+def _check_finite(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Refuse numbers that are none, and those that a smaller dtype of the files makes to such. (A mask may hold infinities.)"""
+    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    bad += [name for name, b in model.named_buffers() if b.is_floating_point() and b.isnan().any()]
+    if bad:
+        raise RunError(f"{len(bad)} tensors hold values that are not finite, such as {bad[0]!r}; nothing was saved.")
+    if dtype == torch.float16:  # bfloat16 reaches as far as float32
+        most = torch.finfo(dtype).max
+        large = [name for name, p in model.named_parameters() if p.is_floating_point() and p.detach().abs().max() > most]
+        if large:
+            raise RunError(
+                f"{len(large)} tensors hold values that {dtype} files cannot, such as {large[0]!r} (more than {most:g}); "
+                "nothing was saved. Save in bfloat16 or float32."
+            )
+
+
 def _check_loads_back(model: nn.Module) -> None:
     """Refuse what the class would drop or fill at random when it is loaded."""
     if not is_hub_model(model):
         raise RunError(
             f"{type(model).__name__} is no model of transformers or diffusers, so no `from_pretrained` would load it; "
             "nothing was saved."
+        )
+    if shared := _stored_once(model):
+        raise RunError(
+            f"{shared[0]!r} and {shared[1]!r} are one tensor here, and {type(model).__name__} does not tie them by its config: "
+            "only one would be saved, and the folder would not open. Tie them in the config (`tie_word_embeddings`), or "
+            "give each its own; nothing was saved."
         )
     wrong = unlike_its_class(model)
     if wrong:
@@ -292,6 +313,20 @@ def _check_loads_back(model: nn.Module) -> None:
             f"config describes, such as {wrong[0]!r}; nothing was saved. Merge adapters first; build other modules as a "
             "conversion (overhaul.conversions), which is recorded and loads again."
         )
+
+
+def _stored_once(model: Any) -> tuple[str, str] | None:
+    """Two names of one parameter that its class, built from the config, has under either."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if not isinstance(tied, Mapping):
+        return None
+    first: dict[int, str] = {}
+    names = [(name, first.setdefault(id(p), name)) for name, p in model.named_parameters(remove_duplicate=False)]
+    pairs = [(other, name) for name, other in names if other != name and not {name, other} <= {*tied, *tied.values()}]
+    if not pairs:
+        return None
+    built = dict(skeleton(model).named_parameters(remove_duplicate=False))
+    return next(((a, b) for a, b in pairs if built.get(a) is not built.get(b)), None)
 
 
 @contextlib.contextmanager
