@@ -285,7 +285,9 @@ def _check_finite(model: nn.Module, dtype: torch.dtype | None) -> None:
         raise RunError(f"{len(bad)} tensors hold values that are not finite, such as {bad[0]!r}; nothing was saved.")
     if dtype == torch.float16:  # bfloat16 reaches as far as float32
         most = torch.finfo(dtype).max
-        large = [name for name, p in model.named_parameters() if p.is_floating_point() and p.detach().abs().max() > most]
+        large = [
+            name for name, p in model.named_parameters() if p.is_floating_point() and p.detach().abs().max() > most
+        ]
         if large:
             raise RunError(
                 f"{len(large)} tensors hold values that {dtype} files cannot, such as {large[0]!r} (more than {most:g}); "

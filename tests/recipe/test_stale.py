@@ -11,15 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import tiny_vit
 from overhaul import models
+from overhaul.data.examples import Examples
 from overhaul.errors import RequestError, RunError
 from overhaul.recipe import finished
 from overhaul.recipe.run import run
 from overhaul.recipe.spec import read
+from overhaul.recipe.store import key_of
 
 ROWS = [{"person": p, "question": f"who is {p}?", "answer": p * 3} for p in "abcdefgh"]
 PRUNE = {"shrink.prune": {"criterion": "magnitude"}}
@@ -151,3 +154,20 @@ def test_a_run_that_failed_lets_go_of_its_folder(own: Path, tmp_path: Path) -> N
     for _ in range(2):
         with pytest.raises(RunError, match="Step 2, shrink.prune"):
             run(recipe_for(own, nothing), tmp_path / "out")
+
+
+def test_a_key_covers_all_of_an_array_and_of_a_picture_only_what_it_shows() -> None:
+    one = np.zeros(5000)
+    other = one.copy()
+    other[2500] = 1  # where `str` shows dots
+    few = np.array(["a", None], dtype=object)
+    picture = Image.new("L", (4, 4))
+    bright = Image.new("L", (4, 4), 255)
+    same = [(one, one.copy()), (few, few.copy()), (picture, picture.copy()), ({"a", "b"}, {"b", "a"})]
+    differ = [(one, other), (torch.tensor(one), torch.tensor(other)), (one, one.reshape(50, 100)), (picture, bright)]
+
+    def digest(value: Any) -> str:
+        return Examples([{"n": torch.zeros(1)}], [{"x": value}]).digest()
+
+    assert all(key_of({"x": a}) == key_of({"x": b}) and digest(a) == digest(b) for a, b in same)
+    assert all(key_of({"x": a}) != key_of({"x": b}) and digest(a) != digest(b) for a, b in differ)

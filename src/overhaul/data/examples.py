@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from overhaul.data.lazy import View, chained, sha
 from overhaul.errors import RequestError
+from overhaul.files import contents
 
 IGNORED = -100
 """The label of a position that carries no loss (the convention of `torch.nn.functional.cross_entropy`)."""
@@ -118,14 +119,14 @@ class Examples(Sequence[Encoded]):
         Of large data that lies in a file, over the file, the options and the tokenizer that it was made with.
         """
         if isinstance(self.items, View):
-            rows = self.rows.key if isinstance(self.rows, View) else json.dumps(list(self.rows), default=str)
+            rows = self.rows.key if isinstance(self.rows, View) else json.dumps(list(self.rows), default=contents)
             return sha(self.items.key, rows)
         hasher = hashlib.sha256()
         for item, row in zip(self.items, self.rows, strict=True):
             for name in sorted(item):
                 hasher.update(name.encode())
                 hasher.update(_bytes(item[name]))
-            hasher.update(json.dumps(dict(row), sort_keys=True, default=str).encode())
+            hasher.update(json.dumps(dict(row), sort_keys=True, default=contents).encode())
         return hasher.hexdigest()
 
 

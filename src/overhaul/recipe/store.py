@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from overhaul.errors import RequestError, writing
-from overhaul.files import write_json, write_text
+from overhaul.files import contents, write_json, write_text
 from overhaul.models import Checkpoint
 
 
 def key_of(*parts: Any) -> str:
     """A short hash of everything given, as canonical JSON."""
-    text = json.dumps(parts, sort_keys=True, default=str)
+    text = json.dumps(parts, sort_keys=True, default=contents)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
