@@ -424,6 +424,7 @@ def test_what_would_not_be_what_it_was_when_it_is_opened_is_not_saved(tmp_path: 
         ({"architectures": "LlamaForCausalLM"}, "must be a list with the name of a class"),
         ({"architectures": [3]}, "must be a list with the name of a class"),
         ({"hidden_size": "wide"}, "can be built from config.json"),
+        ({"overhaul": "overhaul.nothing"}, "names overhaul.nothing, which this Overhaul has not"),
     ],
 )
 def test_a_damaged_config_is_refused_in_words(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

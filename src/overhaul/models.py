@@ -178,7 +178,13 @@ def class_of(known: Checkpoint) -> Any:
     if (converted := class_in(known.config)) is not None:
         return converted
     if str(known.config.get("overhaul")).startswith("overhaul."):
-        return getattr(import_module(known.config["overhaul"]), known.architecture, None)
+        try:
+            return getattr(import_module(known.config["overhaul"]), known.architecture, None)
+        except ModuleNotFoundError:
+            raise RequestError(
+                f"{known.source}: config.json names {known.config['overhaul']}, which this Overhaul has not; another version "
+                "made this folder."
+            ) from None
     return getattr(import_module(known.library), known.architecture, None)
 
 
@@ -283,8 +289,8 @@ def _check_finite(model: nn.Module, dtype: torch.dtype | None) -> None:
     bad += [name for name, b in model.named_buffers() if b.is_floating_point() and b.isnan().any()]
     if bad:
         raise RunError(f"{len(bad)} tensors hold values that are not finite, such as {bad[0]!r}; nothing was saved.")
-    if dtype == torch.float16:  # bfloat16 reaches as far as float32
-        most = torch.finfo(dtype).max
+    if dtype is torch.float16:  # bfloat16 reaches as far as float32
+        most = torch.finfo(torch.float16).max
         large = [
             name for name, p in model.named_parameters() if p.is_floating_point() and p.detach().abs().max() > most
         ]

@@ -171,3 +171,15 @@ def test_a_key_covers_all_of_an_array_and_of_a_picture_only_what_it_shows() -> N
 
     assert all(key_of({"x": a}) == key_of({"x": b}) and digest(a) == digest(b) for a, b in same)
     assert all(key_of({"x": a}) != key_of({"x": b}) and digest(a) != digest(b) for a, b in differ)
+
+
+def test_what_lies_there_already_needs_no_room(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    first = run(recipe_for(own), out).report
+    (out / "finished.json").unlink()
+    size = (own / "model.safetensors").stat().st_size
+    little = shutil.disk_usage(out)._replace(free=size + size // 2)  # the whole run writes two
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: little)
+    assert values(run(recipe_for(own), out).report) == values(first)
+    with pytest.raises(RequestError, match="this run writes at least"):
+        run(recipe_for(own), tmp_path / "new")
