@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from overhaul.method import methods
 
@@ -28,6 +29,13 @@ def test_the_readme_names_every_method_and_links_to_what_exists() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("name", methods())
+def test_the_recipe_on_a_methods_page_is_one(name: str) -> None:
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / "methods" / f"{name}.md").read_text(), re.M | re.S)
+    ((method, knobs),) = yaml.safe_load(shown)["steps"][0].items()
+    assert method == name and methods()[name].check(knobs).items() >= knobs.items()
 
 
 @pytest.fixture
