@@ -1,7 +1,10 @@
-"""Generated pages are current, and the README names every method and only files that exist."""
+"""Generated pages are current, the README names every method and only files that exist, and what pages show can be done."""
 
 from __future__ import annotations
 
+import ast
+import importlib
+import json
 import re
 import runpy
 from collections.abc import Callable
@@ -11,7 +14,13 @@ from typing import Any
 import pytest
 import yaml
 
+import overhaul as oh
+from overhaul import models
+from overhaul.data.tasks import people
+from overhaul.errors import RequestError
 from overhaul.method import methods
+from overhaul.recipe.check import check
+from overhaul.recipe.spec import read
 
 ROOT = Path(__file__).parents[1]
 DRAWN = runpy.run_path(str(ROOT / "docs" / "draw.py"))
@@ -36,6 +45,57 @@ def test_the_recipe_on_a_methods_page_is_one(name: str) -> None:
     (shown,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / "methods" / f"{name}.md").read_text(), re.M | re.S)
     ((method, knobs),) = yaml.safe_load(shown)["steps"][0].items()
     assert method == name and methods()[name].check(knobs).items() >= knobs.items()
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of somebody who has what the README's recipes read."""
+    rows = [json.dumps({key: row[key] for key in ("person", "question", "answer")}) for row in people()]
+    (tmp_path / "facts.jsonl").write_text("\n".join(rows))
+    for name in ("base", "tuned-a", "tuned-b"):
+        (tmp_path / name).symlink_to(models.facts("starter:docs-llama").folder)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+RECIPES = [*blocks(ROOT / "README.md", "yaml"), *(path.read_text() for path in (ROOT / "recipes").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("text", RECIPES, ids=lambda text: text.partition("\n")[0])
+def test_every_recipe_that_is_shown_is_right(text: str, user: Path) -> None:
+    (user / "recipe.yaml").write_text(text)
+    checked = check(read(user / "recipe.yaml"))
+    assert len(checked.steps) == len(yaml.safe_load(text)["steps"]) and checked.requests
+    with pytest.raises(RequestError, match="has no field 'step'"):
+        check(read({**yaml.safe_load(text), "step": []}))
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda page: page.name)
+def test_names_in_the_python_of_a_page_are_there(page: Path) -> None:
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            source = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            if source.startswith("overhaul.") and source != "overhaul.shrink.magnitude":  # that is the example itself
+                module = importlib.import_module(source)
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+        for dotted in re.findall(r"\boh((?:\.\w+)+)\(", block):
+            found: Any = oh
+            for name in dotted[1:].split("."):
+                found = getattr(found, name)
+            assert callable(found)
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs_as_it_stands(user: Path) -> None:
+    names: dict[str, Any] = {}
+    for block in blocks(ROOT / "README.md", "python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert {path.name for path in user.iterdir()} >= {"forgot-ada", "forgot-late", "soup", "scaled"}
+    assert names["outcome"].facts["forget_nll_after"] > names["outcome"].facts["forget_nll_before"]
 
 
 @pytest.fixture
