@@ -7,17 +7,28 @@ import importlib
 import json
 import re
 import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import overhaul as oh
+from conftest import tiny_llama, tiny_tokenizer
+from contract import some_facts
 from overhaul import models
+from overhaul.conversions import convert
+from overhaul.data import forms, verifiers
+from overhaul.data.examples import IGNORED
+from overhaul.data.materials import Source
 from overhaul.data.tasks import people
 from overhaul.errors import RequestError
+from overhaul.judge import metrics
+from overhaul.judge.evidence import Evidence
 from overhaul.method import methods
 from overhaul.recipe.check import check
 from overhaul.recipe.spec import read
@@ -96,6 +107,51 @@ def test_the_python_of_the_readme_runs_as_it_stands(user: Path) -> None:
         exec(compile(block, "README.md", "exec"), names)
     assert {path.name for path in user.iterdir()} >= {"forgot-ada", "forgot-late", "soup", "scaled"}
     assert names["outcome"].facts["forget_nll_after"] > names["outcome"].facts["forget_nll_before"]
+
+
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the entries shown on the page of the house define, registered for one test."""
+    monkeypatch.setattr(verifiers, "VERIFIERS", dict(verifiers.VERIFIERS))
+    monkeypatch.setattr(forms, "FORMS", dict(forms.FORMS))
+    monkeypatch.setattr(metrics, "METRICS", dict(metrics.METRICS))
+    monkeypatch.setattr(
+        sys.modules["overhaul.conversions.records"], "_KNOWN", {}
+    )  # the package's `records` is a function
+    names: dict[str, Any] = {"__name__": "shown"}
+    monkeypatch.setitem(sys.modules, "shown", ModuleType("shown"))
+    for block in blocks(ROOT / "docs" / "architecture.md", "python"):
+        exec(compile(block, "architecture.md", "exec"), names)
+        vars(sys.modules["shown"]).update(names)
+    return names
+
+
+@pytest.mark.usefixtures("added")
+def test_the_verifier_and_the_form_of_the_page_are_ones() -> None:
+    row = {"verify": "last_word", "answer": 7}
+    assert verifiers.score(row, "so it is 7") == 1 and verifiers.score(row, "7 it is") == 0
+    rows = [{"term": "hand", "meaning": "glove"}, {"term": "foot", "meaning": "a shoe"}]
+    found = oh.examples(rows, tiny_tokenizer(), prompt="{question}")
+    told = tiny_tokenizer().decode(found[1]["labels"][found[1]["labels"] != IGNORED], skip_special_tokens=True)
+    assert found.kind == "tokens" and "a shoe" in told and "foot" not in told
+    assert [forms.find_form("glossary").positions(Source.model_validate({"from": "x"}), row)[0] > 1 for row in rows]
+
+
+def test_the_metric_of_the_page_is_one(added: dict[str, Any]) -> None:
+    evidence = Evidence(tiny_llama(), some_facts(0, 6), 6)
+    probabilities = [one.probability for one in evidence.scored]
+    assert added["least_probable"](evidence) == (min(probabilities), 6)
+    assert metrics.METRICS["least_probable"].roles == ("role",)
+
+
+@pytest.mark.usefixtures("added")
+def test_the_conversion_of_the_page_is_one(tmp_path: Path) -> None:
+    model: Any = tiny_llama()
+    assert convert(model, "gated", starts_as_identity=True) == 0
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.gate").fill_(0.5)
+    again, _ = oh.open(oh.save(model, None, tmp_path / "model"))
+    assert again.get_parameter("model.layers.1.gate").item() == 0.5
 
 
 @pytest.fixture
