@@ -15,6 +15,7 @@ import ast
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -101,6 +102,7 @@ class House:
             if rows[one] < rows[other]:
                 down.setdefault(one, set()).add(other)
 
+        @cache
         def below(room: str) -> set[str]:
             return {room}.union(*(below(each) for each in down.get(room, ())))
 

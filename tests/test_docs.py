@@ -89,7 +89,9 @@ def test_every_recipe_that_is_shown_is_right(text: str, user: Path) -> None:
 def test_names_in_the_python_of_a_page_are_there(page: Path) -> None:
     for block in blocks(page, "python"):
         for node in ast.walk(ast.parse(block)):
-            source = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            source = node.module or ""
             if source.startswith("overhaul.") and source != "overhaul.shrink.magnitude":  # that is the example itself
                 module = importlib.import_module(source)
                 assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
