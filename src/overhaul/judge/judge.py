@@ -25,7 +25,6 @@ from torch import nn
 
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError, did_you_mean
-from overhaul.judge.cost import cost as cost
 from overhaul.judge.evidence import Evidence, kind_of
 from overhaul.judge.generation import generates
 from overhaul.judge.measure import Measure as Measure
