@@ -55,8 +55,8 @@ def cost(model: nn.Module, stored: int | None = None, sample: Encoded | None = N
 def times(models: Mapping[str, nn.Module], sample: Encoded | None = None) -> dict[str, list[Measure]]:
     """How fast models are: the fastest of some warm runs of one example, in which all of them take turns.
 
-    The fastest, since whatever else a machine does only adds to a run. All runs are kept beside it: whether two models differ
-    is told from them.
+    The fastest, since whatever else a machine does only adds to a run. All runs are kept beside it: they tell whether two
+    models differ.
 
     Args:
         models: by name, held together, all on one device.

@@ -4,7 +4,7 @@
    that was not give the same numbers, and every checkpoint is loaded once before anybody relies on it.
 2. A step that changes nothing writes no model, and nothing is judged again: the stage before goes on. What a step makes
    beside the model lies in its folder, where later steps find it.
-3. Times are taken when all stages are there, in turn: timed minutes apart, two models of equal shape have differed by a third.
+3. Times are taken when all stages are there, in turn: minutes apart, two models of equal shape have differed by a third.
 4. Under `torchrun` or `accelerate launch` every process walks through the same steps. The main one alone judges and
    writes, the others wait where its files are read back, so all must see the run folder. What a method does outside
    `fit`, each of them does for itself.
@@ -292,7 +292,7 @@ class Runner:
         return next(found, ("", None))
 
     def timed(self, stages: Sequence[Stage], judged: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """What the judge said of stages with their models' times: found where these were timed before, else taken in turn."""
+        """What the judge said of stages, and their models' times: found where they were taken before, else taken in turn."""
         by_key = {stage.key: stage for stage in stages}
         digest, sample = self.sample()
         parts = (list(by_key), digest, self.checked.recipe.dtype, self.code, machine.describe())
