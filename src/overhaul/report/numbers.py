@@ -4,8 +4,8 @@ A verdict looks at the first and the last stage only. What counts as moved:
 
 1. A share (accuracy, extraction, ROUGE-L, area under a curve): more than 3 points.
 2. Any other number: more than 5% of what it was before. A time: only outside its own noise, that is if the fastest run of
-   the slower model takes 1.25 times the median run of the faster one. Stages are timed minutes apart, and a busy machine
-   alone has made one of two equal models slower by a third: nothing is said of a time whose runs are not known.
+   the slower model takes 1.25 times the median run of the faster one. Models take turns where they fit into memory beside
+   each other; else a busy machine alone may slow one of them. Nothing is said of a time whose runs are not known.
 3. A change that was wanted is one only if it is large: a share or a probability must at least halve to have fallen, and
    gain 20 points or half of what was missing to have risen; any other number must move by more than 10%. What moved
    less moved "a little".
