@@ -10,8 +10,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from made_up import REPORTS, image_report, judged_only, language_report, odd_report
 
+from made_up import REPORTS, image_report, judged_only, language_report, odd_report
 from overhaul.errors import RunError
 from overhaul.report import numbers, sentences
 from overhaul.report.html import ASIDE, SAMPLES_SHOWN, render, write_html

@@ -6,9 +6,9 @@ import io
 from typing import Any
 
 import pytest
-from made_up import REPORTS, judged_only, language_report
 from rich.console import Console
 
+from made_up import REPORTS, judged_only, language_report
 from overhaul.report import numbers, sentences
 from overhaul.report.terminal import print_table
 
