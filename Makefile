@@ -40,6 +40,7 @@ comparisons: $(VENV)/installed
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/draw.py
 
 # torch first, at its pinned version: resolving it together with the rest may pick a build for other hardware
 $(VENV)/installed: requirements.lock pyproject.toml

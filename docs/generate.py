@@ -8,6 +8,8 @@ import inspect
 import sys
 from pathlib import Path
 
+import yaml
+
 from overhaul.claims._claim import claims_page
 from overhaul.method import Method, methods
 from overhaul.report.comparison import Comparison, read
@@ -42,12 +44,16 @@ def method_page(method: Method) -> str:
     lines += [body.strip(), "", "## Reads", "", "| material | kind | | what it is |", "|---|---|---|---|"]
     for material in method.materials:
         need = "required" if material.required else "optional"
-        lines.append(f"| `{material.name}` | {material.kind} | {need} | {_cell(material.doc)} |")
+        kind = f"{material.kind}s, several" if material.many else material.kind
+        lines.append(f"| `{material.name}` | {kind} | {need} | {_cell(material.doc)} |")
+    if method.makes:
+        lines += ["", "## Makes", "", "Beside the model, for later steps:", ""]
+        lines += [f"- `{name}` ({kind})" for name, kind in method.makes.items()]
     lines += ["", "## Knobs", "", "| knob | type | default | what it does |", "|---|---|---|---|"]
     for knob in method.knobs:
         default = "required" if knob.required else f"`{knob.default!r}`"
         lines.append(f"| `{knob.name}` | {_cell(knob.type)} | {default} | {_cell(knob.doc)} |")
-    lines += ["", "## In a recipe", "", "```yaml", "steps:", f"  - {method.name}: {{{_example(method)}}}", "```", ""]
+    lines += ["", "## In a recipe", "", "```yaml", recipe(method), "```", ""]
     return "\n".join(lines)
 
 
@@ -106,8 +112,12 @@ def _cell(text: str) -> str:
     return text.replace("|", r"\|")
 
 
-def _example(method: Method) -> str:
-    return ", ".join(f"{knob.name}: {1 if knob.required else knob.default}" for knob in method.knobs[:2])
+def recipe(method: Method) -> str:
+    """A step with its first two knobs that are set, as a recipe has it."""
+    shown = {knob.name: 1 if knob.required else knob.default for knob in method.knobs}
+    chosen = dict([(name, value) for name, value in shown.items() if isinstance(value, str | int | float)][:2])
+    knobs = yaml.safe_dump(chosen, default_flow_style=True, sort_keys=False, width=200).strip()
+    return f"steps:\n  - {method.name}: {knobs}"
 
 
 def pages() -> dict[Path, str]:

@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 
 from conftest import FAMILIES
+from contract import as_recipe, marks
+from overhaul import method as methods
+from overhaul.recipe.run import run
 
 PAGE = Path(__file__).parents[1] / "docs" / "adding-a-method.md"
 
@@ -41,12 +44,31 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any
 def test_the_example_is_a_method_and_passes_its_own_tests(load: Callable[[str], Any]) -> None:
     described = load("overhaul.shrink.magnitude").magnitude.method
     assert (described.name, described.paper, described.changes) == ("shrink.magnitude", "1506.02626", "weights")
-    assert [knob.name for knob in described.knobs] == ["share"]
-    tests = {name: run for name, run in vars(load("test_magnitude")).items() if name.startswith("test_")}
-    assert len(tests) == 4
-    for run in tests.values():
-        for arguments in [(family,) for family in FAMILIES] if run.__code__.co_argcount else [()]:
-            run(*arguments)
+    assert [knob.name for knob in described.knobs] == ["share"] and described.makes == {"masks": "tensors"}
+    tests = [one for name, one in vars(load("test_magnitude")).items() if name.startswith("test_")]
+    assert len(tests) == 5
+    for one in tests:
+        for arguments in [(family,) for family in FAMILIES] if one.__code__.co_argcount else [()]:
+            one(*arguments)
+
+
+def test_the_case_of_the_example_varies_every_knob(load: Callable[[str], Any], tmp_path: Path) -> None:
+    described = load("overhaul.shrink.magnitude").magnitude.method
+    case = load("test_magnitude").CASE
+    assert {*case.varied, *case.idle} == {knob.name for knob in described.knobs}
+    for knob, (one, other) in case.varied.items():
+        assert marks(case.run(tmp_path, **{knob: one})) != marks(case.run(tmp_path, **{knob: other}))
+
+
+def test_a_recipe_runs_the_example_and_keeps_what_it_made(
+    load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    described = load("overhaul.shrink.magnitude").magnitude.method
+    find: Callable[[str], methods.Method] = methods.find
+    monkeypatch.setattr(methods, "find", lambda name: described if name == described.name else find(name))
+    done = run(as_recipe(load("test_magnitude").CASE, tmp_path), tmp_path / "out")
+    (step,) = done.report["steps"]
+    assert step["made"]["masks"]["kind"] == "tensors" and step["tables"]["matrices"]["rows"]
 
 
 def test_the_claim_of_the_example_can_pass_and_fail(load: Callable[[str], Any]) -> None:
