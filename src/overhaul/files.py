@@ -30,7 +30,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def contents(value: Any) -> Any:
-    """`default` of a `json.dumps` whose text is hashed: all of an array or picture, of which `str` shows a part or a place."""
+    """`default` of a `json.dumps` whose text is hashed: all of an array or picture, of which `str` shows a part."""
     if hasattr(value, "detach"):  # a tensor, of any dtype
         return [str(value.dtype), value.tolist()]
     if isinstance(value, set | frozenset):

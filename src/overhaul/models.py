@@ -182,8 +182,8 @@ def class_of(known: Checkpoint) -> Any:
             return getattr(import_module(known.config["overhaul"]), known.architecture, None)
         except ModuleNotFoundError:
             raise RequestError(
-                f"{known.source}: config.json names {known.config['overhaul']}, which this Overhaul has not; another version "
-                "made this folder."
+                f"{known.source}: config.json names {known.config['overhaul']}, which this Overhaul has not; another "
+                "version made this folder."
             ) from None
     return getattr(import_module(known.library), known.architecture, None)
 
@@ -284,7 +284,7 @@ def save(model: nn.Module, processor: Any, folder: str | Path, *, dtype: str | N
 
 
 def _check_finite(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Refuse numbers that are none, and those that a smaller dtype of the files makes to such. (A mask may hold infinities.)"""
+    """Refuse numbers that are none, and those that a smaller dtype of the files makes to such. Masks may be infinite."""
     bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
     bad += [name for name, b in model.named_buffers() if b.is_floating_point() and b.isnan().any()]
     if bad:
@@ -310,9 +310,9 @@ def _check_loads_back(model: nn.Module) -> None:
         )
     if shared := _stored_once(model):
         raise RunError(
-            f"{shared[0]!r} and {shared[1]!r} are one tensor here, and {type(model).__name__} does not tie them by its config: "
-            "only one would be saved, and the folder would not open. Tie them in the config (`tie_word_embeddings`), or "
-            "give each its own; nothing was saved."
+            f"{shared[0]!r} and {shared[1]!r} are one tensor here, and {type(model).__name__} does not tie them by its "
+            "config: only one would be saved, and the folder would not open. Tie them in the config "
+            "(`tie_word_embeddings`), or give each its own; nothing was saved."
         )
     wrong = unlike_its_class(model)
     if wrong:
