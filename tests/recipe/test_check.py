@@ -186,3 +186,18 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("model: !!python/object:os.system x")
     with pytest.raises(RequestError, match="not valid YAML"):
         read(tmp_path / "x.yaml")
+
+
+def test_of_several_steps_of_one_name_the_first_is_meant_and_said(folder: Path, tmp_path: Path) -> None:
+    text = {"text": {"from": str(tmp_path / "people.jsonl")}, "cut": {"after": "shrink.drop_layers"}}
+    heal = {"shrink.heal": {"teacher": "cut", "target": "teacher", "steps": 1}}
+    cut = {"shrink.drop_layers": {"count": 1}}
+    changes: dict[str, Any] = {"materials": text, "judge": {}}
+    assert checked(folder, tmp_path, steps=[cut, heal], **changes).warnings == []
+    (said,) = checked(folder, tmp_path, steps=[cut, cut, heal], **changes).warnings
+    assert said == "The model 'cut' is `after: shrink.drop_layers`; of steps [1, 2] the first is meant."
+
+
+def test_a_name_alone_is_no_material_but_can_be_listed(folder: Path, tmp_path: Path) -> None:
+    one = {"twin": {"model": str(folder)}}
+    refused(r"list it: `tuned: \[twin\]`", folder, tmp_path, materials={**one, "tuned": "twin"})

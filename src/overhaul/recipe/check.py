@@ -191,8 +191,8 @@ def _steps(entries: Sequence[Mapping[str, Any]], materials: Materials) -> tuple[
     steps: list[Step] = []
     for number, entry in enumerate(entries, 1):
         steps.append(_step(number, entry, materials, steps))
-    _check_after(materials.references, steps)
-    warnings = [warning for step in steps for warning in verbs.ask("check", step, materials.rows)]
+    warnings = _check_after(materials.references, steps)
+    warnings += [warning for step in steps for warning in verbs.ask("check", step, materials.rows)]
     return steps, warnings
 
 
@@ -329,8 +329,9 @@ def encode_made(role: str, reference: Reference, rows: list[Row], processor: Any
     return encode(load_rows(spec, Path.cwd(), rows), spec, processor)
 
 
-def _check_after(references: Mapping[str, Reference], steps: Sequence[Step]) -> None:
-    """Whether the steps after which a model is taken are there, and before those that read it."""
+def _check_after(references: Mapping[str, Reference], steps: Sequence[Step]) -> list[str]:
+    """Whether the steps after which a model is taken are there, and before those that read it; which of several is meant."""
+    warnings: list[str] = []
     for name, reference in references.items():
         if "after" not in reference:
             continue
@@ -342,3 +343,6 @@ def _check_after(references: Mapping[str, Reference], steps: Sequence[Step]) -> 
         users = [step for step in steps if name in step.materials]
         if places and any(step.number <= places[0] for step in users):
             raise RequestError(f"The model {name!r} is the one after {target}, but a step before that reads it.")
+        if len(places) > 1 and users:
+            warnings.append(f"The model {name!r} is `after: {target}`; of steps {places} the first is meant.")
+    return warnings
