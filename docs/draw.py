@@ -26,14 +26,14 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "door": ("__main__ cli __init__",),
     "runs": ("claims recipe",),
     "verbs": ("inspect forget shrink merge rewire adapt pretrain align",),
-    "method": ("listing method outcome",),
+    "method": ("listing method signatures",),
     "judge": ("judge report",),
     "bench": (
         "blockwise prefix fit importance adapters rollouts",
-        "parties weights trace objectives references selectors _batching",
+        "parties weights trace objectives references selectors parts _batching",
     ),
     "data": ("data",),
-    "models": ("_auto checkpoints models conversions stack modes",),
+    "models": ("_auto checkpoints models processor conversions stack modes outcome",),
     "ground": ("errors session processes files versions",),
 }
 """The layers from the door to the ground, each of one row of rooms or several. A verb without methods has no room yet."""

@@ -174,9 +174,9 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def timed_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every judgement times its model; here the numbers of runs are nobody's concern."""
-    for name in ("FORWARDS", "GENERATIONS"):
-        monkeypatch.setattr(cost, name, 1)
+    """Every run times its models; here the numbers of runs and of tokens are nobody's concern."""
+    for name, value in {"FORWARDS": 1, "GENERATIONS": 1, "NEW_TOKENS": 2}.items():
+        monkeypatch.setattr(cost, name, value)
 
 
 def cpu_seconds() -> float:

@@ -12,7 +12,8 @@ from overhaul.adapters import adapters
 from overhaul.errors import RequestError
 from overhaul.fit import fit
 from overhaul.objectives import cross_entropy
-from overhaul.selectors import blocks_of, is_norm, select
+from overhaul.parts import is_norm
+from overhaul.selectors import blocks_of, select
 from overhaul.stack import LayerStack
 from tracing import hooks_of
 

@@ -15,71 +15,32 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
-import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, ValidationError, create_model
+from pydantic import ValidationError
 from torch import nn
 
-from overhaul.data.examples import Examples, Rows
 from overhaul.errors import RequestError, did_you_mean
-from overhaul.models import Checkpoint, facts
+from overhaul.models import facts
 from overhaul.outcome import Outcome as Outcome
 from overhaul.outcome import Table as Table
 from overhaul.outcome import checked
+from overhaul.signatures import OUT, Signature
+from overhaul.signatures import Knob as Knob
+from overhaul.signatures import Material as Material
 from overhaul.versions import version_of
 
 Verb = Literal["inspect", "forget", "shrink", "merge", "rewire", "adapt", "pretrain", "align"]
 Changes = Literal["weights", "architecture", "nothing"]
 Memory = Literal["stream", "forward", "gradient", "training"]
-Kind = Literal["model", "checkpoint", "examples", "rows"]
 Product = Literal["examples", "rows", "tensors", "checkpoint", "json"]
 VERBS: tuple[str, ...] = typing.get_args(Verb)
-
-KINDS: Mapping[Any, Kind] = {nn.Module: "model", Checkpoint: "checkpoint", Examples: "examples"}
-OUT = "out"
-
-
-@dataclass(frozen=True)
-class Material:
-    """A positional argument, found in a recipe by its name.
-
-    Attributes:
-        name: of the role.
-        kind: an opened "model", a "checkpoint" (a folder with its facts), encoded "examples", or raw "rows".
-        many: a sequence of such.
-        required: whether there must be one.
-        doc: its description.
-    """
-
-    name: str
-    kind: Kind
-    many: bool
-    required: bool
-    doc: str
-
-    @property
-    def is_model(self) -> bool:
-        """Whether it is a network, opened or not."""
-        return self.kind in ("model", "checkpoint")
-
-
-@dataclass(frozen=True)
-class Knob:
-    """A keyword-only argument. One without a default is `required`; `group` is the dataclass whose field it is."""
-
-    name: str
-    type: str
-    default: Any
-    doc: str
-    required: bool = False
-    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -197,7 +158,21 @@ def method(
     """
 
     def decorate(function: Callable[..., Outcome]) -> Callable[..., Outcome]:
-        described = _describe(function, verb, paper, changes, memory, makes or {})
+        signature = Signature.of(function, f"{verb}.{function.__name__}")
+        doc = inspect.cleandoc(function.__doc__ or "")
+        described = Method(
+            name=f"{verb}.{function.__name__}",
+            verb=verb,
+            paper=paper,
+            changes=changes,
+            memory=memory,
+            summary=doc.partition("\n\n")[0].replace("\n", " "),
+            doc=inspect.cleandoc(sys.modules[function.__module__].__doc__ or "") + "\n\n" + doc,
+            makes=dict(makes or {}),
+            module=function.__module__,
+            call=function,
+            **vars(signature),
+        )
         materials = {material.name: material for material in described.materials}
 
         @functools.wraps(function)
@@ -235,126 +210,6 @@ def _as_asked(method: str, material: Material, value: Any) -> Any:
     if material.kind == "model" and isinstance(value, str | Path):
         raise RequestError(f"{method}: {material.name} is a model; open {str(value)!r} first: model, _ = oh.open(...).")
     return value
-
-
-def _describe(
-    function: Callable[..., Outcome],
-    verb: str,
-    paper: str,
-    changes: Changes,
-    memory: Memory,
-    makes: Mapping[str, Product],
-) -> Method:
-    hints = typing.get_type_hints(function, include_extras=True)
-    docs = _argument_docs(function.__doc__ or "")
-    materials: list[Material] = []
-    knobs: list[Knob] = []
-    schema: dict[str, Any] = {}
-    groups: dict[str, type] = {}
-    parameters = inspect.signature(function).parameters
-    for name, parameter in parameters.items():
-        hint = hints[name]
-        required = parameter.default is inspect.Parameter.empty
-        if name not in docs:
-            raise TypeError(f"{verb}.{function.__name__}: the docstring's Args does not mention {name!r}")
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-            materials.append(_material(f"{verb}.{function.__name__}", name, hint, required, docs[name]))
-        elif name == OUT:
-            continue
-        elif is_dataclass(hint):
-            groups[name] = hint  # pyright: ignore[reportArgumentType]
-            for knob, typed in _fields(name, hint, parameter.default):
-                knobs.append(knob)
-                schema[knob.name] = (typed, ... if knob.required else knob.default)
-        else:
-            default = None if required else parameter.default
-            knobs.append(Knob(name, _type_text(hint), default, docs[name], required))
-            schema[name] = (hint, ... if required else default)
-    model = create_model(
-        function.__name__,
-        __config__=ConfigDict(
-            extra="forbid", arbitrary_types_allowed=True, validate_default=True, allow_inf_nan=False
-        ),
-        **schema,
-    )  # fmt: skip
-    doc = inspect.cleandoc(function.__doc__ or "")
-    return Method(
-        name=f"{verb}.{function.__name__}",
-        verb=verb,
-        paper=paper,
-        changes=changes,
-        memory=memory,
-        summary=doc.partition("\n\n")[0].replace("\n", " "),
-        doc=inspect.cleandoc(sys.modules[function.__module__].__doc__ or "") + "\n\n" + doc,
-        materials=tuple(materials),
-        knobs=tuple(knobs),
-        makes=dict(makes),
-        module=function.__module__,
-        writes=OUT in parameters,
-        call=function,
-        schema=model,
-        groups=groups,
-    )
-
-
-def _material(method: str, name: str, hint: Any, required: bool, doc: str) -> Material:
-    """What an annotation asks for: a kind, a sequence of such, or either or None."""
-    wanted = hint
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        (wanted,) = [one for one in typing.get_args(hint) if one is not type(None)] or [None]
-    many = wanted != Rows and typing.get_origin(wanted) is Sequence
-    if many:
-        (wanted,) = typing.get_args(wanted)
-    kind = "rows" if wanted == Rows else KINDS.get(wanted)
-    if kind is None:
-        known = "nn.Module, Checkpoint, Examples, Rows, a Sequence of one of these"
-        raise TypeError(
-            f"{method}: the material {name!r} is {hint}, which no recipe can give; it must be {known}, or None"
-        )
-    return Material(name, kind, many, required, doc)
-
-
-def _fields(group: str, kind: Any, default: Any) -> list[tuple[Knob, Any]]:
-    """The knobs that a dataclass stands for, each with its type."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    docs = _argument_docs(kind.__doc__ or "", "Attributes")
-    found = []
-    for one in fields(kind):
-        if one.name not in docs:
-            raise TypeError(f"{kind.__name__}: the docstring's Attributes does not mention {one.name!r}")
-        value = getattr(default, one.name)
-        found.append((Knob(one.name, _type_text(hints[one.name]), value, docs[one.name], group=group), hints[one.name]))
-    return found
-
-
-def _argument_docs(doc: str, section_name: str = "Args") -> dict[str, str]:
-    """The `Args:` section of a Google-style docstring; `a, b: text` documents both."""
-    section = re.search(rf"^{section_name}:\n(.*?)(?=^\S|\Z)", inspect.cleandoc(doc), re.M | re.S)
-    found: dict[str, str] = {}
-    if section:
-        for entry in re.split(r"\n(?=    \S)", "\n" + section[1]):
-            names, _, text = entry.strip().partition(":")
-            for name in names.split(","):
-                found[name.strip()] = " ".join(text.split())
-    return found
-
-
-def _type_text(hint: Any) -> str:
-    """A type as a reader would write it: `float > 0`, `"batch" | "sample"`, `int | None`."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return " | ".join(repr(choice) for choice in arguments)
-    if origin in (typing.Union, types.UnionType):
-        return " | ".join(_type_text(argument) for argument in arguments)
-    if origin is typing.Annotated:
-        signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-        bounds = [f"{s} {getattr(mark, k)}" for mark in arguments[1:] for k, s in signs.items() if hasattr(mark, k)]
-        return f"{_type_text(arguments[0])} {' and '.join(bounds)}".strip()
-    if hint is type(None):
-        return "None"
-    if origin is not None:
-        return f"{origin.__name__}[{', '.join(_type_text(argument) for argument in arguments)}]"
-    return getattr(hint, "__name__", str(hint))
 
 
 class _Shelf(types.ModuleType):

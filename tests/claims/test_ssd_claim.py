@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 
 from claims.test_stored import RESULTS
@@ -19,6 +20,7 @@ def test_the_parts_are_the_forgotten_class_and_the_rest() -> None:
     assert FORGOTTEN not in {int(item["labels"]) for item in retain.items}
 
 
+@pytest.mark.smoke
 def test_a_short_experiment_gives_every_number_that_is_stored() -> None:
     found = experiment(0, Size(training_steps=5, fine_tuning_epochs=1, random_masks=1))
     assert all(0.0 <= value <= 1.0 for value in found.values())

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from overhaul.claims._claim import SEEDS_TO_STORE, claims_page, find, slugs, stored, verdict
+from overhaul.report.numbers import humanise
 
 RESULTS = {result["slug"]: result for result in stored()}
 
@@ -40,5 +41,5 @@ def test_the_page_shows_every_verdict_and_number_that_is_stored(slug: str) -> No
             line.replace("\\|", "|") for line in lines
         ]
     for name, values in result["numbers"].items():
-        shown = ["not finite" if value is None else f"{value:.4g}" for value in values]
+        shown = ["not finite" if value is None else humanise(value, "") for value in values]
         assert f"| {name} | {' | '.join(shown)} |" in [line.replace("\\|", "|") for line in lines]

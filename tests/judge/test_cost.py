@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from conftest import FAMILIES, examples_for, tiny_llama, tiny_resnet
-from overhaul.judge.cost import cost, flops
+from overhaul.judge.cost import cost, flops, times
 from overhaul.judge.measure import Measure
 
 
@@ -42,12 +42,13 @@ def test_image_flops_of_a_convolution_by_hand() -> None:
     measured = by_name(cost(Small(), sample=sample))
     assert measured["flops"].value == 2 * (4 * 36 * 9) + 2 * (4 * 36 * 10)
     assert measured["flops"].unit == "FLOPs/image"
-    assert "decode_latency" not in measured
+    assert {one.metric for one in times({"a": Small()}, sample)["a"]} == {"latency"}
 
 
 def test_every_family_has_a_cost(family: str) -> None:
     model: Any = FAMILIES[family]().train()
-    measured = by_name(cost(model, 1234, examples_for(family, 1)[0]))
+    sample = examples_for(family, 1)[0]
+    measured = by_name([*cost(model, 1234, sample), *times({"it": model}, sample)["it"]])
     assert measured["parameters"].value == len(nn.utils.parameters_to_vector(model.parameters()))
     assert measured["bytes_on_disk"].value == 1234
     assert measured["flops"].value > 0
@@ -62,7 +63,8 @@ def test_of_what_is_not_stored_nothing_is_said_about_the_disk() -> None:
 
 
 def test_what_cannot_be_run_is_not_known() -> None:
-    measured = by_name(cost(tiny_resnet()))
+    model = tiny_resnet()
+    measured = by_name([*cost(model), *times({"it": model})["it"]])
     assert measured["parameters"].value and measured["parameters"].value > 0
     assert measured["flops"].value is None and measured["latency"].value is None
 
@@ -81,7 +83,7 @@ def test_a_network_of_another_kind_is_run_on_the_sample_it_is_given() -> None:
             return {"sample": self.convolution(sample) + self.time(timestep[:, None].float())[..., None, None]}
 
     sample = {"sample": torch.zeros(1, 8, 8), "timestep": torch.tensor(3), "labels": torch.tensor(0)}
-    measured = by_name(cost(Denoiser(), sample=sample))
+    measured = by_name([*cost(Denoiser(), sample=sample), *times({"it": Denoiser()}, sample)["it"]])
     assert measured["flops"].value == 2 * (4 * 36 * 9) + 2 * 4
     assert measured["flops"].unit == "FLOPs/example" and measured["latency"].value
     assert by_name(cost(Denoiser()))["flops"].value is None

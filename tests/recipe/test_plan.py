@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -46,6 +47,30 @@ def test_dtype_changes_memory(folder: Path, tmp_path: Path) -> None:
     drop = [{"shrink.drop_layers": {"count": 1}}]
     wide = planned(folder, tmp_path, steps=drop)[0].peak_bytes
     assert planned(folder, tmp_path, steps=drop, dtype="bfloat16")[0].peak_bytes < wide
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weights", "frozen", "trained"),
+    [
+        ("float32", "all", 0, 4 + 4 + 8),
+        ("bfloat16", "all", 0, 2 + 4 + 4 + 8),  # weight, master, gradient, moments
+        ("float16", "all", 0, 4 + 4 + 8),  # float32 while it trains
+        ("float32", "lora", 4, 4 + 4 + 8),
+        ("bfloat16", "lora", 2, 4 + 4 + 8),
+        ("float16", "lora", 4, 4 + 4 + 8),
+    ],
+)
+def test_bytes_of_a_trained_parameter_by_hand(
+    dtype: str, weights: str, frozen: int, trained: int, folder: Path, tmp_path: Path
+) -> None:
+    knobs = {"steps": 1, "batch_size": 1, "weights": weights, "rank": 16}
+    (heal,) = planned(folder, tmp_path, steps=[{"shrink.heal": knobs}], dtype=dtype)
+    # q, k, v, o: 32x32, 16x32, 16x32, 32x32; gate, up, down: 48 and 32; two norms a block; embedding and the last norm
+    block = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32 + 2 * 32
+    model = 4 * block + 64 * 32 + 32
+    adapters = 16 * 4 * (2 * (32 + 32) + 2 * (16 + 32) + 3 * (48 + 32))
+    # one short row: its activations are less than the gradients, with which they take turns
+    assert heal.peak_bytes == frozen * model + trained * (adapters if weights == "lora" else model)
 
 
 def test_the_peak_is_of_the_measured_stretch() -> None:

@@ -10,10 +10,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from made_up import REPORTS, image_report, judged_only, language_report, odd_report
 
+from made_up import REPORTS, image_report, judged_only, language_report, odd_report
 from overhaul.errors import RunError
-from overhaul.report import numbers
+from overhaul.report import numbers, sentences
 from overhaul.report.html import ASIDE, SAMPLES_SHOWN, render, write_html
 
 VOID = {"meta", "link", "br", "wbr"}
@@ -132,7 +132,7 @@ def test_nulls_are_dashes(report: dict[str, Any]) -> None:
 
 def test_verdicts_stand_before_the_table(report: dict[str, Any]) -> None:
     text = Page(render(report)).text
-    for said in numbers.group_verdicts(report["measures"]):
+    for said in sentences.group_verdicts(report["measures"]):
         assert text.index(said.sentence) < text.index("What was measured")
     assert numbers.TOLERANCE in text
     assert "n = 20 is itself uncertain" in text

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from overhaul.report import numbers
+from overhaul.report import numbers, sentences
 
 
 def measure(unit: str, wanted: str, *values: float | None, better: str = "up", group: str = "kept") -> dict[str, Any]:
@@ -167,7 +167,7 @@ def test_a_time_gets_a_verdict_outside_its_noise_only(
 def test_of_a_time_whose_runs_are_not_known_nothing_is_said() -> None:
     seen = numbers.verdict(measure("ms", "down", 5.0, 9.0, better="down", group="cost"))
     assert (seen.word, seen.good) == ("within noise", None)
-    (said,) = numbers.group_verdicts([timed([5.0, 5.6, 9.0], [6.7, 8.0])])
+    (said,) = sentences.group_verdicts([timed([5.0, 5.6, 9.0], [6.7, 8.0])])
     assert said.sentence == "As before: accuracy 6.70 ms (within noise)."
 
 
@@ -202,29 +202,29 @@ def test_a_change_towards_chance_is_a_difference() -> None:
     assert numbers.change(measure("", "chance", 0.993, 0.571)) == "−0.422"
 
 
-def sentences(*measures: dict[str, Any]) -> list[str]:
-    return [said.sentence for said in numbers.group_verdicts(measures)]
+def in_short(*measures: dict[str, Any]) -> list[str]:
+    return [said.sentence for said in sentences.group_verdicts(measures)]
 
 
 def test_sentences_say_yes_no_and_in_part() -> None:
     good, bad = measure("share", "same", 0.9, 0.9), measure("share", "same", 0.9, 0.5)
     unknown, nearer = measure("share", "same", 0.9, None), measure("", "chance", 0.99, 0.7, group="forgotten")
-    assert sentences(good) == ["Yes: accuracy on retain 90.0% → 90.0% (no change)."]
-    assert sentences(good, good)[0].startswith("Yes: all 2 measures stayed, such as accuracy on retain")
-    assert sentences(bad) == ["No: accuracy on retain 90.0% → 50.0% (got worse)."]
-    assert sentences(bad, bad)[0].startswith("No: none of 2 measures stayed: accuracy")
-    assert sentences(good, bad) == [
+    assert in_short(good) == ["Yes: accuracy on retain 90.0% → 90.0% (no change)."]
+    assert in_short(good, good)[0].startswith("Yes: all 2 measures stayed, such as accuracy on retain")
+    assert in_short(bad) == ["No: accuracy on retain 90.0% → 50.0% (got worse)."]
+    assert in_short(bad, bad)[0].startswith("No: none of 2 measures stayed: accuracy")
+    assert in_short(good, bad) == [
         "In part: 1 of 2 measures stayed; the rest: accuracy on retain 90.0% → 50.0% (got worse)."
     ]
-    assert sentences(bad, unknown)[0].startswith("No: none of 2 measures stayed")
-    assert sentences(unknown) == ["Not compared: accuracy on retain 90.0% → – (not compared)."]
-    assert sentences(nearer, nearer)[0].startswith("In part: none of 2 measures quite came out as wanted: ")
-    assert sentences(nearer) == ["In part: accuracy on retain 0.99 → 0.7 (nearer chance)."]
+    assert in_short(bad, unknown)[0].startswith("No: none of 2 measures stayed")
+    assert in_short(unknown) == ["Not compared: accuracy on retain 90.0% → – (not compared)."]
+    assert in_short(nearer, nearer)[0].startswith("In part: none of 2 measures quite came out as wanted: ")
+    assert in_short(nearer) == ["In part: accuracy on retain 0.99 → 0.7 (nearer chance)."]
 
 
 def test_groups_come_in_order_and_unknown_ones_last() -> None:
     rows = [measure("", "same", 1.0, 1.0, group=group) for group in ("my_group", "cost", "kept", "forgotten")]
-    said = numbers.group_verdicts(rows)
+    said = sentences.group_verdicts(rows)
     assert [one.heading for one in said] == ["To be forgotten", "To be kept", "Cost", "My group"]
 
 
@@ -233,20 +233,20 @@ def test_cost_sentence_tells_what_it_costs_now() -> None:
         {**measure("bytes", "down", 4e6, 3e6, better="down", group="cost"), "label": "weights on disk"},
         {**measure("ms", "down", 5.0, 5.0, better="down", group="cost"), "label": "one forward"},
     ]
-    (said,) = numbers.group_verdicts(rows)
+    (said,) = sentences.group_verdicts(rows)
     assert said.sentence == "Now: weights on disk 3.00 MB (−25.0%); one forward 5.00 ms."
     assert said.overall.good is True
 
 
 def test_costs_that_pull_both_ways_are_neither_good_nor_bad() -> None:
     rows = [measure("bytes", "down", 5.0, after, better="down", group="cost") for after in (1.0, 9.0)]
-    assert numbers.group_verdicts(rows)[0].overall == numbers.Verdict("mixed", None)
+    assert sentences.group_verdicts(rows)[0].overall == numbers.Verdict("mixed", None)
 
 
 def test_uncertainty_is_that_of_the_smallest_share() -> None:
     rows = [measure("share", "same", 1.0), {**measure("share", "same", 1.0), "n": 25}, measure("", "same", 1.0)]
-    assert "n = 25 is itself uncertain by up to ±19.6 points" in numbers.uncertainty(rows)
-    assert numbers.uncertainty(rows[2:]) == ""
+    assert "n = 25 is itself uncertain by up to ±19.6 points" in sentences.uncertainty(rows)
+    assert sentences.uncertainty(rows[2:]) == ""
 
 
 @pytest.mark.parametrize("paper", ["2308.07707", "arXiv:2308.07707", "2308.07707v2", "cs/0101001", "math.GT/0309136"])

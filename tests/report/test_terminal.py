@@ -6,10 +6,10 @@ import io
 from typing import Any
 
 import pytest
-from made_up import REPORTS, judged_only, language_report
 from rich.console import Console
 
-from overhaul.report import numbers
+from made_up import REPORTS, judged_only, language_report
+from overhaul.report import numbers, sentences
 from overhaul.report.terminal import print_table
 
 
@@ -64,7 +64,7 @@ def test_stages_that_do_not_fit_are_left_out_and_named(report: dict[str, Any]) -
 
 def test_verdict_sentences_follow_the_table(report: dict[str, Any]) -> None:
     text = squeezed(printed(report))
-    for said in numbers.group_verdicts(report["measures"]):
+    for said in sentences.group_verdicts(report["measures"]):
         assert squeezed(f"{said.overall.sign} {said.heading}. {said.sentence}") in text
 
 

@@ -187,7 +187,9 @@ def by_hand(model: nn.Module, examples: Examples, criterion: str, sparsity: floa
         ]
         given: dict[Any, Tensor] = {}
         hooks = [
-            layer.register_forward_pre_hook(lambda layer, args, to=given: to.__setitem__(layer, args[0].flatten(0, -2)))
+            layer.register_forward_pre_hook(
+                lambda layer, args, to=given: to.update([(layer, args[0].flatten(0, -2))])  # pyright: ignore
+            )
             for layer in layers
         ]
         batch = collate(examples.items)

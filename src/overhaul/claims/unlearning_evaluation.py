@@ -193,11 +193,12 @@ CLAIM = Claim(
         "The margins come from an earlier experiment of this size; where they are missed, the best explanation is how the "
         "answers are built here. Four of an answer's five tokens (two words, the full stop, the end) are common to all "
         "people, so a loss that makes answers unlikely is lowered as well by unlearning those words, which everybody "
-        "needs: utility falls further than planned (0.57 to 0.81 with NPO+GDR), and NPO without retain unlearns even the "
-        "full stop. What is over-unlearned differs by seed: NPO+GDR leaves the values a sixth as likely as the retrained "
-        "model has them on one seed and a millionth on the others, with an AUC near 0 on all. On those seeds relearning "
-        "one person brings the other five back by four and five orders of magnitude; GradDiff, which left the values "
-        "about as likely as retrained on two seeds, has nothing to bring back there. The retrained model's AUC is 0.58, "
-        "0.49 and 0.47: six people on each side are too few to tell it from 0.5."
+        "needs: what is retained falls further than planned (0.68 to 0.79 with NPO+GDR), and NPO without retain unlearns "
+        "even the full stop. NPO+GDR leaves the forgotten values a millionth as likely as the retrained model has them, "
+        "with an AUC of 0 on every seed, and on one of them relearning one person brings the other five back by eight "
+        "orders of magnitude; GradDiff, which left the values about as likely as retrained, has nothing to bring back. "
+        "The retrained model's AUC is 0.53, 0.49 and 0.47: six people on each side are too few to tell it from 0.5. The "
+        "truth ratio asks the original question with paraphrased answers, as TOFU does; the numbers of before that "
+        "change do not compare."
     ),
 )

@@ -36,8 +36,8 @@ from overhaul.judge.likelihood import auc
 from overhaul.judge.metrics.membership import by_min_k
 from overhaul.judge.robustness import Attacks
 from overhaul.judge.standards import privacy_leakage
-from overhaul.method import Outcome
 from overhaul.modes import at_rest
+from overhaul.outcome import Outcome
 from overhaul.report.comparison import Comparison, Kind, Row
 
 Source = nn.Module | Callable[[], nn.Module]

@@ -3,6 +3,7 @@
 1. The methods take the place of the recipe's first step of their verb; its other steps stay as they are.
 2. Everything that the variants share is done once: the data is read once, and the model before, the retrained model and
    every common step are kept in one folder by the hash of all they depend on. So a comparison that was stopped goes on.
+   Times are taken at the end, of all models of the table in turn.
 3. Beside them stands a null control: noise on every tensor as large as what the first method changed there. What the
    noise reaches as well is not the method's merit.
 4. A material `retrained: {model: FOLDER}` is judged as one row: a model that never saw what is to be forgotten.
@@ -147,9 +148,9 @@ class _Comparison:
     def go(self) -> Run:
         """Every variant's run, the table and the page."""
         rows: dict[str, list[_Judged]] = {}
-        measures: list[dict[str, Any]] = []
         anchored: dict[str, Any] = {}
         failed: list[tuple[str, OverhaulError]] = []
+        walked: Runner | None = None
         for variant in self.variants:
             runner = Runner(variant.checked, self.folder, self.data, RunFolder(self.folder.root / variant.folder))
             runner.anchored = anchored
@@ -159,21 +160,24 @@ class _Comparison:
                 failed.append((variant.label, error))
                 continue
             if not rows:
-                measures = [
-                    {k: v for k, v in one.items() if k not in ("value", "runs")} for one in judged[0]["measures"]
-                ]
-                rows["before"] = [_Judged("before", judged[0], variant.checked.recipe.model)]
+                rows["before"] = [_Judged("before", judged[0], stages[0], variant.checked.recipe.model)]
                 if RETRAINED in self.base.references:
                     anchor = self.retrained(runner, stages)
                     judgement = runner.judge(anchor)
-                    rows[RETRAINED] = [_Judged("retrained", judgement, self.base.references[RETRAINED]["model"])]
+                    source = self.base.references[RETRAINED]["model"]
+                    rows[RETRAINED] = [_Judged("retrained", judgement, anchor, source)]
             record = stages[variant.place + 1].record
-            rows.setdefault(variant.label, []).append(_Judged("method", judged[-1], f"{variant.folder}/model", record))
+            done = _Judged("method", judged[-1], stages[-1], f"{variant.folder}/model", record)
+            rows.setdefault(variant.label, []).append(done)
             if "null control" not in rows and (noisy := self.null_control(stages, variant.place)):
                 what = f"noise as large as {variant.label}'s change"
-                rows["null control"] = [_Judged("null control", runner.judge(noisy), what)]
-        if not rows:
+                rows["null control"] = [_Judged("null control", runner.judge(noisy), noisy, what)]
+            walked = runner
+        if walked is None:
             raise failed[0][1]
+        rows = _timed(walked, rows)
+        first = rows["before"][0].judgement["measures"]
+        measures = [{k: v for k, v in one.items() if k not in ("value", "runs")} for one in first]
         found = self.comparison(measures, rows, [f"{label} is missing: {error}" for label, error in failed])
         if processes.is_main():
             found.write(self.folder.root)
@@ -226,8 +230,16 @@ class _Judged:
 
     kind: Kind
     judgement: Mapping[str, Any]
+    stage: Stage
     model: str
     record: Mapping[str, Any] | None = None
+
+
+def _timed(runner: Runner, rows: Mapping[str, Sequence[_Judged]]) -> dict[str, list[_Judged]]:
+    """The same with times: all models of the table take turns, whichever run made them."""
+    runs = [run for each in rows.values() for run in each]
+    said = iter(runner.timed([run.stage for run in runs], [run.judgement for run in runs]))
+    return {label: [replace(run, judgement=next(said)) for run in each] for label, each in rows.items()}
 
 
 def _row(label: str, runs: Sequence[_Judged], step: Entry | None) -> Row:

@@ -33,6 +33,11 @@ def describe() -> dict[str, Any]:
     }
 
 
+def free_bytes() -> int:
+    """Memory where models lie that nobody uses."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+
+
 def _cpu_name() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -2,7 +2,9 @@
 
 1. The time is a floor: arithmetic at the speed of a short matrix multiplication on this machine, in the dtype of the run.
 2. Memory counts weights, gradients, optimizer state, the activations of the largest of some batches, and outputs that are
-   cached. In a training, activations and gradients take turns: one grows as the other falls.
+   cached. In a training, activations and gradients take turns: one grows as the other falls. With AdamW a trained parameter
+   takes 16 bytes (weight, gradient, two moments, all in float32); of bfloat16 18, with a float32 master beside the weight.
+   A float16 model is float32 while it trains, what is frozen in it too. Adapters are always float32.
 3. The interpreter and its libraries are listed apart; on an accelerator they do not count.
 """
 
@@ -24,7 +26,9 @@ from overhaul.recipe.check import Checked, Step
 DRAWN_BATCHES = 32
 STREAMED_BYTES_PER_SECOND = 1e9  # from and to a local disk that has them at hand
 STREAMED_BYTES = 300_000_000  # pieces of tensors and the pages of their files, whatever the size of the models
-LIBRARIES_BYTES = 430_000_000  # resident after importing what a training imports, with the locked versions
+LIBRARIES_BYTES = (
+    350_000_000  # after importing torch, transformers' generation, accelerate and what runs a recipe: 351 MB
+)
 KERNELS_BYTES = 40_000_000  # code of kernels and libraries that only the first steps page in, seen over several runs
 
 
@@ -54,7 +58,7 @@ def plan(checked: Checked, flops_per_second: float | None = None) -> list[Planne
 
 
 def libraries_bytes() -> int:
-    """What a run's process holds before any model: the interpreter and its libraries, those of a training included."""
+    """What a run's process holds before any model: this one's libraries, a training's at the least, and its kernels."""
     return max(psutil.Process().memory_info().rss, LIBRARIES_BYTES) + KERNELS_BYTES
 
 
@@ -114,7 +118,9 @@ class Shape:
 
 def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
     model, shape = checked.model, Shape.of(checked.model.config)
-    width = DTYPES[checked.recipe.dtype].itemsize
+    dtype, lora = checked.recipe.dtype, step.knobs.get("weights") == "lora"
+    width = DTYPES[dtype].itemsize
+    computed = 4 if dtype == "float16" and step.method.memory == "training" else width
     read = {
         role: [part for name in step.names(role) for part in checked.rows[name]]
         for role in step.reads
@@ -129,18 +135,17 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
     trains = step.method.memory in ("gradient", "training")
     # logits stand several times: raw, shifted, log-softmax and its gradient in float32
     logits = shape.logits * (16 if trains else width + 4)
-    activations = positions * (width * (shape.kept if trains else shape.live) + logits)
+    activations = positions * (computed * (shape.kept if trains else shape.live) + logits)
     models = sum(len(step.names(role.name)) for role in step.method.roles if role.kind == "model")
     if step.method.memory != "stream":  # its own model, and of those that are opened one by one the one at hand
         models += 1 + any(role.kind == "checkpoint" and role.name in step.reads for role in step.method.roles)
-    trained = (
-        _adapters(model.shapes, int(step.knobs["rank"])) if step.knobs.get("weights") == "lora" else model.parameters
-    )
+    trained = _adapters(model.shapes, int(step.knobs["rank"])) if lora else model.parameters
+    beside = 4 if lora or dtype == "bfloat16" else 0  # adapters beside the model, masters beside its weights
     held = {
         "stream": STREAMED_BYTES,
         "forward": activations,
         "gradient": 8 * trained + max(width * trained, activations),
-        "training": 2 * width * trained + max(width * trained, activations),
+        "training": (8 + beside) * trained + max(4 * trained, activations),
     }[step.method.memory]
     cached = width * shape.hidden * sum(map(sum, lengths.values())) if models > 1 else 0
     steps = step.knobs.get("steps")
@@ -150,7 +155,7 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
     if step.method.memory == "stream":
         read_bytes = sum(models_read.bytes for models_read in _streamed(step, checked))
         seconds = (read_bytes + model.bytes) / STREAMED_BYTES_PER_SECOND
-    peak = width * model.parameters * models + held + cached
+    peak = model.parameters * (width * models + computed - width) + held + cached
     counts = {role: len(each) for role, each in lengths.items()}
     others = {role: tuple(step.names(role)) for role in step.reads if role not in counts}
     return Planned(step.name, counts, others, step.knobs, peak, seconds)

@@ -4,7 +4,8 @@
    that was not give the same numbers, and every checkpoint is loaded once before anybody relies on it.
 2. A step that changes nothing writes no model, and nothing is judged again: the stage before goes on. What a step makes
    beside the model lies in its folder, where later steps find it.
-3. Under `torchrun` or `accelerate launch` every process walks through the same steps. The main one alone judges and
+3. Times are taken when all stages are there, in turn: minutes apart, two models of equal shape have differed by a third.
+4. Under `torchrun` or `accelerate launch` every process walks through the same steps. The main one alone judges and
    writes, the others wait where its files are read back, so all must see the run folder. What a method does outside
    `fit`, each of them does for itself.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,10 +24,12 @@ import torch
 from torch import nn
 
 from overhaul import __version__, models, processes, session
-from overhaul.data.examples import Examples
+from overhaul.data.examples import Encoded, Examples
 from overhaul.errors import OverhaulError, RequestError, RunError, writing
 from overhaul.files import write_json, write_text
+from overhaul.judge import cost as costs
 from overhaul.judge import judge as judging
+from overhaul.judge.measure import Measure
 from overhaul.method import Material
 from overhaul.outcome import OutcomeError
 from overhaul.recipe import finished, lineage, machine, products, results, verbs
@@ -82,6 +85,7 @@ class Runner:
         self.warnings = [*checked.warnings, *self.repeated()]
         self.model: tuple[str, nn.Module] | None = None
         self.anchored: dict[str, judging.Anchor] = {}
+        self.code = [version_of(module.__name__) for module in (judging, costs)]
 
     def go(self) -> dict[str, Any]:
         """All steps, all judgements and the published model; the report."""
@@ -91,7 +95,7 @@ class Runner:
         return report
 
     def walk(self) -> tuple[list[Stage], list[dict[str, Any]], dict[str, Any]]:
-        """As `go`; the stages, what the judge said of each, and the report."""
+        """As `go`; the stages, what the judge said of each, without times, and the report."""
         start = Stage("before", key_of(self.checked.model.digest(), self.checked.recipe.dtype), self.checked.model)
         stages = [start]
         judged = [self.judge(start)]
@@ -270,18 +274,46 @@ class Runner:
         requests = [asdict(request) for request in self.checked.requests]
         roles = {role: self.digests[role] for request in self.checked.requests for role in request.roles.values()}
         anchors = {name: self.reference_key(name, []) for name in self.checked.anchors}
-        parts = (stage.key, requests, roles, version_of(judging.__name__), anchors)
+        parts = (stage.key, requests, roles, self.code, anchors)
         path = self.folder.judged(key_of(*parts))
         if processes.is_main() and not path.exists():
             anchored = self.anchors()
             model = self.load(stage)
             torch.manual_seed(self.checked.recipe.seed)
             judgement = judging.judge(model, self.checked.requests, self.data, anchor=anchored)
-            sample = next((data[0] for data in self.data.values() if len(data)), None)
-            measures = [*judgement.measures, *judging.cost(model, stage.facts.bytes, sample)]
+            measures = [*judgement.measures, *costs.cost(model, stage.facts.bytes, self.sample()[1])]
             write_json(path, {"measures": [asdict(measure) for measure in measures], "samples": judgement.samples})
         processes.wait()
         return json.loads(path.read_text())
+
+    def sample(self) -> tuple[str, Encoded | None]:
+        """One example to run a model on, with the hash of the role that it is of."""
+        found = ((self.digests[role], data[0]) for role, data in self.data.items() if len(data))
+        return next(found, ("", None))
+
+    def timed(self, stages: Sequence[Stage], judged: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """What the judge said of stages, and their models' times: found where they were taken before, else taken in turn."""
+        by_key = {stage.key: stage for stage in stages}
+        digest, sample = self.sample()
+        parts = (list(by_key), digest, self.checked.recipe.dtype, self.code, machine.describe())
+        path = self.folder.timed(key_of(*parts))
+        if processes.is_main() and not path.exists():
+            session.current().report("timing", 0, 1, "")
+            self.model = None
+            dtype = models.DTYPES[self.checked.recipe.dtype]
+            needed = dtype.itemsize * sum(stage.facts.parameters for stage in by_key.values())
+            # those that have no room beside each other are timed one by one
+            together = [by_key] if needed <= machine.free_bytes() / 4 else [{key: by_key[key]} for key in by_key]
+            found: dict[str, list[Measure]] = {}
+            for group in together:
+                found |= costs.times({key: self.opened(stage.facts) for key, stage in group.items()}, sample)
+            write_json(path, {key: [asdict(measure) for measure in each] for key, each in found.items()})
+        processes.wait()
+        times = json.loads(path.read_text())
+        return [
+            {**one, "measures": [*one["measures"], *times[stage.key]]}
+            for stage, one in zip(stages, judged, strict=True)
+        ]
 
     def anchors(self) -> list[judging.Anchor]:
         """What the models say that the judge compares with: each read once, before another model is loaded."""
@@ -300,7 +332,7 @@ class Runner:
             RunError: with each limit that is broken.
         """
         first, broken = (
-            judging.broken_limits(self.checked.requests, [judging.Measure(**one) for one in judged[place]["measures"]])
+            judging.broken_limits(self.checked.requests, [Measure(**one) for one in judged[place]["measures"]])
             for place in (0, -1)
         )
         if not broken or not stages[-1].changed:
@@ -318,8 +350,9 @@ class Runner:
 
     def report(self, stages: list[Stage], judged: list[dict[str, Any]]) -> dict[str, Any]:
         """Everything the report shows, aligned over the stages."""
-        first = judged[0]
         judged = [one for one, stage in zip(judged, stages, strict=True) if stage.changed]
+        judged = self.timed([stage for stage in stages if stage.changed], judged)
+        first = judged[0]
         measures = []
         for n, measure in enumerate(first["measures"]):
             common = {name: value for name, value in measure.items() if name not in ("value", "runs")}

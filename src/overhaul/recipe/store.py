@@ -3,6 +3,7 @@
 OUT/run.json                    which recipe owns the folder
 OUT/steps/01-forget.npo-KEY/    model/ and step.json, renamed into place when complete
 OUT/judged/KEY.json             what the judge measured of one model
+OUT/timed/KEY.json              how long models took that were timed in turn
 OUT/model, report.html, report.json, recipe.yaml, lineage.json
 """
 
@@ -113,6 +114,10 @@ class RunFolder:
     def judged(self, key: str) -> Path:
         """Where the judge's numbers on one model lie."""
         return self.root / "judged" / f"{key}.json"
+
+    def timed(self, key: str) -> Path:
+        """Where the times of several models lie."""
+        return self.root / "timed" / f"{key}.json"
 
     def publish(self, source: Path, texts: Mapping[str, str]) -> None:
         """Put the last step's model, with its papers, at OUT/model; the old one is replaced only when it is complete."""

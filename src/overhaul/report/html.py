@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from overhaul.files import write_text
-from overhaul.report import numbers, plots, tables
+from overhaul.report import numbers, plots, sentences, tables
 
 ASIDE = ("lr", "gradient norm")
 """Curves of how the training was driven rather than of what it reached; drawn on demand."""
@@ -37,9 +37,9 @@ def render(report: Mapping[str, Any]) -> str:
     return draw(
         "template.html",
         report,
-        verdicts=numbers.group_verdicts(report["measures"]),
+        verdicts=sentences.group_verdicts(report["measures"]),
         groups=numbers.by_group(report["measures"]),
-        uncertainty=numbers.uncertainty(report["measures"]),
+        uncertainty=sentences.uncertainty(report["measures"]),
         depth_plots=_depth_plots(steps),
         loss_plots=_loss_plots(steps),
         aside_plots=_aside_plots(steps),

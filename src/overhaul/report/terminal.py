@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from overhaul.report import numbers, tables
+from overhaul.report import numbers, sentences, tables
 from overhaul.report.sheets import COLOURS
 
 STAGE_WIDTH, OTHER_WIDTH = 9, 62
@@ -57,7 +57,7 @@ def print_table(report: dict[str, Any], console: Console) -> None:
     left_out = [stage for place, stage in enumerate(report["stages"]) if place not in shown]
     if left_out:
         console.print(text(f"Left out here for width: {', '.join(left_out)}.\n", "dim"))
-    for said in numbers.group_verdicts(report["measures"]):
+    for said in sentences.group_verdicts(report["measures"]):
         console.print(
             Text.assemble(
                 text(f"{said.overall.sign} {said.heading}. ", f"bold {COLOURS[said.overall.good]}"), text(said.sentence)
