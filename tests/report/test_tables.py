@@ -11,9 +11,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from made_up import language_report, step
 from rich.console import Console
 
+from made_up import language_report, step
 from overhaul.outcome import Table
 from overhaul.report import tables
 from overhaul.report.heat import MOST, heat
