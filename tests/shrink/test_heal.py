@@ -289,7 +289,7 @@ def test_images_have_no_own_answers_and_convolutions_no_adapters() -> None:
 
 def test_zeros_that_training_filled_are_counted(questions: Examples) -> None:
     model = tiny_llama(num_hidden_layers=1)
-    weight = model.model.layers[0].mlp.up_proj.weight
+    weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
     with torch.no_grad():
         weight.zero_()
     outcome = heal(model, questions, steps=1, **FAST)
