@@ -112,10 +112,15 @@ def _cell(text: str) -> str:
     return text.replace("|", r"\|")
 
 
+NEEDED = {"merge.lines": {"beta": 0.5}}
+"""Knobs that have no default but are needed with some materials."""
+
+
 def recipe(method: Method) -> str:
     """A step with its first two knobs that are set, as a recipe has it."""
     shown = {knob.name: 1 if knob.required else knob.default for knob in method.knobs}
-    chosen = dict([(name, value) for name, value in shown.items() if isinstance(value, str | int | float)][:2])
+    usual = [(name, value) for name, value in shown.items() if isinstance(value, str | int | float)][:2]
+    chosen = NEEDED.get(method.name, dict(usual))
     knobs = yaml.safe_dump(chosen, default_flow_style=True, sort_keys=False, width=200).strip()
     return f"steps:\n  - {method.name}: {knobs}"
 

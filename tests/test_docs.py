@@ -73,7 +73,11 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-RECIPES = [*blocks(ROOT / "README.md", "yaml"), *(path.read_text() for path in (ROOT / "recipes").glob("*.yaml"))]
+PAGES_OF_RECIPES = (ROOT / "README.md", ROOT / "docs" / "recipes.md")
+RECIPES = [
+    *(text for page in PAGES_OF_RECIPES for text in blocks(page, "yaml")),
+    *(path.read_text() for path in (ROOT / "recipes").glob("*.yaml")),
+]
 
 
 @pytest.mark.parametrize("text", RECIPES, ids=lambda text: text.partition("\n")[0])

@@ -169,8 +169,9 @@ def plan(recipe: RecipeFile) -> None:
     checked = check(read(recipe))
     table = Table("step", "reads", "peak memory", "at least", box=None, pad_edge=False)
     for step in plan_recipe(checked):
-        reads = ", ".join(f"{role} ({count})" for role, count in step.reads.items())
-        table.add_row(step.name, reads, humanise(step.peak_bytes, "bytes"), f"{step.seconds:.0f} s")
+        reads = [f"{role} ({count})" for role, count in step.reads.items()]
+        reads += [role if names == (role,) else f"{role}: {' '.join(names)}" for role, names in step.others.items()]
+        table.add_row(step.name, escape(", ".join(reads)), humanise(step.peak_bytes, "bytes"), f"{step.seconds:.0f} s")
     facts = checked.model
     console.print(
         f"{facts.source}: {facts.architecture}, {humanise(facts.parameters, 'parameters')} parameters in {facts.dtype}, "

@@ -66,7 +66,7 @@ def double(base: Checkpoint, *, factor: float = 2.0, out: Path | None = None) ->
     """
     from overhaul.weights import blend
 
-    return Outcome(blend([base.folder], [factor], out or ""))
+    return Outcome(blend([base.folder], [factor], out or ""), facts={"factor": factor})
 
 
 @method(verb="shrink", changes="weights")
@@ -139,6 +139,10 @@ def test_a_step_reads_checkpoints_sequences_and_raw_rows_and_its_products_are_re
         "kept": ("rows", 4), "seen": ("examples", 2), "mean": ("tensors", 1),
     }  # fmt: skip
     assert dropped["name"] == "shrink.drop_layers", "it read the four rows that were kept"
+    beside = json.loads((tmp_path / "out" / "lineage.json").read_text())["models"]
+    assert beside["twin"] == {"source": str(folder), "sha256": models.facts(folder).digest()}
+    assert [one["source"] for one in beside.values()] == [str(folder), "starter:docs-llama"]
+    assert "- `others[1]`: `starter:docs-llama`" in (tmp_path / "out" / "model" / "README.md").read_text()
 
 
 def test_a_step_that_changes_nothing_writes_no_model_and_is_not_judged_again(folder: Path, tmp_path: Path) -> None:
@@ -372,7 +376,9 @@ def test_a_limit_fails_the_step_that_breaks_it_and_the_report_shows_why(folder: 
     raw = {"raw": {"from": str(tmp_path / "people.jsonl")}}
     judge = {"kept": {"perplexity": {"on": "raw", "at_most": 1e9}, "accuracy": {"on": "raw", "at_least": 1.0}}}
     steps = ["inspect.look", {"merge.double": {"factor": 1.5}}, {"merge.double": {"factor": 2.0}}]
-    words = r"Step 2, merge.double: accuracy on raw is 0, below its limit of 1. .*report.html"
+    words = (
+        r"Step 2, merge.double: accuracy on raw is 0, below its limit of 1. .*report.html.* it was so already: accuracy"
+    )
     with pytest.raises(RunError, match=words):
         go(folder, tmp_path, materials=raw, steps=steps, judge=judge)
     out = tmp_path / "out"
@@ -394,3 +400,21 @@ def test_any_model_of_the_materials_is_an_anchor(folder: Path, tmp_path: Path) -
     judge["kept"]["perplexity"]["anchor"] = "twni"
     with pytest.raises(RequestError, match="'twni' is no model of the materials. Did you mean 'twin'"):
         go(folder, tmp_path, materials=materials, steps=[{"merge.double": {}}], judge=judge)
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ({"merge.double": {"factor": 1.5}}, "nothing else is needed"),
+        ({"rewire.attention_residuals": {"steps": 0}}, "`from_pretrained` after `import overhaul`"),
+    ],
+)
+def test_the_card_says_how_the_model_loads(step: Any, said: str, folder: Path, tmp_path: Path) -> None:
+    materials = {"text": {"from": str(tmp_path / "people.jsonl")}}
+    go(folder, tmp_path, materials=materials, steps=[step], judge={})
+    assert said in (tmp_path / "out" / "model" / "README.md").read_text()
+
+
+def test_a_step_without_effect_says_what_it_measured(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"changed nothing .* it measured \{'factor': 1.0\}\. If nothing there says why"):
+        go(folder, tmp_path, materials={}, steps=[{"merge.double": {"factor": 1.0}}], judge={})

@@ -36,6 +36,13 @@ def test_training_needs_more_than_a_forward_and_time_follows_steps(folder: Path,
     assert planned(folder, tmp_path, steps=longer)[0].seconds == 3 * heal.seconds
 
 
+def test_models_that_are_read_beside_are_listed(folder: Path, tmp_path: Path) -> None:
+    one = {"model": str(folder)}
+    materials = {"a": one, "b": one, "tuned": ["a", "b"]}
+    (ties,) = planned(folder, tmp_path, materials=materials, steps=["merge.ties"])
+    assert ties.reads == {} and ties.others == {"tuned": ("a", "b")}
+
+
 def test_dtype_changes_memory(folder: Path, tmp_path: Path) -> None:
     drop = [{"shrink.drop_layers": {"count": 1}}]
     wide = planned(folder, tmp_path, steps=drop)[0].peak_bytes

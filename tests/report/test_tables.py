@@ -11,9 +11,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from made_up import language_report, step
 from rich.console import Console
 
+from made_up import language_report, step
 from overhaul.outcome import Table
 from overhaul.report import tables
 from overhaul.report.heat import MOST, heat
@@ -113,3 +113,8 @@ def test_the_terminal_shows_the_small_tables_and_counts_the_others() -> None:
     assert re.search(r"0-1-2-4\s+1.235\s+6\s+yes", text) and re.search(r"wanda\s+0.5\s+0.9", text)
     assert "3 tables and figures are on the page." in text
     assert "shrink.drop_layers left kept: 1,204 rows (made/kept.jsonl)" in text
+
+
+def test_steps_of_one_method_are_told_apart_by_their_place() -> None:
+    names = [step["name"] for step in tables.told_apart([{"name": name} for name in ("a.b", "c.d", "a.b")])]
+    assert names == ["a.b, step 1", "c.d", "a.b, step 3"]

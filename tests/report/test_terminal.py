@@ -80,3 +80,9 @@ def test_a_terminal_without_unicode_gets_plain_letters(any_report: dict[str, Any
 def test_one_stage_has_no_change() -> None:
     text = printed(judged_only())
     assert "verdict" not in text and "Measured once" in text
+
+
+def test_what_is_compared_with_an_anchor_shows_its_value(report: dict[str, Any]) -> None:
+    row = report["measures"][0]
+    row |= {"wanted": "anchor", "anchor": 0.123}
+    assert f"{numbers.verdict(row).word} ({numbers.humanise(0.123, row['unit'])})" in printed(report, width=200)

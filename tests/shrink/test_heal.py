@@ -285,3 +285,12 @@ def test_images_have_no_own_answers_and_convolutions_no_adapters() -> None:
         heal(model, images, copy.deepcopy(model), target="own_answers")
     with pytest.raises(RequestError, match="no linear projections for LoRA"):
         heal(model, images, weights="lora")
+
+
+def test_zeros_that_training_filled_are_counted(questions: Examples) -> None:
+    model = tiny_llama(num_hidden_layers=1)
+    weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    with torch.no_grad():
+        weight.zero_()
+    outcome = heal(model, questions, steps=1, **FAST)
+    assert 0 < outcome.facts["zeros_filled"] == weight.numel() - int((weight == 0).sum())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -219,7 +221,11 @@ def _read_file(path: Path) -> Sequence[Row]:
     if path.suffix in {".csv", ".parquet"}:
         import pandas
 
-        frame = pandas.read_csv(path) if path.suffix == ".csv" else pandas.read_parquet(path)
+        if path.suffix == ".csv":  # as text: "NA" is no gap, and "0044" no 44
+            cells = pandas.read_csv(path, dtype=str, keep_default_na=False, na_filter=False)
+            columns = {str(name): _plain(list(column)) for name, column in cells.items()}
+            return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        frame = pandas.read_parquet(path)
         return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
     if path.suffix in {".txt", ".md"}:
         large = path.stat().st_size > LARGE
@@ -227,6 +233,27 @@ def _read_file(path: Path) -> Sequence[Row]:
     raise RequestError(
         f"{path}: files of kind {path.suffix!r} are not read. Known: .jsonl .json .csv .parquet .txt .md."
     )
+
+
+def _plain(column: list[str]) -> list[Any]:
+    """A column of a CSV file: numbers or truth values where all its cells would be written just so, else text."""
+    for read in (_truth, _number):
+        values = [read(cell) for cell in column]
+        if all(value is not None and str(value) == cell for value, cell in zip(values, column, strict=True)):
+            return values
+    return column
+
+
+def _truth(cell: str) -> bool | None:
+    return {"True": True, "False": False}.get(cell)
+
+
+def _number(cell: str) -> float | None:
+    for kind in (int, float):
+        with suppress(ValueError):
+            value = kind(cell)
+            return value if math.isfinite(value) else None
+    return None
 
 
 def _read_json(path: Path) -> Sequence[Row]:

@@ -192,8 +192,7 @@ def _steps(entries: Sequence[Mapping[str, Any]], materials: Materials) -> tuple[
     for number, entry in enumerate(entries, 1):
         steps.append(_step(number, entry, materials, steps))
     _check_after(materials.references, steps)
-    warnings = [warning for step in steps for warning in verbs.ask("check", step, materials.rows)]
-    return steps, warnings
+    return steps, [warning for step in steps for warning in verbs.ask("check", step, materials.rows)]
 
 
 def _used(steps: Sequence[Step], requests: Sequence[judging.Request], materials: Materials) -> list[str]:
@@ -330,7 +329,7 @@ def encode_made(role: str, reference: Reference, rows: list[Row], processor: Any
 
 
 def _check_after(references: Mapping[str, Reference], steps: Sequence[Step]) -> None:
-    """Whether the steps after which a model is taken are there, and before those that read it."""
+    """Whether the steps after which a model is taken are there, one each, and before those that read it."""
     for name, reference in references.items():
         if "after" not in reference:
             continue

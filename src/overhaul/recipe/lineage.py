@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from overhaul import __version__
+from overhaul.checkpoints import Checkpoint, facts
 from overhaul.recipe.check import Checked
 from overhaul.recipe.store import Stage
 from overhaul.report.numbers import humanise
@@ -28,6 +29,10 @@ def lineage(
         "seed": checked.recipe.seed,
         "dtype": {"computed": checked.recipe.dtype, "stored": checked.model.dtype},
         "materials_sha256": dict(digests),
+        "models": {
+            name: {"source": source, "sha256": facts(checked.references[name]["model"]).digest()}
+            for name, source in read_beside(checked).items()
+        },
         "steps": [
             {
                 "name": step.name,
@@ -43,13 +48,24 @@ def lineage(
     }
 
 
+def read_beside(checked: Checked) -> dict[str, str]:
+    """The checkpoints that steps and the judge read beside the model: their names, and where they come from."""
+    used = {name for step in checked.steps for role in step.reads for name in step.names(role)} | set(checked.anchors)
+    start = f"{checked.document.base}/"
+    return {
+        name: reference["model"].removeprefix(start)
+        for name, reference in checked.references.items()
+        if "model" in reference and name in used
+    }
+
+
 def history(folder: Path) -> dict[str, Any] | None:
     """What the model in `folder` says of its own making; None if it says nothing."""
     path = folder / "lineage.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def model_card(checked: Checked, report: Mapping[str, Any]) -> str:
+def model_card(checked: Checked, report: Mapping[str, Any], result: Checkpoint) -> str:
     """The README.md of a saved model: what was done to it, and what it measured before and after."""
     source = checked.recipe.model
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["overhaul"]}
@@ -60,7 +76,10 @@ def model_card(checked: Checked, report: Mapping[str, Any]) -> str:
         f"Made from `{source}` ({report['model']['class']}) by Overhaul {__version__}, seed {report['seed']}.",
         "",
     ]
-    lines += ["It loads with `from_pretrained`; nothing else is needed.", "", "## What was done", ""]
+    others = [f"- `{name}`: `{source}`" for name, source in read_beside(checked).items()]
+    if others:
+        lines += ["Read beside it:", "", *others, ""]
+    lines += [_loads(result), "", "## What was done", ""]
     for step in report["steps"]:
         paper = f" ([arXiv:{step['paper']}](https://arxiv.org/abs/{step['paper']}))" if step["paper"] else ""
         knobs = ", ".join(f"{name}={value}" for name, value in step["knobs"].items())
@@ -72,3 +91,15 @@ def model_card(checked: Checked, report: Mapping[str, Any]) -> str:
         lines.append(f"| {measure['group']} | {measure['label']} | {measure['on']} | {values} |")
     lines += ["", "The recipe is in `recipe.yaml`, hashes of everything that went in are in `lineage.json`.", ""]
     return "\n".join(lines)
+
+
+def _loads(result: Checkpoint) -> str:
+    """How a saved model is opened: what was built onto its class needs the code that built it."""
+    built = result.config.get("overhaul")
+    if not isinstance(built, Mapping) or "conversions" not in built:
+        return "It loads with `from_pretrained`; nothing else is needed."
+    names = ", ".join(f"`{one['name']}`" for one in built["conversions"])
+    return (
+        f"It is no plain {built.get('class')}: {names} is recorded in its config. It loads with `overhaul.open`, or with "
+        "`from_pretrained` after `import overhaul`; without Overhaul it is refused."
+    )

@@ -152,8 +152,14 @@ def _load(data: Mapping[str, Any], document: Document) -> dict[str, list[tuple[S
 def source_of(role: str, part: Any) -> Source:
     """A source as a recipe writes it, checked."""
     if not isinstance(part, dict) or "from" not in part:
+        several = (
+            f" To give the material {part!r} a second name, list it: `{role}: [{part}]`."
+            if isinstance(part, str)
+            else ""
+        )
         raise RequestError(
-            f"The material {role!r} must say where it comes from: `{role}: {{from: FILE}}`, not {part!r}."
+            f"The material {role!r} must say where it comes from: `{role}: {{from: FILE}}` for data or "
+            f"`{role}: {{model: FOLDER}}` for a model, not {part!r}.{several}"
         )
     fields = [info.alias or name for name, info in Source.model_fields.items()]
     for name in part:

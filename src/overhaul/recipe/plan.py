@@ -34,10 +34,18 @@ KERNELS_BYTES = 40_000_000  # code of kernels and libraries that only the first 
 
 @dataclass(frozen=True)
 class Planned:
-    """One step's estimate: bytes at the peak, and the least seconds."""
+    """One step's estimate: bytes at the peak, and the least seconds.
+
+    Attributes:
+        name: the step's.
+        reads: of data, how many examples.
+        others: the names of the checkpoints and products that it reads; how many examples a product has is not known.
+        knobs: the step's.
+    """
 
     name: str
     reads: dict[str, int]
+    others: dict[str, tuple[str, ...]]
     knobs: Mapping[str, Any]
     peak_bytes: int
     seconds: float
@@ -148,7 +156,9 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
         read_bytes = sum(models_read.bytes for models_read in _streamed(step, checked))
         seconds = (read_bytes + model.bytes) / STREAMED_BYTES_PER_SECOND
     peak = model.parameters * (width * models + computed - width) + held + cached
-    return Planned(step.name, {role: len(each) for role, each in lengths.items()}, step.knobs, peak, seconds)
+    counts = {role: len(each) for role, each in lengths.items()}
+    others = {role: tuple(step.names(role)) for role in step.reads if role not in counts}
+    return Planned(step.name, counts, others, step.knobs, peak, seconds)
 
 
 def _streamed(step: Step, checked: Checked) -> list[Checkpoint]:

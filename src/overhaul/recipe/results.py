@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def save(step: Step, before: models.Checkpoint, outcome: Outcome, partial: Path,
         if isinstance(outcome.model, nn.Module):
             with writing(partial):
                 models.save(outcome.model, checked.processor, partial / "model", dtype=checked.model.dtype)
-        touched = check_effect(step, before, models.facts(partial / "model"))
+        touched = check_effect(step, before, models.facts(partial / "model"), outcome.facts)
     elif step.method.changes != "nothing":
         raise RunError(f"Step {step.number}, {step.name}, changes {step.method.changes}, but returned no model.")
     return {
@@ -78,8 +79,16 @@ def _put_aside(partial: Path) -> str:
     return f" The model that it made is kept in {kept}."
 
 
-def check_effect(step: Step, before: models.Checkpoint, after: models.Checkpoint) -> dict[int, float]:
+def check_effect(
+    step: Step, before: models.Checkpoint, after: models.Checkpoint, found: Mapping[str, Any]
+) -> dict[int, float]:
     """How much the weights of each depth changed; empty where the tensors are others or there are several stacks.
+
+    Args:
+        step: what was run.
+        before: the model that it was given.
+        after: the model that it made.
+        found: its facts, which tell why where it changed nothing.
 
     Raises:
         RunError: a step that should change the model did not.
@@ -91,7 +100,8 @@ def check_effect(step: Step, before: models.Checkpoint, after: models.Checkpoint
     if not rebuilt and not any(change.by_tensor.values()):
         raise RunError(
             f"Step {step.number}, {step.name}, changed nothing that {after.dtype} weights can hold. Its knobs were "
-            f"{dict(step.knobs)}: a higher learning rate, more steps or a lower threshold would change something."
+            f"{dict(step.knobs)}, and it measured {dict(found)}. If nothing there says "
+            "why, a higher learning rate, more steps or a lower threshold would change something."
         )
     one_stack = len({stack for stack, _ in change.by_depth}) == 1
     return {depth: value for (_, depth), value in change.by_depth.items()} if one_stack else {}

@@ -129,7 +129,7 @@ class Runner:
             {
                 "recipe.yaml": self.checked.document.text,
                 "lineage.json": json.dumps(history, indent=1) + "\n",
-                "README.md": lineage.model_card(self.checked, report),
+                "README.md": lineage.model_card(self.checked, report, stages[-1].facts),
             },
         )
         write_text(self.shown.root / "recipe.yaml", self.checked.document.text)
@@ -339,10 +339,13 @@ class Runner:
         Raises:
             RunError: with each limit that is broken.
         """
-        measures = [Measure(**measure) for measure in judged[-1]["measures"]]
-        broken = judging.broken_limits(self.checked.requests, measures)
+        first, broken = (
+            judging.broken_limits(self.checked.requests, [Measure(**one) for one in judged[place]["measures"]])
+            for place in (0, -1)
+        )
         if not broken or not stages[-1].changed:
             return
+        from_start = f" Before the first step it was so already: {'; '.join(first)}." if first else ""
         report = self.report(stages, judged)
         report["warnings"] = [*report["warnings"], *(f"{stages[-1].name}: {one}." for one in broken)]
         if processes.is_main():
@@ -350,7 +353,7 @@ class Runner:
         processes.wait()
         raise RunError(
             f"Step {len(stages) - 1}, {stages[-1].name}: {'; '.join(broken)}. {self.shown.root / 'report.html'} shows all "
-            "that was measured; the step's model is kept, and none is published. Change the step, or the limit."
+            f"that was measured; the step's model is kept, and none is published. Change the step, or the limit.{from_start}"
         )
 
     def report(self, stages: list[Stage], judged: list[dict[str, Any]]) -> dict[str, Any]:

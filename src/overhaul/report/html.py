@@ -33,17 +33,18 @@ def write_html(report: dict[str, Any], path: Path) -> None:
 
 def render(report: Mapping[str, Any]) -> str:
     """The page as text."""
+    steps = tables.told_apart(report["steps"])
     return draw(
         "template.html",
         report,
         verdicts=sentences.group_verdicts(report["measures"]),
         groups=numbers.by_group(report["measures"]),
         uncertainty=sentences.uncertainty(report["measures"]),
-        depth_plots=_depth_plots(report["steps"]),
-        loss_plots=_loss_plots(report["steps"]),
-        aside_plots=_aside_plots(report["steps"]),
-        findings=tables.findings(report["steps"]),
-        products=tables.products(report["steps"]),
+        depth_plots=_depth_plots(steps),
+        loss_plots=_loss_plots(steps),
+        aside_plots=_aside_plots(steps),
+        findings=tables.findings(steps),
+        products=tables.products(steps),
         samples=_samples(report["samples"]),
         samples_shown=SAMPLES_SHOWN,
     )

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,15 @@ class Finding:
     rows: Sequence[Sequence[str]]
     numeric: Sequence[bool]
     left_out: int
+
+
+def told_apart(steps: Sequence[Step]) -> list[Step]:
+    """The steps; those whose method runs more than once are named with their place: "inspect.depth_use, step 4"."""
+    count = Counter(step["name"] for step in steps)
+    return [
+        {**step, "name": f"{step['name']}, step {place}"} if count[step["name"]] > 1 else step
+        for place, step in enumerate(steps, start=1)
+    ]
 
 
 def findings(steps: Sequence[Step]) -> list[Finding]:

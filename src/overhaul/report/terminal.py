@@ -49,7 +49,9 @@ def print_table(report: dict[str, Any], console: Console) -> None:
             if compared:
                 seen = numbers.verdict(row)
                 style = COLOURS[seen.good]
-                cells += [text(numbers.change(row), style), text(f"{seen.sign} {seen.word}", style)]
+                near = row["wanted"] == "anchor" and numbers.finite(row.get("anchor"))
+                aim = f" ({numbers.humanise(row['anchor'], row['unit'])})" if near else ""
+                cells += [text(numbers.change(row), style), text(f"{seen.sign} {seen.word}{aim}", style)]
             table.add_row(Padding(text(numbers.subject(row)), (0, 0, 0, 2)), text(numbers.count(row)), *cells)
     console.print(table)
     left_out = [stage for place, stage in enumerate(report["stages"]) if place not in shown]
@@ -61,7 +63,7 @@ def print_table(report: dict[str, Any], console: Console) -> None:
                 text(f"{said.overall.sign} {said.heading}. ", f"bold {COLOURS[said.overall.good]}"), text(said.sentence)
             )
         )
-    _print_findings(report["steps"], console, text)
+    _print_findings(tables.told_apart(report["steps"]), console, text)
     for warning in report["warnings"]:
         console.print(text(f"Note: {warning}", "yellow"))
 
