@@ -18,6 +18,7 @@ from overhaul.claims.first_epoch_ga import (
 SMALL = Size(people=14, forgotten=2, probed=4, epochs=2, batch=4, hidden=16, blocks=3, rise=0.02)
 
 
+@pytest.mark.smoke
 def test_a_short_experiment_gives_every_number_that_is_stored() -> None:
     found = experiment(0, SMALL)
     assert {f"{source}, {where}" for source in SOURCES for where in GROUPS} <= found.keys()

@@ -9,6 +9,7 @@ from overhaul.claims.layer_pruning_limits import _sums as sums
 SMALL = Size(training_steps=2, healing_steps=1, healing_prompts=8, judged=6, searched=4, batch=12)
 
 
+@pytest.mark.smoke
 def test_one_short_experiment_gives_every_number_that_the_checks_read() -> None:
     found = experiment(0, SMALL)
     assert not CLAIM.checks[0].passes(found)  # two steps teach nothing

@@ -161,6 +161,7 @@ def test_the_checks_of_depth_hold_for_what_the_paper_found_and_fail_where_one_ve
     assert passed(**{"depth C-U-R, U, unrelated unlearnt": -3.1}) == [True, True, True, True, False]
 
 
+@pytest.mark.smoke
 def test_a_short_depth_study_gives_every_number_the_checks_read() -> None:
     size = Size(stage_steps=2, depth_stage_steps=2, depth_unlearning_steps=2)
     found = depth_study(0, size)
@@ -175,6 +176,7 @@ def test_a_short_depth_study_gives_every_number_the_checks_read() -> None:
     assert all(found[f"depth {o}, U, after"] != found[f"depth {o}, U, unrelated unlearnt"] for o in PAPER)
 
 
+@pytest.mark.smoke
 def test_a_short_experiment_gives_every_number_the_checks_read() -> None:
     found = {**linear_theory(0), **experiment(0, Size(stage_steps=2, unlearning_steps=2))}
     assert all(math.isfinite(value) for value in found.values())

@@ -35,6 +35,9 @@ Result = tuple[dict[str, Tensor], dict[str, Any]]
 Scenario = Callable[[Path], Result]
 
 
+pytestmark = pytest.mark.smoke  # processes import everything anew
+
+
 def sgd(model: nn.Module, trained: Any) -> torch.optim.Optimizer:
     """Plain descent, whose steps are proportional to the gradient: AdamW would hide a wrong factor."""
     return torch.optim.SGD(trained.values(), lr=1.0)

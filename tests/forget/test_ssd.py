@@ -254,6 +254,7 @@ def test_without_full_a_fixed_alpha_reads_forget_and_retain_together() -> None:
         ssd(two_layers(), forget)
 
 
+@pytest.mark.smoke
 def test_a_small_vit_forgets_a_digit() -> None:
     """What hides in the importance of all data shows in that of the retained: without `retain` this may forget nothing."""
     full = encode_images(corpora.digits("train")).select(range(600))

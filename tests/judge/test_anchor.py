@@ -160,6 +160,7 @@ def write_recipe(folder: Path, base: Path, **changes: Any) -> Path:
     return path
 
 
+@pytest.mark.smoke
 def test_a_run_holds_what_is_forgotten_against_the_retrained_model(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

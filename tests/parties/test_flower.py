@@ -68,6 +68,7 @@ def test_a_message_is_the_same_after_flowers_records() -> None:
     assert torch.equal(again.ids, message.ids) and torch.equal(again.values, message.values)
 
 
+@pytest.mark.smoke
 def test_processes_give_the_numbers_of_one_process_and_only_the_protocol_crosses(
     grid: Processes, configs: list[dict[str, Any]]
 ) -> None:

@@ -63,6 +63,7 @@ def test_every_method_gives_what_a_run_of_its_own_gives(folder: Path, tmp_path: 
         assert [*json.loads((saved / "report.json").read_text())["stages"]] == ["before", name, "shrink.drop_layers"]
 
 
+@pytest.mark.smoke
 def test_what_variants_share_is_judged_once_and_a_second_call_repeats_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +112,7 @@ def test_seeds_run_the_methods_again_and_the_anchor_is_a_row(folder: Path, tmp_p
     assert values(done.report, "retrained")[0] == [expected["measures"][0]["values"][0]]
 
 
+@pytest.mark.smoke
 def test_the_page_and_the_tables_name_every_model(folder: Path, tmp_path: Path) -> None:
     from rich.console import Console
 
@@ -157,6 +159,7 @@ def test_a_wrong_comparison_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.smoke
 def test_a_method_that_fails_is_named_and_the_others_are_compared(folder: Path, tmp_path: Path) -> None:
     never = {"forget.npo": {**QUICK, "stop_at": 0.001}}
     done = compare(recipe(folder, tmp_path, compare=[never, {"forget.ssd": {"alpha": 1.5}}]), out=tmp_path / "out")

@@ -96,6 +96,7 @@ def test_the_saved_model_loads_without_overhaul(folder: Path, tmp_path: Path) ->
     assert result.stdout.strip() == "3 True", result.stderr
 
 
+@pytest.mark.smoke
 def test_changing_a_step_repeats_it_and_what_follows_only(folder: Path, tmp_path: Path) -> None:
     first = run(write_recipe(folder, tmp_path), tmp_path / "out")
     steps = yaml.safe_load((tmp_path / "recipe.yaml").read_text())["steps"]
@@ -139,6 +140,7 @@ def test_kill_in_a_step_and_the_same_command_gives_the_same_numbers(step: int, f
     assert digests[0] == digests[1]
 
 
+@pytest.mark.smoke
 def test_a_training_goes_on_from_its_checkpoint(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted in the middle of a step, by Ctrl-C: the checkpoint is used and the result is the same, bit for bit."""
     from overhaul import session
@@ -245,6 +247,7 @@ def test_images_run_too(tmp_path: Path) -> None:
     assert len(done.report["steps"]) == 1
 
 
+@pytest.mark.smoke
 def test_forgetting_the_same_examples_again_is_pointed_out(folder: Path, tmp_path: Path) -> None:
     recipe = write_recipe(folder, tmp_path)
     first = run(recipe, tmp_path / "first")
