@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
 from claims.test_stored import RESULTS
 from overhaul.claims.first_epoch_ga import (
     ALPHABET,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from overhaul.claims.layer_pruning_limits import CLAIM, CUTS, Characters, Size, _encode, accuracy, experiment
