@@ -17,7 +17,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +52,7 @@ class Checkpoint:
         weight_files: the safetensors files that count, in order; none of a model that does not exist yet.
         base: what an adapter belongs to; None where the folder holds a model.
         seed: from which a model that does not exist yet is drawn.
+        trusted: whether Python code that comes with it may run.
     """
 
     source: str
@@ -63,11 +64,14 @@ class Checkpoint:
     weight_files: tuple[Path, ...] = ()
     base: Checkpoint | None = None
     seed: int = 0
+    trusted: bool = False
 
     @property
     def architecture(self) -> str:
-        """The model class that config.json names: as transformers writes it, or as diffusers does."""
-        return self.config["architectures"][0] if self.config.get("architectures") else self.config["_class_name"]
+        """The model class that config.json names: as transformers writes it, as diffusers does, or in `auto_map` alone."""
+        if self.config.get("architectures"):
+            return self.config["architectures"][0]
+        return self.config.get("_class_name") or _class_in_map(self.config) or ""
 
     @property
     def library(self) -> Literal["transformers", "diffusers"]:
@@ -103,7 +107,8 @@ class Checkpoint:
 
     def digest(self) -> str:
         """SHA-256 of config and weights; of an adapter, also of its base's; of what is new, of config and seed."""
-        files = (self.folder / (ADAPTER_CONFIG if self.base else "config.json"), *self.weight_files)
+        code = sorted(self.folder.rglob("*.py")) if self.trusted else []
+        files = (self.folder / (ADAPTER_CONFIG if self.base else "config.json"), *self.weight_files, *code)
         own = _digest(tuple((path, path.stat().st_mtime_ns) for path in files))
         if self.base is None and not self.is_new:
             return own
@@ -127,12 +132,13 @@ def starters() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(STARTERS.glob("*/config.json"))}
 
 
-def locate(source: str | Path, *, weights: bool = True) -> Path:
+def locate(source: str | Path, *, weights: bool = True, code: bool = False) -> Path:
     """The folder behind a path, `starter:NAME`, or a hub name (which is fetched: config, tokenizer and safetensors).
 
     Args:
         source: as the user wrote it.
         weights: fetch safetensors too.
+        code: fetch Python files too.
 
     Raises:
         RequestError: there is none, or it could not be fetched.
@@ -156,19 +162,20 @@ def locate(source: str | Path, *, weights: bool = True) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    allowed = ["*.json", "*.model", "*.txt", "*.jinja", *["*.safetensors"] * weights]
+    allowed = ["*.json", "*.model", "*.txt", "*.jinja", *["*.safetensors"] * weights, *["*.py"] * code]
     try:
         return Path(snapshot_download(text, allow_patterns=allowed, ignore_patterns=["consolidated*.safetensors"]))
     except Exception as error:  # the hub client raises many kinds; the user needs one message
         raise RequestError(f"{text!r} is no folder here, and it could not be fetched from the hub: {error}") from error
 
 
-def facts(source: str | Path, *, seed: int = 0) -> Checkpoint:
+def facts(source: str | Path, *, seed: int = 0, trust_remote_code: bool = False) -> Checkpoint:
     """Read config and safetensors headers; refuse what could not be opened later.
 
     Args:
         source: a folder with a model or an adapter, a hub name, `starter:NAME`, or `new:` before one of these.
         seed: from which `new:` is drawn.
+        trust_remote_code: Python code that comes with the model may be fetched, and run when it is opened.
 
     Raises:
         RequestError: no config.json, pickle-only weights, no weights, weights that could be read in two ways, a damaged
@@ -176,33 +183,41 @@ def facts(source: str | Path, *, seed: int = 0) -> Checkpoint:
     """
     text = str(source)
     if text.startswith(NEW):
-        return _facts_of_new(text, seed)
-    folder = locate(source)
+        return _facts_of_new(text, seed, trust_remote_code)
+    folder = locate(source, code=trust_remote_code)
     if (folder / ADAPTER_CONFIG).exists() and not any((folder / f"{stem}.safetensors").exists() for stem in _STEMS):
-        return _facts_of_adapter(text, folder)
+        return _facts_of_adapter(text, folder, trust_remote_code)
     config = _config(folder)
     files = weight_files(folder)
     shapes, dtype = _shapes(files)
-    return Checkpoint(text, folder, config, shapes, dtype, _size(files), tuple(files))
+    if config.get("quantization_config"):  # it is opened, and saved again, in the dtype that was quantised
+        dtype = _dtype_in(config, "bfloat16")
+    return Checkpoint(text, folder, config, shapes, dtype, _size(files), tuple(files), trusted=trust_remote_code)
 
 
-def _facts_of_new(source: str, seed: int) -> Checkpoint:
+def _dtype_in(config: Mapping[str, Any], otherwise: str) -> str:
+    """The dtype that a config names, as torch names it."""
+    named = config.get("dtype") or config.get("torch_dtype") or otherwise
+    return named if named in _HEADER_NAMES.values() else otherwise
+
+
+def _facts_of_new(source: str, seed: int, trusted: bool) -> Checkpoint:
     """A model that does not exist yet: its tensors are those that the class builds from the config, tied ones once."""
     from overhaul import models
 
-    folder = locate(source.removeprefix(NEW), weights=False)
-    empty = Checkpoint(source, folder, _config(folder), {}, "float32", 0, seed=seed)
+    folder = locate(source.removeprefix(NEW), weights=False, code=trusted)
+    empty = Checkpoint(source, folder, _config(folder), {}, "float32", 0, seed=seed, trusted=trusted)
     built = models.planned(empty)
     if built is None:
-        raise RequestError(f"{source}: the {empty.library} that is installed has no class {empty.architecture!r}.")
+        raise models.refusal(empty)
     tied = getattr(built, "all_tied_weights_keys", None) or {}
     shapes = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items() if name not in tied}
-    dtype = empty.config.get("dtype") or empty.config.get("torch_dtype") or "float32"
+    dtype = _dtype_in(empty.config, "float32")
     size = getattr(torch, dtype).itemsize * sum(math.prod(shape) for shape in shapes.values())
-    return Checkpoint(source, folder, empty.config, shapes, dtype, size, seed=seed)
+    return replace(empty, shapes=shapes, dtype=dtype, bytes=size)
 
 
-def _facts_of_adapter(source: str, folder: Path) -> Checkpoint:
+def _facts_of_adapter(source: str, folder: Path, trusted: bool) -> Checkpoint:
     """An adapter, with its base's config, since what it opens as is a model of the base's class."""
     options = _read_json(folder / ADAPTER_CONFIG)
     weights = folder / ADAPTER_WEIGHTS
@@ -215,7 +230,8 @@ def _facts_of_adapter(source: str, folder: Path) -> Checkpoint:
         raise RequestError(f"{folder / ADAPTER_CONFIG} does not name its base: write base_model_name_or_path.")
     beside = folder / named
     try:
-        base = facts(beside if not Path(named).is_dir() and beside.is_dir() else named)
+        place = beside if not Path(named).is_dir() and beside.is_dir() else named
+        base = facts(place, trust_remote_code=trusted)
     except RequestError as error:
         raise RequestError(
             f"{source} is an adapter for {named!r} (base_model_name_or_path in {ADAPTER_CONFIG}), which cannot be opened: "
@@ -223,7 +239,16 @@ def _facts_of_adapter(source: str, folder: Path) -> Checkpoint:
         ) from error
     shapes, _ = _shapes([weights])
     return Checkpoint(
-        source, folder, base.config, shapes, base.dtype, base.bytes + _size([weights]), (weights,), base, base.seed
+        source,
+        folder,
+        base.config,
+        shapes,
+        base.dtype,
+        base.bytes + _size([weights]),
+        (weights,),
+        base,
+        base.seed,
+        trusted,
     )
 
 
@@ -233,11 +258,22 @@ def _config(folder: Path) -> dict[str, Any]:
         raise RequestError(f"{folder} has no config.json, so it is not a Hugging Face checkpoint.")
     config = _read_json(path)
     named = config.get("architectures")
-    if not named and "_class_name" not in config:
+    if not named and "_class_name" not in config and _class_in_map(config) is None:
         raise RequestError(f"{path} names no `architectures`, so the model class is not known.")
     if named and not (isinstance(named, list) and isinstance(named[0], str)):
         raise RequestError(f"{path}: `architectures` must be a list with the name of a class, not {named!r}.")
+    if not isinstance(config.get("_class_name", ""), str):
+        raise RequestError(f"{path}: `_class_name` must be the name of a class, not {config['_class_name']!r}.")
     return config
+
+
+def _class_in_map(config: Mapping[str, Any]) -> str | None:
+    """A class of the folder's own, where `auto_map` alone names it."""
+    given = config.get("auto_map")
+    entries = given.items() if isinstance(given, Mapping) else ()
+    named = {name: ref for name, ref in entries if name.startswith("AutoModel") and isinstance(ref, str)}
+    found = named.get("AutoModelForCausalLM") or next(iter(named.values()), None)
+    return found and found.rpartition(".")[2]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -149,7 +149,8 @@ def check(document: Document) -> Checked:
         RequestError: with what is wrong, where, and what to write instead.
     """
     recipe = document.recipe
-    known = models.facts(relative(recipe.model, document), seed=recipe.seed)
+    trust = recipe.trust_remote_code
+    known = models.facts(relative(recipe.model, document), seed=recipe.seed, trust_remote_code=trust)
     if recipe.dtype not in models.DTYPES:
         raise RequestError(f"dtype {recipe.dtype!r} is not possible.{did_you_mean(recipe.dtype, models.DTYPES)}")
     materials = Materials.of(recipe, document)
