@@ -219,7 +219,7 @@ def _facts_of_new(source: str, seed: int, trusted: bool) -> Checkpoint:
 
 def _facts_of_adapter(source: str, folder: Path, trusted: bool) -> Checkpoint:
     """An adapter, with its base's config, since what it opens as is a model of the base's class."""
-    options = _read_json(folder / ADAPTER_CONFIG)
+    options = read_json(folder / ADAPTER_CONFIG)
     weights = folder / ADAPTER_WEIGHTS
     if not weights.exists():
         raise RequestError(
@@ -256,7 +256,7 @@ def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
         raise RequestError(f"{folder} has no config.json, so it is not a Hugging Face checkpoint.")
-    config = _read_json(path)
+    config = read_json(path)
     named = config.get("architectures")
     if not named and "_class_name" not in config and _class_in_map(config) is None:
         raise RequestError(f"{path} names no `architectures`, so the model class is not known.")
@@ -276,7 +276,12 @@ def _class_in_map(config: Mapping[str, Any]) -> str | None:
     return found and found.rpartition(".")[2]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object.
+
+    Raises:
+        RequestError: it holds something else, or is damaged.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # no JSON, or no text
@@ -392,7 +397,7 @@ def _none(folder: Path, held: Sequence[Path]) -> str:
 
 def _named_files(index: Path, held: Sequence[Path]) -> list[Path]:
     """The files that an index names, if it tells the truth."""
-    where: Any = _read_json(index).get("weight_map")
+    where: Any = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
         raise RequestError(f"{index} is no index of weights: it has no `weight_map`. Save the model again.")
     names = sorted(set(where.values()))

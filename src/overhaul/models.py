@@ -7,6 +7,7 @@ when it is opened and before it is saved. No code that comes with a model is run
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from torch import nn
 from overhaul import quantised
 from overhaul.architectures import build, check_code, check_counts, class_of, in_words, own_class, planned
 from overhaul.architectures import refusal as refusal
-from overhaul.checkpoints import ADAPTER_CONFIG, Checkpoint, facts, listed
+from overhaul.checkpoints import ADAPTER_CONFIG, Checkpoint, facts, listed, read_json
 from overhaul.checkpoints import locate as locate
 from overhaul.checkpoints import starters as starters
 from overhaul.companions import copy_companions, largest_file, module_folders
@@ -79,7 +80,7 @@ def load_weights(known: Checkpoint, dtype: str, trust_remote_code: bool = False)
         raise RequestError(f"{known.source}: the weights lack {len(missing)} tensors, such as {missing[0]!r}.")
     _check_unexpected(known, model, sorted(loading["unexpected_keys"]))
     if "quantization_config" in options:
-        quantised.forget_quantisation(model)
+        model = quantised.forget_quantisation(model).to(DTYPES[dtype])
     if class_of(known) is not None and known.library == "transformers":
         vars(model.config).pop("auto_map", None)  # of code that was not run and is not saved
     # nn.Dropout and the like must be off until a training turns them on
@@ -335,15 +336,22 @@ def write_checkpoint(model: Any, processor: Any, folder: Path, dtype: str | None
         pattern = f"diffusion_pytorch_model{variant}{{suffix}}.safetensors"
         save_torch_state_dict(_cast(model, wanted), folder, filename_pattern=pattern, max_shard_size=size)
     else:
-        config_dtype, model.config.dtype = model.config.dtype, wanted
-        try:
-            with quiet_transformers():
-                model.save_pretrained(folder, state_dict=_cast(model, wanted), **_sized(model))
-        finally:
-            model.config.dtype = config_dtype
+        with quiet_transformers():
+            model.save_pretrained(folder, state_dict=_cast(model, wanted), **_sized(model))
+        _say_dtype(folder / "config.json", str(wanted).removeprefix("torch."))
     copy_companions(model, folder)
     if processor is not None:
         processor.save_pretrained(folder)
+
+
+def _say_dtype(path: Path, name: str) -> None:
+    """Let a config say the dtype of the files: transformers writes that of the model which is held."""
+
+    def said(content: dict[str, Any]) -> dict[str, Any]:
+        parts = {key: said(value) for key, value in content.items() if isinstance(value, dict)}
+        return {**content, **parts, **({"dtype": name} if "dtype" in content else {})}
+
+    path.write_text(json.dumps(said(read_json(path)), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _sized(model: nn.Module) -> dict[str, Any]:

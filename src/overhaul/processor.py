@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
-from overhaul.checkpoints import Checkpoint
+from overhaul.checkpoints import Checkpoint, read_json
 from overhaul.errors import OverhaulError, RequestError
 
 TOKENIZERS = (
@@ -25,7 +25,8 @@ def count_tokens(known: Checkpoint) -> int | None:
     path = known.folder / "tokenizer.json"
     if not any((known.folder / name).exists() for name in TOKENIZERS):
         return count_tokens(known.base) if known.base else None
-    if not path.exists():
+    options = known.folder / "tokenizer_config.json"
+    if not path.exists() or (options.exists() and "auto_map" in read_json(options)):
         return len(load_processor(known))
     from tokenizers import Tokenizer
 

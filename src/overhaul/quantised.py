@@ -74,6 +74,7 @@ def forget_quantisation(model: Any) -> nn.Module:
     ):
         if part is not None:
             vars(part).pop("quantization_config", None)
-    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+    # among the conversions is the one from quantised weights, which saving would take back
+    for name in ("hf_quantizer", "quantization_method", "is_quantized", "_weight_conversions"):
         vars(model).pop(name, None)
     return model
