@@ -183,21 +183,24 @@ def _merged(known: Checkpoint, base: nn.Module) -> nn.Module:
     return wrapped.merge_and_unload(safe_merge=True).requires_grad_(True).eval()
 
 
-def check_shapes(known: Checkpoint) -> None:
+def check_shapes(known: Checkpoint) -> nn.Module:
     """Compare the headers with the model that config.json describes, built without memory on torch's meta device.
 
     Names may differ (transformers renames tensors of older checkpoints); a shape or a number of blocks may not.
+
+    Returns:
+        That model.
 
     Raises:
         RequestError: a tensor has another shape than the config says, a block is one too many, or an adapter lies beside.
     """
     if known.base is not None:
         return check_shapes(known.base)
-    if known.is_new:
-        return
     _options(known, "float32")
     if (model := planned(known)) is None:
         raise refusal(known)
+    if known.is_new:
+        return model
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, shape in known.shapes.items():
         if expected.get(name, shape) != shape:
@@ -214,6 +217,7 @@ def check_shapes(known: Checkpoint) -> None:
                 f"{known.source}: the weights hold {name}, but config.json describes a model without that block, which "
                 "would be lost. Config and weights do not belong together."
             )
+    return model
 
 
 _NUMBERS = re.compile(r"\.\d+\.")

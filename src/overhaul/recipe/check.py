@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from overhaul import method as methods
 from overhaul import models
@@ -16,6 +17,7 @@ from overhaul.data.forms import find_form
 from overhaul.data.materials import Row, Source, encode, form_of, load_rows
 from overhaul.errors import RequestError, did_you_mean
 from overhaul.judge import judge as judging
+from overhaul.objectives import encodes_and_decodes, headless, without_head
 from overhaul.recipe import verbs
 from overhaul.recipe.materials import Materials, Reference, relative, source_of
 from overhaul.recipe.spec import Document, Recipe
@@ -161,7 +163,7 @@ def check(document: Document) -> Checked:
     requests = judging.check(recipe.judge, materials.rows, anchors=anchors)
     used = _used(steps, requests, materials)
     if not recipe.model.startswith("starter:"):  # what ships has been built; building takes seconds of imports
-        models.check_shapes(known)
+        _check_head(models.check_shapes(known), steps, used, requests)
     words = models.count_tokens(known)
     for role in used:
         read = any(find_form(form_of(*source)).needs == "tokenizer" for source in materials.rows[role])
@@ -171,6 +173,21 @@ def check(document: Document) -> Checked:
                 "weights (`tokenizer.save_pretrained(folder)`)."
             )
     return Checked(document, known, steps, materials, requests, used, warnings)
+
+
+def _check_head(model: nn.Module, steps: Sequence[Step], used: Sequence[str], requests: Sequence[Any]) -> None:
+    """Whether the model gives what steps and the judge read of it: logits, where they read examples."""
+    name = type(model).__name__
+    if used and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise RequestError(encodes_and_decodes(name))
+    if not headless(model):
+        return
+    for step in steps:
+        reads = any(role.kind == "examples" and role.name in step.reads for role in step.method.roles)
+        if reads and not step.method.headless(step.knobs):
+            raise RequestError(f"Step {step.number}, {step.name}: {without_head(name)}")
+    if requests:
+        raise RequestError(f"judge: {without_head(name)}")
 
 
 def with_steps(checked: Checked, entries: Sequence[Mapping[str, Any]]) -> Checked:
