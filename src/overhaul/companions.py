@@ -37,7 +37,8 @@ def copy_companions(model: Any, folder: Path) -> None:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         for name in module_folders(source):
-            shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+            if (source / name).is_dir():  # a module without files has none
+                shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
     if type(model).__module__.startswith(_CODE):
         for path in sorted(source.rglob("*.py")):
             target = folder / path.relative_to(source)
@@ -49,7 +50,7 @@ def module_folders(source: Path) -> list[str]:
     """The folders beside the model that its modules.json names; none that leads out of it.
 
     Raises:
-        RequestError: the file is damaged, or a folder that it names is missing or lies elsewhere.
+        RequestError: the file is damaged, or a folder that it names lies elsewhere.
     """
     path = source / MODULES
     if not path.is_file():
@@ -59,9 +60,8 @@ def module_folders(source: Path) -> list[str]:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise RequestError(f"{path} is damaged: it must list modules, each with its path. Fetch it again.") from None
     for name in named:
-        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-        if not inside or not (source / name).is_dir():
-            raise RequestError(f"{path} names the module folder {name!r}, which the model's folder lacks.")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise RequestError(f"{path} names the module folder {name!r}, which lies outside of the model's folder.")
     return [name for name in named if name]
 
 

@@ -201,15 +201,17 @@ class RunFolder:
         with writing(target):
             for stale in (partial, old):
                 shutil.rmtree(stale, ignore_errors=True)
-            partial.mkdir(parents=True)
-            for file in sorted(source.iterdir()):
-                try:
-                    os.link(file, partial / file.name)
-                except OSError:  # a file system without hard links
-                    shutil.copy2(file, partial / file.name)
+            shutil.copytree(source, partial, copy_function=_linked)
             for name, text in texts.items():
                 write_text(partial / name, text)
             if target.exists():
                 os.replace(target, old)
             os.replace(partial, target)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _linked(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
