@@ -39,8 +39,11 @@ def class_of(known: Checkpoint) -> Any:
         raise RequestError(
             f"{known.source} is a diffusers model ({known.architecture}); install it with `pip install overhaul[diffusion]`."
         )
-    if (converted := class_in(known.config)) is not None:
-        return converted
+    try:
+        if (converted := class_in(known.config)) is not None:
+            return converted
+    except RequestError as error:
+        raise RequestError(f"{known.source}: {error}") from None
     if str(known.config.get("overhaul")).startswith("overhaul."):
         try:
             return getattr(import_module(known.config["overhaul"]), known.architecture, None)

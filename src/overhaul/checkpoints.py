@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -25,17 +24,14 @@ import torch
 from torch import nn
 
 from overhaul.errors import RequestError, did_you_mean, reading
+from overhaul.weight_files import CONVERTED as CONVERTED
+from overhaul.weight_files import NEW, STEMS, header, read_json, weight_files
+from overhaul.weight_files import listed as listed
 
 STARTERS = Path(__file__).parent / "data" / "starters"
-NEW = "new:"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-CONVERTED = "converted"
-"""The variant under which the weights of a converted model are stored, so that no class opens half of them."""
-
 _NOT_BUILT = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "_diffusers_version"}
 _HEADER_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-_ANOTHER_COPY = re.compile(r"consolidated|adapter_model|[^.]+\.[^.]+\.safetensors$")
-_STEMS = ("model", "diffusion_pytorch_model")
 
 
 @dataclass(frozen=True)
@@ -185,7 +181,8 @@ def facts(source: str | Path, *, seed: int = 0, trust_remote_code: bool = False)
     if text.startswith(NEW):
         return _facts_of_new(text, seed, trust_remote_code)
     folder = locate(source, code=trust_remote_code)
-    if (folder / ADAPTER_CONFIG).exists() and not any((folder / f"{stem}.safetensors").exists() for stem in _STEMS):
+    _check_plain(folder)
+    if (folder / ADAPTER_CONFIG).exists() and not any((folder / f"{stem}.safetensors").exists() for stem in STEMS):
         return _facts_of_adapter(text, folder, trust_remote_code)
     config = _config(folder)
     files = weight_files(folder)
@@ -193,6 +190,14 @@ def facts(source: str | Path, *, seed: int = 0, trust_remote_code: bool = False)
     if config.get("quantization_config"):  # it is opened, and saved again, in the dtype that was quantised
         dtype = _dtype_in(config, "bfloat16")
     return Checkpoint(text, folder, config, shapes, dtype, _size(files), tuple(files), trusted=trust_remote_code)
+
+
+def _check_plain(folder: Path) -> None:
+    """Refuse what is neither file nor folder: reading a pipe would wait for ever."""
+    with reading(folder):
+        odd = [path for path in folder.iterdir() if path.exists() and not (path.is_file() or path.is_dir())]
+    if odd:
+        raise RequestError(f"{odd[0]} is no plain file, so the folder cannot be read. Remove it.")
 
 
 def _dtype_in(config: Mapping[str, Any], otherwise: str) -> str:
@@ -206,6 +211,7 @@ def _facts_of_new(source: str, seed: int, trusted: bool) -> Checkpoint:
     from overhaul import models
 
     folder = locate(source.removeprefix(NEW), weights=False, code=trusted)
+    _check_plain(folder)
     empty = Checkpoint(source, folder, _config(folder), {}, "float32", 0, seed=seed, trusted=trusted)
     built = models.planned(empty)
     if built is None:
@@ -276,21 +282,6 @@ def _class_in_map(config: Mapping[str, Any]) -> str | None:
     return found and found.rpartition(".")[2]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object.
-
-    Raises:
-        RequestError: it holds something else, or is damaged.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no text
-        raise RequestError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise RequestError(f"{path} is not valid JSON: it holds a {type(found).__name__}, not an object.")
-    return found
-
-
 def _size(files: Sequence[Path]) -> int:
     return sum(path.stat().st_size for path in files)
 
@@ -305,120 +296,3 @@ def _shapes(files: Sequence[Path]) -> tuple[dict[str, tuple[int, ...]], str]:
             numbers[entry["dtype"]] = numbers.get(entry["dtype"], 0) + math.prod(entry["shape"])
     main = max(numbers, key=lambda k: numbers[k])
     return shapes, _HEADER_NAMES.get(main, main.lower())
-
-
-def header(path: Path) -> dict[str, Any]:
-    """Names, dtypes and shapes of one safetensors file: 8 bytes of length, then JSON.
-
-    Raises:
-        RequestError: the file is damaged, cut short or empty.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= size - 8:
-            raise RequestError(f"{path} is damaged or cut short: its header says {length} bytes, the file has {size}.")
-        try:
-            found = json.loads(file.read(length))
-        except ValueError as error:  # no JSON, or no text
-            raise RequestError(
-                f"{path} is damaged: its header is not JSON ({error}). Fetch or save it again."
-            ) from None
-    try:
-        found.pop("__metadata__", None)
-        if not found:
-            raise RequestError(f"{path} holds no tensors.")
-        end = max(entry["data_offsets"][1] for entry in found.values())
-        _ = [(entry["dtype"], math.prod(entry["shape"])) for entry in found.values()]
-    except (TypeError, KeyError, AttributeError, IndexError):
-        raise RequestError(f"{path} is damaged: its header describes no tensors. Fetch or save it again.") from None
-    if 8 + length + end != size:
-        raise RequestError(f"{path} is cut short: its header promises {8 + length + end} bytes, the file has {size}.")
-    return found
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that make up the model: those that `from_pretrained` would read, if that is certain.
-
-    Raises:
-        RequestError: there are none, only pickled ones, or it is not certain.
-    """
-    held = sorted(folder.glob("*.safetensors"))
-    found = [(folder / single, folder / index) for single, index in _names()]
-    present = [(single, index) for single, index in found if single.exists() or index.exists()]
-    if not present:
-        raise RequestError(_none(folder, held))
-    if len(present) > 1:
-        names = [next(path.name for path in pair if path.exists()) for pair in present]
-        raise RequestError(f"{folder} holds {' and '.join(names)}, and it is not certain which one counts. Remove one.")
-    single, index = present[0]
-    named = _named_files(index, held) if index.exists() else [single]
-    if single.exists() and named != [single]:
-        raise RequestError(
-            f"{folder} holds {single.name} and {index.name}, which names other files, so it is not certain which ones "
-            "count. Remove what does not belong to the model."
-        )
-    owner: dict[str, Path] = {}
-    for path in held:  # a shard may be one that an earlier save left behind
-        if path not in named and _ANOTHER_COPY.match(path.name):
-            continue
-        for name in sorted(header(path)):
-            if name in owner:
-                raise RequestError(
-                    f"{folder}: {name} lies in both {owner[name].name} and {path.name}, so it is not certain which "
-                    "one counts. Remove the file that does not belong to the model."
-                )
-            owner[name] = path
-    return named
-
-
-def _names() -> list[tuple[str, str]]:
-    """What a file of all weights, and the index of several, may be called."""
-    plain = [(f"{stem}.safetensors", f"{stem}.safetensors.index.json") for stem in _STEMS]
-    ours = [(f"{s}.{CONVERTED}.safetensors", f"{s}.safetensors.index.{CONVERTED}.json") for s in _STEMS]
-    return plain + ours
-
-
-def _none(folder: Path, held: Sequence[Path]) -> str:
-    """Why a folder has no weights to read."""
-    if held:
-        return (
-            f"{folder} holds {', '.join(path.name for path in held[:3])}, but neither model.safetensors nor its index, "
-            "which are what is read. Save the model with `save_pretrained`, or fetch those files too."
-        )
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-    if pickles:
-        return (
-            f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which can run code when opened. Convert "
-            "them once with `model.save_pretrained(folder)` in an environment you trust, which writes safetensors."
-        )
-    return f"{folder} holds no *.safetensors weights. {NEW}{folder} starts from its config alone."
-
-
-def _named_files(index: Path, held: Sequence[Path]) -> list[Path]:
-    """The files that an index names, if it tells the truth."""
-    where: Any = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
-        raise RequestError(f"{index} is no index of weights: it has no `weight_map`. Save the model again.")
-    names = sorted(set(where.values()))
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise RequestError(f"{index} names {listed(outside)}, which lies outside of the folder. Save the model again.")
-    named = [index.parent / file for file in names]
-    missing = [path.name for path in named if path not in held]
-    if missing:
-        raise RequestError(f"{index} names {listed(missing)}, which the folder lacks. Fetch the checkpoint again.")
-    holds = {path.name: header(path) for path in named}
-    wrong = [name for name, file in where.items() if name not in holds[file]]
-    if wrong:
-        raise RequestError(
-            f"{index} says that {where[wrong[0]]} holds {listed(wrong)}, which it does not. Index and files are of "
-            "different models or states: fetch or save the checkpoint again."
-        )
-    return named
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first four names and how many more there are."""
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more

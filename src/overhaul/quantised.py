@@ -52,7 +52,7 @@ def loading(known: Checkpoint) -> dict[str, Any]:
     method = given.get("quant_method") if isinstance(given, Mapping) else None
     if method is None and isinstance(given, Mapping) and any(name.startswith("load_in_") for name in given):
         method = "bitsandbytes"
-    if method not in PLAIN:
+    if not isinstance(method, str) or method not in PLAIN:
         raise RequestError(
             f"{known.source} is quantised ({method or given!r} in quantization_config of config.json), and transformers "
             "cannot turn that into plain weights without a GPU and the library that made it. Take the checkpoint that it "
