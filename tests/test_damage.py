@@ -79,23 +79,14 @@ def outcome(damage: Damage, folder: Path, place: Path, expected: torch.Tensor | 
     return "right" if torch.equal(found, again) and bool(found.isfinite().all()) else "not what it was when saved"
 
 
-def tried(suite: str, folder: Path, tmp_path: Path, step: int = 1) -> None:
+@pytest.mark.parametrize(("suite", "least"), [("weights", 80), ("configs", 80), ("tokenizers", 20)])
+def test_damaged_checkpoints_are_refused_or_open_as_what_they_are(
+    suite: str, least: int, folder: Path, tmp_path: Path
+) -> None:
+    assert len(SUITES[suite]) == len(dict(SUITES[suite])) >= least
     expected = says(*models.open_model(folder)) if suite == "weights" else None
-    chosen = SUITES[suite][::step]
-    found = {name: outcome(damage, folder, tmp_path / "m", expected) for name, damage in chosen}
+    found = {name: outcome(damage, folder, tmp_path / "m", expected) for name, damage in SUITES[suite]}
     wrong = {name: said for name, said in found.items() if said not in ("right", "refused")}
     counts = Counter(found.values())
     print(f"{suite}: tried {len(found)}, right {counts['right']}, refused {counts['refused']}, wrong {len(wrong)}")
     assert not wrong, "\n".join(f"{name}: {said}" for name, said in wrong.items())
-
-
-@pytest.mark.parametrize("suite", SUITES)
-def test_some_damaged_checkpoints(suite: str, folder: Path, tmp_path: Path) -> None:
-    tried(suite, folder, tmp_path, step=6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("suite", "least"), [("weights", 80), ("configs", 80), ("tokenizers", 20)])
-def test_all_damaged_checkpoints(suite: str, least: int, folder: Path, tmp_path: Path) -> None:
-    assert len(SUITES[suite]) == len(dict(SUITES[suite])) >= least
-    tried(suite, folder, tmp_path)
