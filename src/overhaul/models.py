@@ -33,6 +33,7 @@ from overhaul.errors import RequestError, RunError, did_you_mean, writing
 from overhaul.processor import count_tokens as count_tokens
 from overhaul.processor import load_processor as load_processor
 from overhaul.processor import quiet_transformers
+from overhaul.recomputed import check_recomputed
 from overhaul.stack.arrangement import is_hub_model, skeleton, unlike_its_class
 from overhaul.stack.paths import records_of, set_aside
 
@@ -273,6 +274,11 @@ def _check_finite(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 def _check_loads_back(model: nn.Module) -> None:
     """Refuse what the class would drop or fill at random when it is loaded."""
+    if hasattr(model, "merge_and_unload"):
+        raise RunError(
+            f"{type(model).__name__} is an adapter around a model, of which the adapter alone would be saved. Merge it "
+            "first (`model = model.merge_and_unload()`), or keep it with peft's own `save_pretrained`; nothing was saved."
+        )
     if not is_hub_model(model):
         raise RunError(
             f"{type(model).__name__} is no model of transformers or diffusers, so no `from_pretrained` would load it; "
@@ -291,6 +297,8 @@ def _check_loads_back(model: nn.Module) -> None:
             f"config describes, such as {wrong[0]!r}; nothing was saved. Merge adapters first; build other modules as a "
             "conversion (overhaul.conversions), which is recorded and loads again."
         )
+    if not hasattr(model, "register_to_config"):
+        check_recomputed(model)
 
 
 def _stored_once(model: Any) -> tuple[str, str] | None:
