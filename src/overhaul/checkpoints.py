@@ -261,7 +261,10 @@ def _facts_of_adapter(source: str, folder: Path, trusted: bool) -> Checkpoint:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
-        raise RequestError(f"{folder} has no config.json, so it is not a Hugging Face checkpoint.")
+        inside = next(
+            (f" {one.parent} has one: open that." for one in sorted(folder.glob("*Transformer/config.json"))), ""
+        )
+        raise RequestError(f"{folder} has no config.json, so it is not a Hugging Face checkpoint.{inside}")
     config = read_json(path)
     named = config.get("architectures")
     if not named and "_class_name" not in config and _class_in_map(config) is None:

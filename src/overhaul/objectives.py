@@ -103,6 +103,24 @@ STATES = "last_hidden_state"
 """What a model without a head gives."""
 
 
+def one_class(of_data: bool) -> str:
+    """What is said where of a model and its data one has classes and the other has not."""
+    if of_data:
+        return "The data has one class for each text, but the model is no classifier: it gives logits for each token."
+    return (
+        "The model is a classifier, which gives logits for each text, but the data has none: give the texts with a column "
+        "`label`, as `as: classified`."
+    )
+
+
+def without_padding(name: str) -> str:
+    """What is said of a classifier whose config lacks what it finds the end of a text by."""
+    return (
+        f"{name} finds the end of a text by its padding, and its config names no pad_token_id. Write one into config.json: "
+        "the number of a token that no text ends with."
+    )
+
+
 def headless(model: nn.Module) -> bool:
     """Whether a model of transformers is a network without a head, which gives hidden states and no logits."""
     from transformers import MODEL_MAPPING, PreTrainedModel
@@ -160,10 +178,7 @@ def _padded_for(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
     if pad is not None:
         return ids.masked_fill(mask == 0, pad)
     if hasattr(model, "score"):  # of transformers' decoders with a classifier
-        raise RequestError(
-            f"{type(model).__name__} finds the end of a text by its padding, and its config names no pad_token_id. Write "
-            "one into config.json: the number of a token that no text ends with."
-        )
+        raise RequestError(without_padding(type(model).__name__))
     return ids
 
 
@@ -285,8 +300,14 @@ def sequences(batch: Batch) -> int:
 
 
 def cross_entropy_sum(logits: Tensor, batch: Batch) -> Tensor:
-    """Summed cross-entropy: over answer tokens for language, over images otherwise."""
+    """Summed cross-entropy: over answer tokens for language, over images (or texts with a class) otherwise.
+
+    Raises:
+        RequestError: the model classifies, and its texts have no classes, or the other way round.
+    """
     labels = batch["labels"]
+    if labels.ndim != logits.ndim - 1:
+        raise RequestError(one_class(labels.ndim == 1))
     if labels.ndim == 1:
         return F.cross_entropy(logits.float(), labels, reduction="sum")
     return token_nll(logits, labels).sum()

@@ -119,7 +119,7 @@ def cache_outputs(
         A Reference. It takes k * d values an example with k loss-carrying positions (k * vocabulary, or the number of
         classes, without a head).
     """
-    head = None if examples.kind == "images" else output_head(model)
+    head = None if examples.classified else output_head(model)
     seen: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) if head is not None else None
     order = [place for place in examples.by_length() if places is None or place in places]

@@ -13,11 +13,11 @@ from torch import nn
 from overhaul import method as methods
 from overhaul import models
 from overhaul.data.examples import Examples, join
-from overhaul.data.forms import find_form
+from overhaul.data.forms import Form, find_form
 from overhaul.data.materials import Row, Source, encode, form_of, load_rows
 from overhaul.errors import RequestError, did_you_mean
 from overhaul.judge import judge as judging
-from overhaul.objectives import encodes_and_decodes, headless, without_head
+from overhaul.objectives import encodes_and_decodes, headless, one_class, without_head, without_padding
 from overhaul.recipe import verbs
 from overhaul.recipe.materials import Materials, Reference, relative, source_of
 from overhaul.recipe.spec import Document, Recipe
@@ -119,11 +119,16 @@ class Checked:
 
 def _check_tokens(role: str, examples: Examples, config: Mapping[str, Any]) -> None:
     """Whether the model can read these tokens: they are in its vocabulary, and their number within its positions."""
-    top = max(int(item["input_ids"].max()) for item in examples.items)
-    if top >= (size := config.get("vocab_size", top + 1)):
+    place = max(range(len(examples)), key=lambda n: int(examples.items[n]["input_ids"].max()))
+    top = int(examples.items[place]["input_ids"].max())
+    text = config.get("text_config")
+    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, Mapping) else None)
+    if isinstance(size, int) and top >= size:
+        word = examples.processor.convert_ids_to_tokens(top) if hasattr(examples.processor, "encode") else None
         raise RequestError(
-            f"The material {role!r} has token {top}, but the model's vocabulary ends at {size - 1}: tokenizer and model do "
-            "not belong together."
+            f"The material {role!r}, row {place + 1}, has token {top} ({word!r}), but the model's vocabulary ends at "
+            f"{size - 1}, so there is no row for it. Take that word out of the text, or resize the embeddings "
+            "(`model.resize_token_embeddings`) and save the model again."
         )
     longest = examples.by_length()[0]
     length, positions = len(examples.items[longest]["input_ids"]), _positions(config)
@@ -163,7 +168,10 @@ def check(document: Document) -> Checked:
     requests = judging.check(recipe.judge, materials.rows, anchors=anchors)
     used = _used(steps, requests, materials)
     if not recipe.model.startswith("starter:"):  # what ships has been built; building takes seconds of imports
-        _check_head(models.check_shapes(known), steps, used, requests)
+        model = models.check_shapes(known)
+        _check_head(model, steps, used, requests)
+        for role in used:
+            _check_classes(role, model, [find_form(form_of(*source)) for source in materials.rows[role]])
     words = models.count_tokens(known)
     for role in used:
         read = any(find_form(form_of(*source)).needs == "tokenizer" for source in materials.rows[role])
@@ -188,6 +196,21 @@ def _check_head(model: nn.Module, steps: Sequence[Step], used: Sequence[str], re
             raise RequestError(f"Step {step.number}, {step.name}: {without_head(name)}")
     if requests:
         raise RequestError(f"judge: {without_head(name)}")
+
+
+def _check_classes(role: str, model: nn.Module, forms: Sequence[Form]) -> None:
+    """Whether texts have classes where the model classifies them, and only there."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS
+
+    kind = vars(type(model)).get("plain", type(model))  # of a converted class
+    classifies = kind in CLASSIFIERS.values()
+    for form in forms:
+        labelled = "label" in form.columns
+        if form.kind == "tokens" and labelled != classifies:
+            raise RequestError(f"The material {role!r} does not fit {kind.__name__}. {one_class(labelled)}")
+    config: Any = getattr(model, "config", None)
+    if classifies and hasattr(model, "score") and config.get_text_config().pad_token_id is None:
+        raise RequestError(without_padding(kind.__name__))
 
 
 def with_steps(checked: Checked, entries: Sequence[Mapping[str, Any]]) -> Checked:
