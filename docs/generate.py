@@ -30,9 +30,10 @@ one that forgot most. So a row shows a method near its best, not at somebody's r
 """.strip()
 sys.path += [str(HERE), str(HERE.parent / "tests")]
 
+from reference import recipes_page  # noqa: E402
+
 from families import FAMILIES, Family  # noqa: E402
 from guarantees import GUARANTEES  # noqa: E402
-from reference import recipes_page  # noqa: E402
 
 
 def method_page(method: Method) -> str:
