@@ -45,7 +45,6 @@ from overhaul.importance import (
 from overhaul.method import Outcome, method
 from overhaul.stack import LayerStack
 
-
 FEWEST_BATCHES = 20
 """With fewer of them, the squared gradients of batch means say little about single examples."""
 
