@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -234,12 +233,9 @@ def test_an_encoder_decoder_is_refused_by_plan_and_in_memory(tmp_path: Path) -> 
         heal(tiny_t5(), oh.examples(sentences(), words(), length=16), steps=1)
 
 
-@pytest.mark.parametrize(
-    "damage", ["[{]", '{"path": "x"}', '[{"path": "../elsewhere"}]', '[{"path": "/elsewhere"}]', "[7]"]
-)
-def test_modules_that_are_not_there_are_refused_before_anything_is_read(damage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["[{]", '{"path": "x"}', "[7]"])
+def test_a_damaged_list_of_modules_is_refused_before_anything_is_read(damage: str, tmp_path: Path) -> None:
     place = layout(bert(), tmp_path / "m")
     (place / "modules.json").write_text(damage)
     with pytest.raises(RequestError, match=r"modules\.json"):
         models.check_shapes(models.facts(place))
-    shutil.rmtree(place)

@@ -37,8 +37,7 @@ def copy_companions(model: Any, folder: Path) -> None:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         for name in module_folders(source):
-            if (source / name).is_dir():  # a module without files has none
-                shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+            shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
     if type(model).__module__.startswith(_CODE):
         for path in sorted(source.rglob("*.py")):
             target = folder / path.relative_to(source)
@@ -47,10 +46,10 @@ def copy_companions(model: Any, folder: Path) -> None:
 
 
 def module_folders(source: Path) -> list[str]:
-    """The folders beside the model that its modules.json names; none that leads out of it.
+    """The folders of sentence-transformers' modules beside the model in `source`, by its modules.json; none elsewhere.
 
     Raises:
-        RequestError: the file is damaged, or a folder that it names lies elsewhere.
+        RequestError: the file is damaged.
     """
     path = source / MODULES
     if not path.is_file():
@@ -59,10 +58,8 @@ def module_folders(source: Path) -> list[str]:
         named = [str(entry["path"]) for entry in json.loads(path.read_text(encoding="utf-8"))]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise RequestError(f"{path} is damaged: it must list modules, each with its path. Fetch it again.") from None
-    for name in named:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise RequestError(f"{path} names the module folder {name!r}, which lies outside of the model's folder.")
-    return [name for name in named if name]
+    inside = {child.name for child in source.iterdir() if child.is_dir()}
+    return [name for name in dict.fromkeys(named) if name in inside]
 
 
 def largest_file(model: Any) -> int:
