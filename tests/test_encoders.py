@@ -218,7 +218,7 @@ def test_a_recipe_shortens_and_heals_a_sentence_encoder(tmp_path: Path) -> None:
     }
     done = oh.run(recipe, tmp_path / "run")
     assert (done.folder / "model" / "1_Pooling" / "config.json").is_file()
-    assert models.open_model(done.folder / "model")[0].config.num_hidden_layers == 3
+    assert models.facts(done.folder / "model").config["num_hidden_layers"] == 3
 
 
 def test_an_encoder_decoder_is_refused_by_plan_and_in_memory(tmp_path: Path) -> None:

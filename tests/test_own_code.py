@@ -148,6 +148,16 @@ def test_a_refusal_names_the_field(folder: Path, tmp_path: Path) -> None:
         )
 
 
+def test_plan_refuses_a_teacher_whose_code_is_not_trusted(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "m")
+    config(**OWN)(tmp_path / "m")
+    (tmp_path / "text.txt").write_text("a short text of some words. " * 20)
+    materials = {"text": {"from": str(tmp_path / "text.txt")}, "teacher": {"model": str(tmp_path / "m")}}
+    recipe = {"model": str(folder), "materials": materials, "steps": [{"shrink.heal": {"target": "teacher"}}]}
+    with pytest.raises(RequestError, match="no model class 'OwnForCausalLM'"):
+        check(read(recipe))
+
+
 @pytest.mark.smoke
 def test_a_yes_on_standard_input_of_the_command_runs_nothing(folder: Path, tmp_path: Path) -> None:
     place, marker = tmp_path / "hostile", tmp_path / "marker"
@@ -209,7 +219,7 @@ def test_a_recipe_runs_a_model_whose_code_is_trusted(folder: Path, tmp_path: Pat
         "judge": {"kept": {"perplexity": "text"}},
     }
     done = oh.run(recipe, tmp_path / "run")
-    model, _ = oh.open(done.folder / "model", trust_remote_code=True)
+    model: Any = oh.open(done.folder / "model", trust_remote_code=True)[0]
     assert model.config.num_hidden_layers == 3
     assert (done.folder / "model" / "helping_own.py").exists()
 

@@ -22,7 +22,7 @@ def _fp8() -> Any:
 
 
 def _mxfp4() -> Any:
-    from transformers import Mxfp4Config
+    from transformers.utils.quantization_config import Mxfp4Config
 
     return Mxfp4Config(dequantize=True)
 

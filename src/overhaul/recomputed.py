@@ -71,8 +71,9 @@ def _tables(planned: Any, name: str, module: nn.Module, twin: nn.Module) -> Iter
     planned._init_weights(twin)
     for key in names:
         new, held = twin._buffers.get(key), module._buffers[key]
-        known = isinstance(new, Tensor) and isinstance(held, Tensor) and new.is_floating_point()
-        if known and not new.isnan().any():  # else the class computes it as it is needed
+        if not (isinstance(new, Tensor) and isinstance(held, Tensor) and new.is_floating_point()):
+            continue
+        if not new.isnan().any():  # else the class computes it as it is needed
             yield f"{name}.{key}", held.cpu(), new
 
 

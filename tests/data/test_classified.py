@@ -41,7 +41,7 @@ def classifier(family: str, **options: Any) -> Any:
 
 def rows() -> list[dict[str, Any]]:
     """The class of a text is the number of its first word by threes."""
-    return [{**row, "label": WORDS.index(row["text"].split()[0]) % 3} for row in sentences(24)]
+    return [{**row, "label": list[str](WORDS).index(row["text"].split()[0]) % 3} for row in sentences(24)]
 
 
 def data() -> Any:

@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
 
 from overhaul import method as methods
 from overhaul import models, processes, session
 from overhaul.data.examples import Examples, join
-from overhaul.data.forms import Form, find_form
+from overhaul.data.forms import find_form
 from overhaul.data.materials import Row, Source, encode, form_of, load_rows
 from overhaul.errors import RequestError, did_you_mean
 from overhaul.judge import judge as judging
-from overhaul.objectives import encodes_and_decodes, headless, one_class, without_head, without_padding
-from overhaul.recipe import verbs
+from overhaul.recipe import outputs, verbs
 from overhaul.recipe.materials import Materials, Reference, relative, source_of
 from overhaul.recipe.spec import Document, Recipe
 
@@ -171,9 +169,11 @@ def check(document: Document) -> Checked:
     used = _used(steps, requests, materials)
     if not recipe.model.startswith("starter:"):  # what ships has been built; building takes seconds of imports
         model = models.check_shapes(known)
-        _check_head(model, steps, used, requests)
+        outputs.check_head(model, steps, used, requests)
         for role in used:
-            _check_classes(role, model, [find_form(form_of(*source)) for source in materials.rows[role]])
+            outputs.check_classes(role, model, [find_form(form_of(*source)) for source in materials.rows[role]])
+    compared = [request.compared_with for request in requests]
+    outputs.check_opened(steps, materials.references, [name for name in compared if name is not None], trust)
     words = models.count_tokens(known)
     for role in used:
         read = any(find_form(form_of(*source)).needs == "tokenizer" for source in materials.rows[role])
@@ -183,36 +183,6 @@ def check(document: Document) -> Checked:
                 "weights (`tokenizer.save_pretrained(folder)`)."
             )
     return Checked(document, known, steps, materials, requests, used, warnings)
-
-
-def _check_head(model: nn.Module, steps: Sequence[Step], used: Sequence[str], requests: Sequence[Any]) -> None:
-    """Whether the model gives what steps and the judge read of it: logits, where they read examples."""
-    name = type(model).__name__
-    if used and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise RequestError(encodes_and_decodes(name))
-    if not headless(model):
-        return
-    for step in steps:
-        reads = any(role.kind == "examples" and role.name in step.reads for role in step.method.roles)
-        if reads and not step.method.headless(step.knobs):
-            raise RequestError(f"Step {step.number}, {step.name}: {without_head(name)}")
-    if requests:
-        raise RequestError(f"judge: {without_head(name)}")
-
-
-def _check_classes(role: str, model: nn.Module, forms: Sequence[Form]) -> None:
-    """Whether texts have classes where the model classifies them, and only there."""
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS
-
-    kind = vars(type(model)).get("plain", type(model))  # of a converted class
-    classifies = kind in CLASSIFIERS.values()
-    for form in forms:
-        labelled = "label" in form.columns
-        if form.kind == "tokens" and labelled != classifies:
-            raise RequestError(f"The material {role!r} does not fit {kind.__name__}. {one_class(labelled)}")
-    config: Any = getattr(model, "config", None)
-    if classifies and hasattr(model, "score") and config.get_text_config().pad_token_id is None:
-        raise RequestError(without_padding(kind.__name__))
 
 
 def with_steps(checked: Checked, entries: Sequence[Mapping[str, Any]]) -> Checked:
