@@ -6,7 +6,11 @@ Exit codes: 0 done, 1 the run failed, 2 the request was wrong.
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +35,7 @@ app.add_typer(starters_app, name="starters")
 
 console = Console(width=None if sys.stdout.isatty() else 110)
 errors = Console(stderr=True)
+notes = Console(stderr=True)
 
 INTERRUPTED = 130
 """What the command line parser makes of Ctrl-C."""
@@ -43,8 +48,26 @@ Device = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
+_interrupted = False
+
+
+def _interrupt(*_: object) -> None:
+    """Stop the work: also where a library catches it, at the next sign of progress."""
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
+
+
+def _go_on() -> None:
+    if _interrupted:
+        raise KeyboardInterrupt
+
+
 def main() -> None:
-    """Run the command; turn errors into one paragraph and an exit code."""
+    """Run the command; turn errors into one paragraph and an exit code. SIGTERM ends it as Ctrl-C does."""
+    if threading.current_thread() is threading.main_thread() and "LOCAL_RANK" not in os.environ:
+        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGTERM, _interrupt)  # a launcher of several processes has its own use for it
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
@@ -93,8 +116,13 @@ def _progress() -> Iterator[None]:
     from overhaul import session
 
     if not console.is_terminal:
-        lines = session.Lines(lambda text: errors.print(text, highlight=False, markup=False, soft_wrap=True))
-        with session.using(report=lines.report, say=lines.say):
+        lines = session.Lines(lambda text: notes.print(text, highlight=False, markup=False, soft_wrap=True))
+
+        def line(what: str, done: int, total: int, detail: str) -> None:
+            _go_on()
+            lines.report(what, done, total, detail)
+
+        with session.using(report=line, say=lines.say):
             yield
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -104,6 +132,7 @@ def _progress() -> Iterator[None]:
         shown: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int, detail: str) -> None:
+            _go_on()
             if what not in shown or bar.tasks[shown[what]].finished:
                 for other in shown.values():
                     bar.update(other, visible=False)
@@ -199,6 +228,7 @@ def methods(
     as_json: AsJson = False,
 ) -> None:
     """List the methods, or describe one: what it reads, its knobs and their defaults."""
+    from rich.padding import Padding
     from rich.table import Table
 
     from overhaul.listing import entries, entry
@@ -215,7 +245,11 @@ def methods(
         console.print(table)
         return
     (one,) = chosen
-    console.print(f"[bold]{one['name']}[/]  {one['paper'] or ''}\n\n{escape(one['doc'])}\n", highlight=False)
+    console.print(f"[bold]{one['name']}[/]  {one['paper'] or ''}\n", highlight=False)
+    for indent, text in paragraphs(one["doc"]):
+        shown = Padding(text, (0, 0, 0, indent), expand=False) if text else ""
+        console.print(shown, markup=False, highlight=False)
+    console.print()
     table = Table("reads", "kind", "", box=None, pad_edge=False)
     for material in one["materials"]:
         kind = f"several: {material['kind']}" if material["many"] else material["kind"]
@@ -226,6 +260,26 @@ def methods(
         default = "required" if knob["required"] else knob["shown"]
         knobs.add_row(knob["name"], escape(knob["type"]), escape(default), escape(knob["doc"]))
     console.print(knobs)
+
+
+def paragraphs(doc: str) -> Iterator[tuple[int, str]]:
+    """The parts of a docstring as they are to be wrapped: how far each is indented, and its text in one line.
+
+    What is set off by four spaces after an empty line is a formula, and stays in its lines.
+    """
+    held: list[str] = []
+    for line in [*doc.splitlines(), ""]:
+        indent, text = len(line) - len(line.lstrip()), line.strip()
+        begins, header = bool(re.match(r"(\d+\.|-|[\w, ]+:) ", text)), bool(re.fullmatch(r"\w+:", text))
+        formula = indent >= 4 and not held and not begins
+        deeper = bool(held) and indent > len(held[0]) - len(held[0].lstrip())
+        if held and (not text or formula or header or (begins and not deeper)):
+            yield len(held[0]) - len(held[0].lstrip()), " ".join(part.strip() for part in held)
+            held = []
+        if not text or formula or header:
+            yield indent, text
+        else:
+            held.append(line)
 
 
 @app.command()
