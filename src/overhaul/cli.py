@@ -72,19 +72,21 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         code = app(arguments, prog_name="overhaul", standalone_mode=False)
-        if code == INTERRUPTED:
-            _fail("Stopped. Finished steps are kept; the same command goes on from there.", debug)
-            code = 1
     except OverhaulError as error:
         _fail(str(error), debug)
         code = error.exit_code
     except Exception as error:
-        if not hasattr(error, "format_message"):  # not one of the command line parser's own
+        if _interrupted:  # what an import says that was broken off
+            code = INTERRUPTED
+        elif not hasattr(error, "format_message"):  # not one of the command line parser's own
             _fail(f"{type(error).__name__}: {error}. `--debug` shows where.", debug)
             code = 1
         else:
             errors.print(f"[bold red]Error[/] {escape(error.format_message())}")  # pyright: ignore[reportAttributeAccessIssue]
             code = 2
+    if code == INTERRUPTED:
+        _fail("Stopped. Finished steps are kept; the same command goes on from there.", debug)
+        code = 1
     sys.exit(code or 0)
 
 
