@@ -28,7 +28,6 @@ app = typer.Typer(
     help="Change a trained network, layer by layer, without training it again, and prove what the change did.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 starters_app = typer.Typer(help="Small trained models and data that ship with Overhaul.", invoke_without_command=True)
 app.add_typer(starters_app, name="starters")
@@ -72,22 +71,25 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         code = app(arguments, prog_name="overhaul", standalone_mode=False)
-    except OverhaulError as error:
-        _fail(str(error), debug)
-        code = error.exit_code
     except Exception as error:
-        if _interrupted:  # what an import says that was broken off
-            code = INTERRUPTED
-        elif not hasattr(error, "format_message"):  # not one of the command line parser's own
-            _fail(f"{type(error).__name__}: {error}. `--debug` shows where.", debug)
-            code = 1
-        else:
-            errors.print(f"[bold red]Error[/] {escape(error.format_message())}")  # pyright: ignore[reportAttributeAccessIssue]
-            code = 2
+        # what is said of work that was broken off, in the middle of an import for one, is not the reason
+        code = INTERRUPTED if _interrupted else _said(error, debug)
     if code == INTERRUPTED:
         _fail("Stopped. Finished steps are kept; the same command goes on from there.", debug)
         code = 1
     sys.exit(code or 0)
+
+
+def _said(error: Exception, debug: bool) -> int:
+    """Say what went wrong; the exit code."""
+    if isinstance(error, OverhaulError):
+        _fail(str(error), debug)
+        return error.exit_code
+    if hasattr(error, "format_message"):  # one of the command line parser's own
+        _fail(error.format_message(), debug=False)  # pyright: ignore[reportAttributeAccessIssue]
+        return 2
+    _fail(f"{type(error).__name__}: {error}. `--debug` shows where.", debug)
+    return 1
 
 
 def _fail(message: str, debug: bool) -> None:
@@ -222,6 +224,28 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.", show_def
     write_html(content, folder / "report.html")
     print_table(content, console)
     console.print(f"\nreport  {folder / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="The repository: owner/name.", show_default=False)],
+    yes: Annotated[bool, typer.Option("--yes", help="Upload; else only say what would go up.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+) -> None:
+    """Put a run's model, with its card and lineage, on the Hugging Face hub."""
+    from overhaul.recipe.push import push as upload
+    from overhaul.report.numbers import humanise
+
+    done = upload(run, name, dry_run=not yes, public=public)
+    for file, size in done.files.items():
+        console.print(f"  {file}  {humanise(size, 'bytes')}", highlight=False, markup=False)
+    said = (
+        f"pushed  {done.url}"
+        if yes
+        else f"Nothing was uploaded. `--yes` puts these {len(done.files)} files into {name}."
+    )
+    console.print(said, soft_wrap=True)
 
 
 @app.command()
