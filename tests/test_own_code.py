@@ -148,6 +148,14 @@ def test_a_refusal_names_the_field(folder: Path, tmp_path: Path) -> None:
         )
 
 
+def test_an_adapter_does_not_choose_what_is_imported(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    options = {"peft_type": "LORA", "megatron_config": {"a": 1}, "megatron_core": "evil"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**options, "base_model_name_or_path": str(folder)}))
+    with pytest.raises(RequestError, match="lets peft import the module 'evil'"):
+        oh.open(tmp_path)
+
+
 def test_plan_refuses_a_teacher_whose_code_is_not_trusted(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "m")
     config(**OWN)(tmp_path / "m")
