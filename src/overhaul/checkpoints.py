@@ -233,8 +233,8 @@ def _facts_of_adapter(source: str, folder: Path, trusted: bool) -> Checkpoint:
         )
     if options.get("megatron_config") and not trusted:
         raise RequestError(
-            f"{folder / ADAPTER_CONFIG}: `megatron_config` lets peft import the module {options.get('megatron_core')!r}. Remove "
-            "the entry, or say `trust_remote_code: true` if you trust it."
+            f"{folder / ADAPTER_CONFIG}: `megatron_config` lets peft import the module {options.get('megatron_core')!r}. "
+            "Remove the entry, or say `trust_remote_code: true` if you trust it."
         )
     named = options.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
