@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from overhaul import session
 from overhaul.checkpoints import ADAPTER_CONFIG, Checkpoint, facts, listed
 from overhaul.checkpoints import locate as locate
 from overhaul.checkpoints import starters as starters
@@ -59,6 +60,7 @@ def load_weights(known: Checkpoint, dtype: str, trust_remote_code: bool = False)
     """
     if dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is not possible.{did_you_mean(dtype, DTYPES)}")
+    session.begins()
     if known.base is not None:
         return _merged(known, known.base.open(dtype, trust_remote_code=trust_remote_code))
     kind = class_of(known)

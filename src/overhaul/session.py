@@ -31,11 +31,17 @@ class Session:
         scratch: where `fit` keeps its checkpoints, or None for none.
         report: receives progress.
         checkpoint_seconds: how often a long training writes a checkpoint.
+        planning: whether the work itself is left out, see `begins`.
     """
 
     scratch: Path | None = None
     report: Report = _quiet
     checkpoint_seconds: float = 30.0
+    planning: bool = False
+
+
+class WorkBegins(BaseException):
+    """All that can be wrong has been looked at, and the work would begin now."""
 
 
 _OUTSIDE = Session()
@@ -58,8 +64,19 @@ def using(**changes: object) -> Iterator[Session]:
         _current.reset(token)
 
 
+def begins() -> None:
+    """Where checks end and work begins: `overhaul plan` goes so far and no further.
+
+    Raises:
+        WorkBegins: the session only plans.
+    """
+    if current().planning:
+        raise WorkBegins
+
+
 def progress(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
     """Pass `items` through, telling the session how many of `total` are done."""
+    begins()
     report = current().report
     for done, item in enumerate(items):
         report(what, done, total, "")

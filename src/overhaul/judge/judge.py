@@ -137,6 +137,17 @@ def judge(
         return Judgement(measures, _samples(model, requests, evidence))
 
 
+def try_out(model: nn.Module, request: Request, data: Mapping[str, Examples]) -> None:
+    """Begin to measure one request: what its metric asks of the model is refused before anything is computed.
+
+    Raises:
+        RequestError: the model cannot do it.
+    """
+    if not METRICS[request.metric].anchored:
+        evidence = {name: Evidence(model, data[role], 1) for name, role in request.roles.items()}
+        _value(request, evidence, {})
+
+
 def _evidence(
     model: nn.Module, requests: Collection[Request], data: Mapping[str, Examples], limit: int
 ) -> dict[str, Evidence]:

@@ -107,12 +107,21 @@ class Checked:
         data = {
             role: join([encode(rows, spec, self.processor) for spec, rows in self.rows[role]]) for role in self.used
         }
-        for role, examples in data.items():
-            if not len(examples):
-                raise RequestError(f"The material {role!r} has rows, but no example is left once they are encoded.")
-            if examples.kind in ("tokens", "pairs"):
-                _check_tokens(role, examples, self.model.config)
+        check_encoded(data, self.model)
         return data
+
+
+def check_encoded(data: Mapping[str, Examples], model: models.Checkpoint) -> None:
+    """Whether something is left to learn from, and the model has every token and position.
+
+    Raises:
+        RequestError: it is not so.
+    """
+    for role, examples in data.items():
+        if not len(examples):
+            raise RequestError(f"The material {role!r} has rows, but no example is left once they are encoded.")
+        if examples.kind in ("tokens", "pairs"):
+            _check_tokens(role, examples, model.config)
 
 
 def _check_tokens(role: str, examples: Examples, config: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ import torch
 
 from overhaul.data.materials import positions_of
 from overhaul.models import DTYPES, Checkpoint, facts
+from overhaul.recipe.ahead import look_ahead
 from overhaul.recipe.check import Checked, Step
 
 DRAWN_BATCHES = 32
@@ -52,7 +53,12 @@ class Planned:
 
 
 def plan(checked: Checked, flops_per_second: float | None = None) -> list[Planned]:
-    """Estimate every step. `flops_per_second` is measured in a fraction of a second if not given."""
+    """Look ahead at every step and estimate it. `flops_per_second` is measured in a fraction of a second if not given.
+
+    Raises:
+        RequestError: a run would refuse it.
+    """
+    look_ahead(checked)
     speed = flops_per_second or matmul_speed(dtype=DTYPES[checked.recipe.dtype])
     return [_estimate(step, checked, speed) for step in checked.steps]
 

@@ -33,6 +33,7 @@ from overhaul.judge.measure import Measure
 from overhaul.method import Material
 from overhaul.outcome import OutcomeError
 from overhaul.recipe import finished, lineage, machine, products, results, verbs
+from overhaul.recipe.ahead import look_ahead
 from overhaul.recipe.check import Checked, Step, check, encode_made, maker_of
 from overhaul.recipe.materials import Reference
 from overhaul.recipe.spec import Document
@@ -80,7 +81,7 @@ class Runner:
         self.checked, self.folder, self.shown = checked, folder, shown or folder
         session.current().report("reading data", 0, 1, "")
         self.data = checked.encode() if data is None else data
-        judging.check_data(checked.requests, self.data)
+        look_ahead(checked, self.data)
         self.digests = {role: examples.digest() for role, examples in self.data.items()}
         self.digests |= {role: key_of(parts) for role, parts in self.raw_rows().items() if role not in self.digests}
         self.warnings = [*checked.warnings, *self.repeated()]

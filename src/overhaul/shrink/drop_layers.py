@@ -78,13 +78,13 @@ def drop_layers(
         )
     before = {"blocks_before": len(stack), "parameters_before": _parameters(model)}
     layers: dict[str, Scores] = {}
-    if criterion == "reverse":
-        removed = candidates[::-1][:count]
-    elif text is None or not len(text):
+    if criterion != "reverse" and (text is None or not len(text)):
         raise RequestError(
             f"shrink.drop_layers: the criterion {criterion!r} is measured on examples, but the role `text` is missing or "
             'empty. Give it, or write criterion: "reverse".'
         )
+    if text is None or criterion == "reverse" or session.current().planning:  # how many go is known before which
+        removed = candidates[::-1][:count]
     elif criterion == "block_influence":
         scores = layers["block influence"] = influence(stack, text, 1, skip_first_token, batch_size)
         removed = lowest(scores, candidates, count)

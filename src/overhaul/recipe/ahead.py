@@ -1,0 +1,206 @@
+"""What a run would find out on its way, found before it begins: rows are encoded, and a network without numbers is asked.
+
+1. Of each source as many rows are encoded as take a moment (`AFFORDED`); of a larger one the first, the last and the
+   longest, while every row is looked at for its columns. A run encodes all.
+2. The network is built on torch's meta device, where it has shapes and no weights. It is given an example of every role that
+   a step trains on or the judge measures; the judge's metrics and the methods themselves are run on it, up to where work
+   would begin (`session.begins`) or a number is needed, which is not there. What they refuse until then is refused here.
+3. A step that builds another network hands it on where it gets to its end without numbers; if not, later steps are asked
+   about their data alone, and what only the new network would tell is left to the run.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from overhaul import models, session
+from overhaul.data.examples import Examples, collate, join
+from overhaul.data.forms import find_form
+from overhaul.data.lazy import TextFile
+from overhaul.data.materials import Row, Source, encode, form_of, positions_of
+from overhaul.errors import OverhaulError, RequestError
+from overhaul.judge import judge as judging
+from overhaul.method import Material, Outcome
+from overhaul.modes import at_rest
+from overhaul.objectives import forward
+from overhaul.recipe.check import Checked, Step, check_encoded
+from overhaul.session import WorkBegins
+
+AFFORDED = 20_000
+"""Rows of a source that are all encoded; of more, three times `SHOWN` are."""
+
+SHOWN, STRETCH = 200, 50_000
+"""Rows of a large source, from its beginning, its end and the longest; characters of a text that lies in a file."""
+
+Result = TypeVar("Result")
+
+
+def look_ahead(checked: Checked, data: Mapping[str, Examples] | None = None) -> None:
+    """Refuse what a run of this request would refuse, as far as that can be known without a weight.
+
+    Args:
+        checked: the request.
+        data: the examples of every role, where they are at hand already.
+
+    Raises:
+        RequestError: with what is wrong, where, and what to write instead.
+    """
+    if data is None:
+        data = {role: join([encode(_some(spec, rows), spec, checked.processor) for spec, rows in checked.rows[role]])
+                for role in checked.used}  # fmt: skip
+        check_encoded(data, checked.model)
+    judging.check_data(checked.requests, data)
+    for known in checked.references_read():
+        models.check_shapes(known)
+    with session.using(planning=True, scratch=None), torch.random.fork_rng(devices=[]):
+        network = _told(lambda: models.planned(checked.model), "")
+        if network is not None:
+            network.eval()
+            for role, examples in data.items():
+                _check_read(role, examples, network)
+            for request in checked.requests:
+                _told(partial(judging.try_out, network, request, data), "")
+        _Stages(checked, data, network).go()
+
+
+def _some(spec: Source, rows: Sequence[Row]) -> Sequence[Row]:
+    """Rows that are encoded in a moment and stand for all."""
+    if len(rows) <= AFFORDED and not any(isinstance(value, TextFile) for row in rows[:2] for value in row.values()):
+        return rows
+    sizes = [(sum(positions_of(spec, _whole(spec, row, number))), number) for number, row in enumerate(rows)]
+    longest = sorted(number for _, number in sorted(sizes)[-SHOWN:])
+    places = dict.fromkeys([*range(min(SHOWN, len(rows))), *longest, *range(max(0, len(rows) - SHOWN), len(rows))])
+    return [{name: _begun(value) for name, value in rows[place].items()} for place in places]
+
+
+def _whole(spec: Source, row: Row, number: int) -> Row:
+    for column in map(spec.column, find_form(form_of(spec, [row])).columns):
+        if row.get(column) is None:
+            raise RequestError(f"{spec.from_}: row {number + 1} has no {column!r}: {str(dict(row))[:80]}.")
+    return row
+
+
+def _begun(value: Any) -> Any:
+    return next(value.stretches(STRETCH), "") if isinstance(value, TextFile) else value
+
+
+def _told(work: Callable[[], Result], where: str) -> Result | None:
+    """What some work gives on a network without numbers; None where it needs one. What it refuses is told, with `where`."""
+    try:
+        return work()
+    except WorkBegins:
+        return None
+    except RequestError as error:
+        if _lacks_numbers(error):
+            return None
+        raise RequestError(f"{where}{error}") from error
+    except OverhaulError:  # it was found out under way, where nothing was
+        return None
+    except Exception:  # numbers are missing, or the run will tell
+        return None
+
+
+def _lacks_numbers(error: BaseException | None) -> bool:
+    """Whether an error comes of tensors that have no memory."""
+    while error is not None:
+        if isinstance(error, NotImplementedError) or (not isinstance(error, OverhaulError) and "meta" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _check_read(role: str, examples: Examples, network: nn.Module) -> None:
+    """Whether the network reads such examples, and tells as many classes apart as they name."""
+    if examples.kind not in ("tokens", "pairs", "images"):
+        return
+    name = type(network).__name__
+    try:
+        with torch.no_grad(), at_rest(network):
+            logits = forward(network, {key: value.to("meta") for key, value in collate(examples.items[:1]).items()})
+    except StopIteration:  # no logits: what needs none goes on
+        return
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if _lacks_numbers(error):
+            return
+        reads = getattr(network, "main_input_name", "something else")
+        raise RequestError(
+            f"The material {role!r} holds {examples.kind}, which {name} does not take (it reads {reads}): {error}"
+        ) from error
+    labels = [int(item["labels"]) for item in examples.items if "labels" in item and not item["labels"].ndim]
+    wrong = next((label for label in labels if not 0 <= label < logits.shape[-1]), None)
+    if wrong is not None:
+        raise RequestError(
+            f"The material {role!r} has the label {wrong} (example {labels.index(wrong) + 1}), but {name} tells "
+            f"{logits.shape[-1]} classes apart, 0 to {logits.shape[-1] - 1}. Correct the labels, or leave such rows out."
+        )
+
+
+class _Stages:
+    """The steps one after the other, each with the network that it would be given, as far as that is known."""
+
+    def __init__(self, checked: Checked, data: Mapping[str, Examples], network: nn.Module | None) -> None:
+        self.checked, self.data = checked, data
+        self.networks: list[nn.Module | None] = [network]
+        self.folders: list[models.Checkpoint | None] = [checked.model]
+
+    def go(self) -> None:
+        """Ask every step."""
+        for step in self.checked.steps:
+            outcome = _told(partial(self.ask, step), f"Step {step.number}, {step.name}: ")
+            network, folder = self.networks[-1], self.folders[-1]
+            if step.method.changes == "architecture":
+                network = outcome.model if outcome is not None and isinstance(outcome.model, nn.Module) else None
+            self.networks.append(network)
+            self.folders.append(folder if step.method.changes == "nothing" else None)
+
+    def ask(self, step: Step) -> Outcome | None:
+        """Run a step without numbers; not where one of its materials is not known yet."""
+        given = self.given(step)
+        if given is None:
+            return None
+        with tempfile.TemporaryDirectory() as place:  # nothing comes to lie there
+            torch.manual_seed(0)
+            out = {"out": Path(place) / "model"} if step.method.writes else {}
+            return step.method.call(**given, **out, **step.knobs)
+
+    def given(self, step: Step) -> dict[str, Any] | None:
+        """The materials of a step; None where one of them is not known yet."""
+        given: dict[str, Any] = {}
+        if (subject := step.method.subject) is not None:
+            given[subject.name] = self._as_asked(subject, self.networks[-1], self.folders[-1])
+        for role in step.method.roles:
+            if role.name in step.reads:
+                found = [self.material(role, name) for name in step.names(role.name)]
+                given[role.name] = None if any(one is None for one in found) else found if role.many else found[0]
+        return None if any(value is None for value in given.values()) else given
+
+    def material(self, role: Material, name: str) -> Any:
+        """One material; None where it is not known yet."""
+        reference = self.checked.references.get(name)
+        if reference is None:
+            return (
+                self.data[name] if role.kind == "examples" else [r for _, rows in self.checked.rows[name] for r in rows]
+            )
+        if "made" in reference:
+            return None
+        if "model" in reference:
+            known = models.facts(reference["model"])
+            return self._as_asked(role, models.planned(known) if role.kind == "model" else None, known)
+        after = reference["after"]
+        place = 0 if after == "start" else next(step.number for step in self.checked.steps if step.goes_by(after))
+        return self._as_asked(role, self.networks[place], self.folders[place])
+
+    @staticmethod
+    def _as_asked(role: Material, network: nn.Module | None, folder: models.Checkpoint | None) -> Any:
+        """A network of the step's own, or the folder."""
+        if role.kind == "checkpoint":
+            return folder
+        return None if network is None else copy.deepcopy(network).eval()
