@@ -22,16 +22,16 @@ import torch
 from torch import nn
 
 from overhaul import models, session
-from overhaul.data.examples import Examples, collate, join
+from overhaul.data.examples import Examples, collate
 from overhaul.data.forms import find_form
 from overhaul.data.lazy import TextFile
-from overhaul.data.materials import Row, Source, encode, form_of, positions_of
+from overhaul.data.materials import Row, Source, form_of, positions_of
 from overhaul.errors import OverhaulError, RequestError
 from overhaul.judge import judge as judging
 from overhaul.method import Material, Outcome
 from overhaul.modes import at_rest
 from overhaul.objectives import forward
-from overhaul.recipe.check import Checked, Step, check_encoded
+from overhaul.recipe.check import Checked, Step, check_encoded, encoded
 from overhaul.session import WorkBegins
 
 AFFORDED = 20_000
@@ -54,8 +54,8 @@ def look_ahead(checked: Checked, data: Mapping[str, Examples] | None = None) -> 
         RequestError: with what is wrong, where, and what to write instead.
     """
     if data is None:
-        data = {role: join([encode(_some(spec, rows), spec, checked.processor) for spec, rows in checked.rows[role]])
-                for role in checked.used}  # fmt: skip
+        some = {role: [(spec, _some(spec, rows)) for spec, rows in checked.rows[role]] for role in checked.used}
+        data = {role: encoded(role, parts, checked.processor) for role, parts in some.items()}
         check_encoded(data, checked.model)
     judging.check_data(checked.requests, data)
     for known in checked.references_read():
@@ -65,7 +65,8 @@ def look_ahead(checked: Checked, data: Mapping[str, Examples] | None = None) -> 
         if network is not None:
             network.eval()
             for role, examples in data.items():
-                _check_read(role, examples, network)
+                judged = any(role in request.roles.values() for request in checked.requests)
+                _check_read(role, examples, network, judged)
             for request in checked.requests:
                 _told(partial(judging.try_out, network, request, data), "")
         _Stages(checked, data, network).go()
@@ -117,15 +118,20 @@ def _lacks_numbers(error: BaseException | None) -> bool:
     return False
 
 
-def _check_read(role: str, examples: Examples, network: nn.Module) -> None:
-    """Whether the network reads such examples, and tells as many classes apart as they name."""
+def _check_read(role: str, examples: Examples, network: nn.Module, judged: bool) -> None:
+    """Whether the network reads such examples, says something where it is judged, and has the classes that they name."""
     if examples.kind not in ("tokens", "pairs", "images"):
         return
     name = type(network).__name__
     try:
         with torch.no_grad(), at_rest(network):
             logits = forward(network, {key: value.to("meta") for key, value in collate(examples.items[:1]).items()})
-    except StopIteration:  # no logits: what needs none goes on
+    except StopIteration:  # what needs hidden states alone goes on
+        if judged:
+            raise RequestError(
+                f"judge measures on {role!r}, but {name} has no output head: it returns hidden states and says nothing. "
+                "Leave it out of `judge:`, or open the model as a class with a head (`architectures` in config.json)."
+            ) from None
         return
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         if _lacks_numbers(error):

@@ -8,20 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import TemplateError
 
 from overhaul import method as methods
 from overhaul import models
 from overhaul.data.examples import Examples, join
 from overhaul.data.forms import find_form
 from overhaul.data.materials import Row, Source, encode, form_of, load_rows
-from overhaul.errors import RequestError, did_you_mean
+from overhaul.errors import OverhaulError, RequestError, did_you_mean
 from overhaul.judge import judge as judging
 from overhaul.recipe import verbs
 from overhaul.recipe.materials import Materials, Reference, relative, source_of
 from overhaul.recipe.spec import Document, Recipe
-
-RETRAINED = "retrained"
-"""The material that is a model trained without what is to be forgotten."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +102,26 @@ class Checked:
         Raises:
             RequestError: nothing is left to learn from, or a token is not in the model's vocabulary.
         """
-        data = {
-            role: join([encode(rows, spec, self.processor) for spec, rows in self.rows[role]]) for role in self.used
-        }
+        data = {role: encoded(role, self.rows[role], self.processor) for role in self.used}
         check_encoded(data, self.model)
         return data
+
+
+def encoded(role: str, parts: Sequence[tuple[Source, Sequence[Row]]], processor: Any) -> Examples:
+    """The examples of one material.
+
+    Raises:
+        RequestError: a row is not what its form reads.
+    """
+    try:
+        return join([encode(rows, spec, processor) for spec, rows in parts])
+    except OverhaulError as error:
+        raise type(error)(f"The material {role!r}: {error}") from error
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, TemplateError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise RequestError(
+            f"The material {role!r} cannot be encoded: {what}. Its rows, `prompt:` and `columns:` must fit `as:`."
+        ) from error
 
 
 def check_encoded(data: Mapping[str, Examples], model: models.Checkpoint) -> None:
@@ -200,7 +213,8 @@ def _steps(entries: Sequence[Mapping[str, Any]], materials: Materials) -> tuple[
     steps: list[Step] = []
     for number, entry in enumerate(entries, 1):
         steps.append(_step(number, entry, materials, steps))
-    _check_after(materials.references, steps)
+    if steps:
+        _check_after(materials.references, steps)
     return steps, [warning for step in steps for warning in verbs.ask("check", step, materials.rows)]
 
 
@@ -338,8 +352,11 @@ def encode_made(role: str, reference: Reference, rows: list[Row], processor: Any
 
 
 def _check_after(references: Mapping[str, Reference], steps: Sequence[Step]) -> None:
-    """Whether the steps after which a model is taken are there, one each, and before those that read it."""
+    """Whether the steps that make something, or after which a model is taken, are there and before those that read it."""
     for name, reference in references.items():
+        if "made" in reference and maker_of(reference, steps) is None:
+            hint = did_you_mean(reference["made"], [step.name for step in steps])
+            raise RequestError(f"The material {name!r} is made by {reference['made']!r}, which is no step.{hint}")
         if "after" not in reference:
             continue
         target = reference["after"]

@@ -23,9 +23,12 @@ import torch
 from torch import Tensor
 
 from overhaul import __version__, method, models, processes
+from overhaul.data.examples import Examples
 from overhaul.errors import OverhaulError, RequestError
+from overhaul.judge.requests import RETRAINED
 from overhaul.recipe import machine
-from overhaul.recipe.check import RETRAINED, Checked, check, with_steps
+from overhaul.recipe.ahead import look_ahead
+from overhaul.recipe.check import Checked, check, with_steps
 from overhaul.recipe.run import Run
 from overhaul.recipe.runner import Runner
 from overhaul.recipe.spec import read
@@ -77,6 +80,10 @@ def compare(
     variants = [
         _seeded(variant, base.recipe.seed + n, seeds > 1) for variant in _variants(base, names) for n in range(seeds)
     ]
+    used = dict.fromkeys(role for variant in variants for role in variant.checked.used)
+    data = replace(base, used=list(used)).encode()
+    for variant in variants[::seeds]:
+        look_ahead(variant.checked, {role: data[role] for role in variant.checked.used})
     root = Path(out) if out is not None else Path("runs") / f"{document.folder_name}-compared"
     needed = base.model.bytes * sum(1 + len(variant.checked.steps) for variant in variants)
     folder = RunFolder(root)
@@ -84,7 +91,7 @@ def compare(
         folder = RunFolder.claim(root, f"{document.name} (compared)", needed)
     processes.wait()
     with folder.held():
-        return _Comparison(base, variants, folder).go()
+        return _Comparison(base, variants, folder, data).go()
 
 
 def _variants(base: Checked, names: Sequence[str]) -> list[Variant]:
@@ -141,10 +148,10 @@ def _seeded(variant: Variant, seed: int, named: bool) -> Variant:
 class _Comparison:
     """One walk through all variants."""
 
-    def __init__(self, base: Checked, variants: Sequence[Variant], folder: RunFolder) -> None:
-        self.base, self.variants, self.folder = base, variants, folder
-        used = dict.fromkeys(role for variant in variants for role in variant.checked.used)
-        self.data = replace(base, used=list(used)).encode()
+    def __init__(
+        self, base: Checked, variants: Sequence[Variant], folder: RunFolder, data: Mapping[str, Examples]
+    ) -> None:
+        self.base, self.variants, self.folder, self.data = base, variants, folder, data
 
     def go(self) -> Run:
         """Every variant's run, the table and the page."""

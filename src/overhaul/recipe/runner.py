@@ -81,7 +81,8 @@ class Runner:
         self.checked, self.folder, self.shown = checked, folder, shown or folder
         session.current().report("reading data", 0, 1, "")
         self.data = checked.encode() if data is None else data
-        look_ahead(checked, self.data)
+        if data is None:  # else it was looked at before all
+            look_ahead(checked, self.data)
         self.digests = {role: examples.digest() for role, examples in self.data.items()}
         self.digests |= {role: key_of(parts) for role, parts in self.raw_rows().items() if role not in self.digests}
         self.warnings = [*checked.warnings, *self.repeated()]
