@@ -18,7 +18,7 @@ import pkgutil
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +57,7 @@ class Method:
     materials: tuple[Material, ...]
     knobs: tuple[Knob, ...]
     makes: Mapping[str, Product]
+    alone: bool | Mapping[str, Sequence[str]]
     module: str
     writes: bool
     call: Callable[..., Outcome] = field(repr=False)
@@ -79,6 +80,12 @@ class Method:
     def roles(self) -> list[Material]:
         """The materials apart from the model that a stage hands on."""
         return [material for material in self.materials if material is not self.subject]
+
+    def runs_alone(self, knobs: Mapping[str, Any]) -> bool:
+        """Whether it runs blocks by themselves, with these knobs."""
+        if isinstance(self.alone, bool):
+            return self.alone
+        return any(knobs[name] in values for name, values in self.alone.items())
 
     def check(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
         """All knobs with defaults filled in; a RequestError names what is unknown or out of range."""
@@ -141,6 +148,7 @@ def method(
     changes: Changes,
     memory: Memory = "training",
     makes: Mapping[str, Product] | None = None,
+    alone: bool | Mapping[str, Sequence[str]] = False,
 ) -> Callable[[Callable[..., Outcome]], Callable[..., Outcome]]:
     """Make a function a method.
 
@@ -151,6 +159,7 @@ def method(
         memory: what it holds per parameter, for `overhaul plan`: some pieces of a tensor ("stream"), activations only
             ("forward"), gradients and one float32 accumulator or two ("gradient"), or gradients and optimizer state
             ("training").
+        alone: whether it runs blocks by themselves, which some conversions rule out: always, or with these values of a knob.
         makes: the products in `Outcome.made` and what they are, so that a recipe's later steps can be checked beforehand.
 
     Raises:
@@ -169,6 +178,7 @@ def method(
             summary=doc.partition("\n\n")[0].replace("\n", " "),
             doc=inspect.cleandoc(sys.modules[function.__module__].__doc__ or "") + "\n\n" + doc,
             makes=dict(makes or {}),
+            alone=alone,
             module=function.__module__,
             call=function,
             **vars(signature),

@@ -60,11 +60,11 @@ def load_weights(known: Checkpoint, dtype: str, trust_remote_code: bool = False)
     """
     if dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is not possible.{did_you_mean(dtype, DTYPES)}")
-    session.begins()
     if known.base is not None:
         return _merged(known, known.base.open(dtype, trust_remote_code=trust_remote_code))
     kind = class_of(known)
     if kind is not None and known.is_new:
+        session.begins()
         return _drawn(known, kind).to(DTYPES[dtype]).eval()
     _refuse_what_lies_beside(known)
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "use_safetensors": True, "output_loading_info": True}
@@ -79,6 +79,7 @@ def load_weights(known: Checkpoint, dtype: str, trust_remote_code: bool = False)
         from transformers import AutoModel
 
         kind, options["trust_remote_code"] = AutoModel, True
+    session.begins()
     with quiet_transformers():
         model, loading = kind.from_pretrained(known.folder, **options)
     missing = sorted(loading["missing_keys"])
@@ -205,7 +206,7 @@ def planned(known: Checkpoint) -> nn.Module | None:
     try:
         with torch.device("meta"), no_init_weights():
             return _built(known, kind)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise RequestError(
             f"{known.source}: no {known.architecture} can be built from config.json: {error}. Correct config.json; "
             "`overhaul plan` checks it without reading weights."

@@ -2,8 +2,8 @@
 
 1. Of each source as many rows are encoded as take a moment (`AFFORDED`); of a larger one the first, the last and the
    longest, while every row is looked at for its columns. A run encodes all.
-2. The network is built on torch's meta device, where it has shapes and no weights. It is given an example of every role that
-   a step trains on or the judge measures; the judge's metrics and the methods themselves are run on it, up to where work
+2. The network is built of fake tensors, which have shapes and no values. It is given an example of every role that a step
+   trains on or the judge measures; the judge's metrics and the methods themselves are run on it, up to where work
    would begin (`session.begins`) or a number is needed, which is not there. What they refuse until then is refused here.
 3. A step that builds another network hands it on where it gets to its end without numbers; if not, later steps are asked
    about their data alone, and what only the new network would tell is left to the run.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from overhaul import models, session
 from overhaul.data.examples import Examples, collate
@@ -60,16 +62,46 @@ def look_ahead(checked: Checked, data: Mapping[str, Examples] | None = None) -> 
     judging.check_data(checked.requests, data)
     for known in checked.references_read():
         models.check_shapes(known)
-    with session.using(planning=True, scratch=None), torch.random.fork_rng(devices=[]):
-        network = _told(lambda: models.planned(checked.model), "")
-        if network is not None:
-            network.eval()
-            for role, examples in data.items():
-                judged = any(role in request.roles.values() for request in checked.requests)
-                _check_read(role, examples, network, judged)
-            for request in checked.requests:
-                _told(partial(judging.try_out, network, request, data), "")
-        _Stages(checked, data, network).go()
+    _check_anchors(checked, data)
+    with session.using(planning=True, scratch=None), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        for known in (checked.model, *checked.references_read()):
+            _told(partial(models.load_weights, known, checked.recipe.dtype, checked.recipe.trust_remote_code), "")
+        networks = _Networks()
+        network = networks.of(checked.model)
+        for role, examples in data.items() if network is not None else ():
+            judged = any(role in request.roles.values() for request in checked.requests)
+            _check_read(role, examples, network, judged)
+        for request in checked.requests if network is not None else ():
+            _told(partial(judging.try_out, network, request, data), "")
+        _Stages(checked, data, networks).go()
+
+
+class _Networks:
+    """Networks without numbers."""
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def of(self, known: models.Checkpoint) -> nn.Module | None:
+        """One as config.json describes it; None where its code is not to be run."""
+        built = models.planned(known)
+        with self.mode:
+            return None if built is None else built.to_empty(device="cpu").eval()
+
+
+def _check_anchors(checked: Checked, data: Mapping[str, Examples]) -> None:
+    """Whether the models that are compared with have every token of what they are asked."""
+    for request in checked.requests:
+        reference = checked.references.get(request.compared_with or "", {})
+        words = models.facts(reference["model"]).config.get("vocab_size") if "model" in reference else None
+        for role in request.roles.values() if words is not None else ():
+            tokens = [item["input_ids"] for item in data[role].items if "input_ids" in item]
+            if any(int(ids.max()) >= words for ids in tokens):
+                raise RequestError(
+                    f"The role {role!r} has tokens beyond the {words} of the {request.compared_with} model; both need one "
+                    "tokenizer."
+                )
 
 
 def _some(spec: Source, rows: Sequence[Row]) -> Sequence[Row]:
@@ -110,9 +142,9 @@ def _told(work: Callable[[], Result], where: str) -> Result | None:
 
 
 def _lacks_numbers(error: BaseException | None) -> bool:
-    """Whether an error comes of tensors that have no memory."""
+    """Whether an error comes of tensors that have no values."""
     while error is not None:
-        if isinstance(error, NotImplementedError) or (not isinstance(error, OverhaulError) and "meta" in str(error)):
+        if isinstance(error, NotImplementedError) or type(error).__module__ == FakeTensorMode.__module__:
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -125,7 +157,7 @@ def _check_read(role: str, examples: Examples, network: nn.Module, judged: bool)
     name = type(network).__name__
     try:
         with torch.no_grad(), at_rest(network):
-            logits = forward(network, {key: value.to("meta") for key, value in collate(examples.items[:1]).items()})
+            logits = forward(network, collate(examples.items[:1]))
     except StopIteration:  # what needs hidden states alone goes on
         if judged:
             raise RequestError(
@@ -152,9 +184,9 @@ def _check_read(role: str, examples: Examples, network: nn.Module, judged: bool)
 class _Stages:
     """The steps one after the other, each with the network that it would be given, as far as that is known."""
 
-    def __init__(self, checked: Checked, data: Mapping[str, Examples], network: nn.Module | None) -> None:
-        self.checked, self.data = checked, data
-        self.networks: list[nn.Module | None] = [network]
+    def __init__(self, checked: Checked, data: Mapping[str, Examples], made: _Networks) -> None:
+        self.checked, self.data, self.made = checked, data, made
+        self.networks: list[nn.Module | None] = [made.of(checked.model)]
         self.folders: list[models.Checkpoint | None] = [checked.model]
 
     def go(self) -> None:
@@ -199,7 +231,7 @@ class _Stages:
             return None
         if "model" in reference:
             known = models.facts(reference["model"])
-            return self._as_asked(role, models.planned(known) if role.kind == "model" else None, known)
+            return self._as_asked(role, self.made.of(known) if role.kind == "model" else None, known)
         after = reference["after"]
         place = 0 if after == "start" else next(step.number for step in self.checked.steps if step.goes_by(after))
         return self._as_asked(role, self.networks[place], self.folders[place])

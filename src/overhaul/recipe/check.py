@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from jinja2 import TemplateError
 
 from overhaul import method as methods
 from overhaul import models
+from overhaul.conversions.records import bound_together, recorded_by
 from overhaul.data.examples import Examples, join
 from overhaul.data.forms import find_form
 from overhaul.data.materials import Row, Source, encode, form_of, load_rows
@@ -68,7 +70,8 @@ class Checked:
     def processor(self) -> Any:
         """The model's tokenizer or image processor, which is loaded when it is first asked for."""
         if "processor" not in self.loaded:
-            self.loaded["processor"] = models.load_processor(self.model)
+            with _opening(self.model):
+                self.loaded["processor"] = models.load_processor(self.model)
         return self.loaded["processor"]
 
     @property
@@ -105,6 +108,21 @@ class Checked:
         data = {role: encoded(role, self.rows[role], self.processor) for role in self.used}
         check_encoded(data, self.model)
         return data
+
+
+@contextmanager
+def _opening(known: models.Checkpoint) -> Iterator[None]:
+    """What a library says of a tokenizer or image processor that it cannot read, in one sentence."""
+    try:
+        yield
+    except OverhaulError:
+        raise
+    except Exception as error:  # each library has its own
+        said = str(error).strip().partition("\n")[0]
+        raise RequestError(
+            f"{known.source}: its tokenizer or image processor cannot be opened ({type(error).__name__}: {said}). Copy "
+            "those files again from where the model comes from."
+        ) from error
 
 
 def encoded(role: str, parts: Sequence[tuple[Source, Sequence[Row]]], processor: Any) -> Examples:
@@ -177,13 +195,14 @@ def check(document: Document) -> Checked:
     materials = Materials.of(recipe, document)
     if not recipe.steps and not recipe.compare:
         raise RequestError("The recipe has no steps. `overhaul methods` lists what a step can be.")
-    steps, warnings = _steps(recipe.steps, materials)
+    steps, warnings = _steps(recipe.steps, materials, known)
     anchors = [name for name, one in materials.references.items() if "model" in one]
     requests = judging.check(recipe.judge, materials.rows, anchors=anchors)
     used = _used(steps, requests, materials)
     if not recipe.model.startswith("starter:"):  # what ships has been built; building takes seconds of imports
         models.check_shapes(known)
-    words = models.count_tokens(known)
+    with _opening(known):
+        words = models.count_tokens(known)
     for role in used:
         read = any(find_form(form_of(*source)).needs == "tokenizer" for source in materials.rows[role])
         if read and words is None:
@@ -201,21 +220,40 @@ def with_steps(checked: Checked, entries: Sequence[Mapping[str, Any]]) -> Checke
         RequestError: as `check`.
     """
     recipe = checked.recipe.model_copy(update={"steps": list(entries)})
-    steps, warnings = _steps(recipe.steps, checked.materials)
+    steps, warnings = _steps(recipe.steps, checked.materials, checked.model)
     used = _used(steps, checked.requests, checked.materials)
     text = yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False)
     document = replace(checked.document, recipe=recipe, text=text)
     return replace(checked, document=document, steps=steps, used=used, warnings=warnings)
 
 
-def _steps(entries: Sequence[Mapping[str, Any]], materials: Materials) -> tuple[list[Step], list[str]]:
+def _steps(
+    entries: Sequence[Mapping[str, Any]], materials: Materials, model: models.Checkpoint
+) -> tuple[list[Step], list[str]]:
     """All steps, and what is odd about the roles they read."""
     steps: list[Step] = []
     for number, entry in enumerate(entries, 1):
         steps.append(_step(number, entry, materials, steps))
+    _check_alone(steps, model)
     if steps:
         _check_after(materials.references, steps)
     return steps, [warning for step in steps for warning in verbs.ask("check", step, materials.rows)]
+
+
+def _check_alone(steps: Sequence[Step], model: models.Checkpoint) -> None:
+    """Whether blocks that a step runs by themselves can be run so, after what was built onto the network."""
+    content = model.config.get("overhaul")
+    records = content.get("conversions", []) if isinstance(content, Mapping) else []
+    built = [recorded_by(record).name for record in records]
+    for step in steps:
+        bound = [name for name in built if bound_together(name)]
+        if bound and step.method.runs_alone(step.knobs):
+            raise RequestError(
+                f"Step {step.number}, {step.name}, runs blocks by themselves, but those of a network with {bound[0]} read "
+                "what all blocks before them wrote. Put the step before that one, or leave it out."
+            )
+        if step.method.changes == "architecture":
+            built.append(step.name.partition(".")[2])
 
 
 def _used(steps: Sequence[Step], requests: Sequence[judging.Request], materials: Materials) -> list[str]:

@@ -38,7 +38,13 @@ Scores = dict[int, float]
 """Block -> score; the block with the lowest is the first to go."""
 
 
-@method(verb="shrink", paper="2602.01997", changes="architecture", memory="forward")
+@method(
+    verb="shrink",
+    paper="2602.01997",
+    changes="architecture",
+    memory="forward",
+    alone={"criterion": ("perplexity", "greedy")},
+)
 def drop_layers(
     model: nn.Module,
     text: Examples | None = None,

@@ -48,7 +48,10 @@ Mask = Bool[Tensor, "out in"]
 """True for what is pruned."""
 
 
-@method(verb="shrink", paper="2312.15230", changes="weights", memory="forward", makes={"masks": "tensors"})
+@method(
+    verb="shrink", paper="2312.15230", changes="weights", memory="forward", makes={"masks": "tensors"},
+    alone={"criterion": ("wanda", "sparsegpt")},
+)  # fmt: skip
 def prune(
     model: nn.Module,
     text: Examples | None = None,

@@ -67,7 +67,7 @@ NEARLY, SHARED = 0.1, 0.2
 """A lens has decided where KL is below this part of its largest value, or the overlap above this share."""
 
 
-@method(verb="inspect", paper="2505.13898", changes="nothing", memory="gradient")
+@method(verb="inspect", paper="2505.13898", changes="nothing", memory="gradient", alone=True)
 def depth_use(
     model: nn.Module,
     text: Examples,
@@ -131,10 +131,11 @@ def depth_use(
     ]
     kept = 0 if chosen.kind == "images" else keep_first
     counted_from = 0 if count_first else kept
+    ends = _ends(chosen, futures, stride, within == "answer", kept)
     with at_rest(model):
         found = sites(stack, _sample(batches[0]))
     seen = profile(stack, found, batches, counted_from)
-    skips = _skips(chosen, found, futures, stride, within == "answer", kept, sublayers, direct)
+    skips = _skips(found, ends, sublayers, direct)
     by_example = effects(stack, found, chosen.items, skips, keep_first=kept, rows=batch_size)
     joined = _joined(by_example, over)
     read = lens(stack, batches, top, counted_from)
@@ -192,23 +193,8 @@ def _sample(batch: Batch) -> Batch:
     return {name: value[:2] for name, value in batch.items()}
 
 
-def _skips(
-    chosen: Examples,
-    found: Sequence[BlockSites],
-    count: int,
-    stride: int,
-    in_answer: bool,
-    kept: int,
-    sublayers: bool,
-    direct: bool,
-) -> list[list[Skip]]:
-    """What is tried on each example; positions are drawn from the seed and the example alone."""
-    parts: list[Part] = ["block"]
-    if sublayers:
-        sublayer: tuple[tuple[Part, str], ...] = (("attention", "attention"), ("MLP", "mlp"))
-        parts.extend(part for part, role in sublayer if parts_of(found, role))
-    if direct:
-        parts.append("direct")
+def _ends(chosen: Examples, count: int, stride: int, in_answer: bool, kept: int) -> list[list[int]]:
+    """Of each example the positions from which on the future is read; drawn from the seed and the example alone."""
     draw = torch.Generator().manual_seed(torch.initial_seed())
     ends: list[list[int]] = []
     for item in chosen.items:
@@ -220,6 +206,19 @@ def _skips(
             f"inspect.depth_use: no example is long enough to read the future at a multiple of {stride} tokens, four before "
             "its end. Give longer text, a smaller stride, or futures: 0."
         )
+    return ends
+
+
+def _skips(
+    found: Sequence[BlockSites], ends: Sequence[Sequence[int]], sublayers: bool, direct: bool
+) -> list[list[Skip]]:
+    """What is tried on each example."""
+    parts: list[Part] = ["block"]
+    if sublayers:
+        sublayer: tuple[tuple[Part, str], ...] = (("attention", "attention"), ("MLP", "mlp"))
+        parts.extend(part for part, role in sublayer if parts_of(found, role))
+    if direct:
+        parts.append("direct")
     return [[Skip(part, end) for part in parts for end in (None, *own)] for own in ends]
 
 
