@@ -14,6 +14,7 @@ from overhaul.checkpoints import Checkpoint, facts
 from overhaul.recipe.check import Checked
 from overhaul.recipe.store import Stage
 from overhaul.report.numbers import humanise
+from overhaul.versions import libraries
 
 
 def lineage(
@@ -37,6 +38,7 @@ def lineage(
             {
                 "name": step.name,
                 "version": step.method.version,
+                "libraries": (stage.record or {}).get("libraries"),
                 "paper": step.method.paper,
                 "knobs": dict(step.knobs),
                 "reads": dict(step.reads),
@@ -44,6 +46,7 @@ def lineage(
             }
             for step, stage in zip(checked.steps, stages[1:], strict=True)
         ],
+        "libraries": libraries(),
         "machine": report["machine"],
     }
 

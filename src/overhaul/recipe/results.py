@@ -16,6 +16,7 @@ from overhaul.errors import RunError, writing
 from overhaul.outcome import Outcome, OutcomeError
 from overhaul.recipe import products
 from overhaul.recipe.check import Checked, Step
+from overhaul.versions import libraries
 from overhaul.weights import relative_change
 
 
@@ -45,6 +46,7 @@ def save(step: Step, before: models.Checkpoint, outcome: Outcome, partial: Path,
         "summary": step.method.summary,
         "paper": step.method.paper,
         "version": step.method.version,
+        "libraries": libraries(),
         "knobs": dict(step.knobs),
         "facts": outcome.facts,
         "layers": {**outcome.layers, **({"relative change of the weights": touched} if touched else {})},

@@ -37,9 +37,9 @@ from overhaul.recipe.ahead import look_ahead
 from overhaul.recipe.check import Checked, Step, check, encode_made, maker_of
 from overhaul.recipe.materials import Reference
 from overhaul.recipe.spec import Document
-from overhaul.recipe.store import RunFolder, Stage, key_of
+from overhaul.recipe.store import RunFolder, Stage, key_of, model_key
 from overhaul.report.html import write_html
-from overhaul.versions import version_of
+from overhaul.versions import libraries, version_of
 
 
 def start(document: Document, root: Path) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class Runner:
 
     def walk(self) -> tuple[list[Stage], list[dict[str, Any]], dict[str, Any]]:
         """As `go`; the stages, what the judge said of each, without times, and the report."""
-        start = Stage("before", key_of(self.checked.model.digest(), self.checked.recipe.dtype), self.checked.model)
+        start = Stage("before", key_of(model_key(self.checked.model), self.checked.recipe.dtype), self.checked.model)
         stages = [start]
         judged = [self.judge(start)]
         for step in self.checked.steps:
@@ -178,7 +178,7 @@ class Runner:
         """The key of a model or product that a step only reads."""
         reference = self.checked.references[name]
         if "model" in reference:
-            return models.facts(reference["model"]).digest()
+            return model_key(models.facts(reference["model"]))
         if "made" in reference:
             return key_of(self.maker(reference, stages).step_key, reference)
         return self.after(reference["after"], stages).key
@@ -233,10 +233,22 @@ class Runner:
             processes.wait()
         record = json.loads((place / "step.json").read_text())
         record.pop("files", None)
+        self.warn_of_other_libraries(step, record["libraries"])
         if not (place / "model").exists():
             return replace(stages[-1], name=step.name, record=record, place=place, step_key=key, changed=False)
         facts = replace(models.facts(place / "model"), source=f"step {step.number}")
         return Stage(step.name, key, facts, record, place, key)
+
+    def warn_of_other_libraries(self, step: Step, then: Mapping[str, str]) -> None:
+        """Say where a step that was done before was done with other versions: it may come out otherwise today."""
+        differing = [
+            f"{name} {then.get(name)} (now {now})" for name, now in libraries().items() if then.get(name) != now
+        ]
+        if differing:
+            self.warnings.append(
+                f"Step {step.number}, {step.name}, was done with {', '.join(differing)} and is kept. To do it again, remove "
+                f"its folder under {self.folder.root / 'steps'}."
+            )
 
     def make(self, step: Step, stages: list[Stage], key: str, place: Path) -> None:
         """Run one step into its place."""
@@ -284,7 +296,7 @@ class Runner:
         requests = [asdict(request) for request in self.checked.requests]
         roles = {role: self.digests[role] for request in self.checked.requests for role in request.roles.values()}
         anchors = {name: self.reference_key(name, []) for name in self.checked.anchors}
-        parts = (stage.key, requests, roles, self.code, anchors)
+        parts = (stage.key, requests, roles, self.code, anchors, libraries())
         path = self.folder.judged(key_of(*parts))
         if processes.is_main() and not path.exists():
             anchored = self.anchors()
