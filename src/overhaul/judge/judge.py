@@ -235,6 +235,7 @@ def _measures(request: Request, evidence: Mapping[str, Evidence], anchor: Anchor
                 value=None if math.isnan(value) else value,
                 n=n,
                 anchor=target,
+                like=anchor.name if anchor is not None and target is not None else "",
                 help=metric.help,
                 groups=groups if part == "" else {},
             )

@@ -30,7 +30,7 @@ from overhaul.recipe import machine
 from overhaul.recipe.ahead import look_ahead
 from overhaul.recipe.check import Checked, check, with_steps
 from overhaul.recipe.run import Run
-from overhaul.recipe.runner import Runner
+from overhaul.recipe.runner import Runner, counted
 from overhaul.recipe.spec import read
 from overhaul.recipe.store import RunFolder, Stage, key_of
 from overhaul.report.comparison import Comparison, Kind, Row
@@ -219,12 +219,17 @@ class _Comparison:
         # the same roles are odd for every method that reads them
         odd = {warning.partition(": ")[2]: warning for v in self.variants for warning in v.checked.warnings}
         rows = [_row(label, runs, steps.get(label)) for label, runs in found.items()]
+        start = found["before"][0].judgement
         about = {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "overhaul": __version__,
             "machine": machine.describe(),
             "recipe": self.base.document.text,
-            "model": {"source": recipe.model, "class": facts.architecture, "parameters": facts.parameters},
+            "model": {
+                "source": recipe.model,
+                "class": facts.architecture,
+                "parameters": counted(start, facts),
+            },
             "seeds": sorted({variant.checked.recipe.seed for variant in self.variants}),
             "warnings": [*odd.values(), *missing],
         }

@@ -42,6 +42,12 @@ from overhaul.report.html import write_html
 from overhaul.versions import libraries, version_of
 
 
+def counted(judged: Mapping[str, Any], facts: models.Checkpoint) -> int:
+    """How many parameters a judged model has; its files may hold buffers besides."""
+    found = (one["value"] for one in judged["measures"] if one["metric"] == "parameters")
+    return next(found, facts.parameters)
+
+
 def start(document: Document, root: Path) -> dict[str, Any]:
     """Run a recipe in the folder `root`, or go on with it; the report's numbers.
 
@@ -395,7 +401,7 @@ class Runner:
             "machine": machine.describe(),
             "seed": recipe.seed,
             "recipe": self.checked.document.text,
-            "model": {"source": recipe.model, "class": facts.architecture, "parameters": facts.parameters},
+            "model": {"source": recipe.model, "class": facts.architecture, "parameters": counted(first, facts)},
             "stages": [stage.name for stage in stages if stage.changed],
             "measures": measures,
             "steps": [stage.record for stage in stages if stage.record is not None],
