@@ -141,6 +141,35 @@ class Method:
         }
 
 
+@dataclass(frozen=True)
+class Step:
+    """One checked step of a recipe: its method, all its knobs, and which materials its roles read."""
+
+    number: int
+    method: Method
+    knobs: Mapping[str, Any]
+    reads: Mapping[str, str | tuple[str, ...]]
+
+    @property
+    def materials(self) -> list[str]:
+        """The names of all materials that it reads."""
+        return [name for role in self.reads for name in self.names(role)]
+
+    @property
+    def name(self) -> str:
+        """The method's name, as the report shows it."""
+        return self.method.name
+
+    def names(self, role: str) -> tuple[str, ...]:
+        """The names of the materials that a role reads."""
+        read = self.reads.get(role, ())
+        return (read,) if isinstance(read, str) else read
+
+    def goes_by(self, name: str) -> bool:
+        """Whether a recipe may call it so: "forget.npo", "npo", or its number."""
+        return name in (self.name, self.name.partition(".")[2], str(self.number))
+
+
 def method(
     *,
     verb: Verb,

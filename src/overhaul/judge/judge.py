@@ -10,8 +10,8 @@ from torch import nn
 
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
+from overhaul.generation import generates
 from overhaul.judge.evidence import Evidence
-from overhaul.judge.generation import generates
 from overhaul.judge.measure import Measure as Measure
 from overhaul.judge.metrics import ANCHOR, METRICS, Value
 from overhaul.judge.requests import RETRAINED, check_data

@@ -19,38 +19,10 @@ from overhaul.data.forms import find_form
 from overhaul.data.materials import Row, Source, encode, form_of, load_rows
 from overhaul.errors import OverhaulError, RequestError, did_you_mean
 from overhaul.judge import judge as judging
+from overhaul.method import Step as Step
 from overhaul.recipe import verbs
 from overhaul.recipe.materials import Materials, Reference, relative, source_of
 from overhaul.recipe.spec import Document, Recipe
-
-
-@dataclass(frozen=True)
-class Step:
-    """One checked step: its method, all its knobs, and which materials its roles read."""
-
-    number: int
-    method: methods.Method
-    knobs: Mapping[str, Any]
-    reads: Mapping[str, str | tuple[str, ...]]
-
-    @property
-    def materials(self) -> list[str]:
-        """The names of all materials that it reads."""
-        return [name for role in self.reads for name in self.names(role)]
-
-    @property
-    def name(self) -> str:
-        """The method's name, as the report shows it."""
-        return self.method.name
-
-    def names(self, role: str) -> tuple[str, ...]:
-        """The names of the materials that a role reads."""
-        read = self.reads.get(role, ())
-        return (read,) if isinstance(read, str) else read
-
-    def goes_by(self, name: str) -> bool:
-        """Whether a recipe may call it so: "forget.npo", "npo", or its number."""
-        return name in (self.name, self.name.partition(".")[2], str(self.number))
 
 
 @dataclass(frozen=True)
