@@ -33,7 +33,6 @@ from overhaul.objectives import Term, cross_entropy, evaluate
 from overhaul.references import cache_outputs
 from overhaul.rollouts import own_answers
 
-
 PAPER = Regime(steps=200, batch_size=8, lr=2e-4, warmup=0.1, schedule="constant", weight_decay=1e-4)
 
 
