@@ -193,12 +193,16 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 class Held(TorchDispatchMode):
-    """The most bytes of tensors that lived at once, those made while it is on; exact, and the same on every machine."""
+    """The most bytes of tensors that lived at once, with those of the materials; exact, and the same everywhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, materials: Mapping[str, Any]) -> None:
         super().__init__()
         self.now = self.peak = 0
         self.known: dict[int, Any] = {}
+        for value in materials.values():
+            if isinstance(value, nn.Module):
+                for tensor in value.state_dict().values():
+                    self.note(tensor.untyped_storage())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -182,7 +182,24 @@ def check(document: Document) -> Checked:
                 f"The material {role!r} is text, but {known.source} has no tokenizer. Put its tokenizer.json beside the "
                 "weights (`tokenizer.save_pretrained(folder)`)."
             )
+    warnings += [
+        f"The material {name!r} is read by no step and no metric." for name in _unread(recipe, steps, requests)
+    ]
     return Checked(document, known, steps, materials, requests, used, warnings)
+
+
+def _unread(recipe: Recipe, steps: Sequence[Step], requests: Sequence[judging.Request]) -> list[str]:
+    """The materials that nothing needs; of a comparison it is not known here."""
+    if recipe.compare:
+        return []
+    read = {name for step in steps for name in step.materials}
+    read |= {role for one in requests for role in one.roles.values()} | {one.compared_with for one in requests}
+    read |= {name.partition("[")[0] for name in read if name}
+    for name, value in reversed(recipe.materials.items()):  # those that another one includes stand above it
+        parts = [part for part in value if isinstance(part, str)] if isinstance(value, list) else []
+        if name in read or (parts and read & set(parts)):
+            read |= {name, *parts}
+    return [name for name in recipe.materials if name not in read]
 
 
 def with_steps(checked: Checked, entries: Sequence[Mapping[str, Any]]) -> Checked:

@@ -63,6 +63,14 @@ TITLES: Mapping[Part, str] = {
     "MLP": "an MLP",
     "direct": "a block, direct reads alone",
 }
+MAIN = (
+    "relative contribution, block",
+    "cosine with the stream, block",
+    "effect on later blocks in the future without a block",
+    "lens: KL to the output",
+)
+"""The curves that a report shows before all others: the paper's four questions."""
+
 NEARLY, SHARED = 0.1, 0.2
 """A lens has decided where KL is below this part of its largest value, or the overlap above this share."""
 
@@ -312,7 +320,8 @@ def _curves(seen: Profile, read: Lens, joined: Mapping[Kind, Effects]) -> Layers
             layers[f"effect on predictions {where} without {TITLES[part]}"] = dict(enumerate(output))
     layers["lens: KL to the output"] = dict(enumerate(read.divergence, -1))
     layers["lens: overlap of the most probable"] = dict(enumerate(read.overlap, -1))
-    return layers
+    first = [name for name in MAIN if name in layers]
+    return {name: layers[name] for name in dict.fromkeys([*first, *layers])}
 
 
 def _grids(joined: Mapping[Kind, Effects]) -> dict[str, Table]:
