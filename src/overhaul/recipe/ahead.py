@@ -14,7 +14,8 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +34,8 @@ from overhaul.judge import judge as judging
 from overhaul.method import Material, Outcome
 from overhaul.modes import at_rest
 from overhaul.objectives import forward
-from overhaul.recipe.check import Checked, Step, check_encoded, encoded
+from overhaul.recipe.check import Checked, Step
+from overhaul.recipe.encoded import check_encoded, encoded
 from overhaul.session import WorkBegins
 
 AFFORDED = 20_000
@@ -63,7 +65,11 @@ def look_ahead(checked: Checked, data: Mapping[str, Examples] | None = None) -> 
     for known in checked.references_read():
         models.check_shapes(known)
     _check_anchors(checked, data)
-    with session.using(planning=True, scratch=None), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with (
+        session.using(planning=True, scratch=None, device="cpu"),
+        torch.random.fork_rng(devices=[]),
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         for known in (checked.model, *checked.references_read()):
             _told(partial(models.load_weights, known, checked.recipe.dtype, checked.recipe.trust_remote_code), "")
@@ -75,6 +81,13 @@ def look_ahead(checked: Checked, data: Mapping[str, Examples] | None = None) -> 
         for request in checked.requests if network is not None else ():
             _told(partial(judging.try_out, network, request, data), "")
         _Stages(checked, data, networks).go()
+
+
+@contextmanager
+def _planning() -> Iterator[None]:
+    """Nothing is begun, and no random number is used up."""
+    with session.using(planning=True, scratch=None, device="cpu"), torch.random.fork_rng(devices=[]):
+        yield
 
 
 class _Networks:

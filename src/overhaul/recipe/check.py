@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import TemplateError
 
 from overhaul import method as methods
-from overhaul import models
+from overhaul import models, processes, session
 from overhaul.conversions.records import bound_together, recorded_by
-from overhaul.data.examples import Examples, join
+from overhaul.data.examples import Examples
 from overhaul.data.forms import find_form
 from overhaul.data.materials import Row, Source, encode, form_of, load_rows
-from overhaul.errors import OverhaulError, RequestError, did_you_mean
+from overhaul.errors import RequestError, did_you_mean
 from overhaul.judge import judge as judging
 from overhaul.method import Step as Step
 from overhaul.recipe import verbs
+from overhaul.recipe.encoded import check_encoded, encoded, opening
 from overhaul.recipe.materials import Materials, Reference, relative, source_of
 from overhaul.recipe.spec import Document, Recipe
 
@@ -42,7 +41,7 @@ class Checked:
     def processor(self) -> Any:
         """The model's tokenizer or image processor, which is loaded when it is first asked for."""
         if "processor" not in self.loaded:
-            with _opening(self.model):
+            with opening(self.model):
                 self.loaded["processor"] = models.load_processor(self.model)
         return self.loaded["processor"]
 
@@ -82,75 +81,6 @@ class Checked:
         return data
 
 
-@contextmanager
-def _opening(known: models.Checkpoint) -> Iterator[None]:
-    """What a library says of a tokenizer or image processor that it cannot read, in one sentence."""
-    try:
-        yield
-    except OverhaulError:
-        raise
-    except Exception as error:  # each library has its own
-        said = str(error).strip().partition("\n")[0]
-        raise RequestError(
-            f"{known.source}: its tokenizer or image processor cannot be opened ({type(error).__name__}: {said}). Copy "
-            "those files again from where the model comes from."
-        ) from error
-
-
-def encoded(role: str, parts: Sequence[tuple[Source, Sequence[Row]]], processor: Any) -> Examples:
-    """The examples of one material.
-
-    Raises:
-        RequestError: a row is not what its form reads.
-    """
-    try:
-        return join([encode(rows, spec, processor) for spec, rows in parts])
-    except OverhaulError as error:
-        raise type(error)(f"The material {role!r}: {error}") from error
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, TemplateError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else error
-        raise RequestError(
-            f"The material {role!r} cannot be encoded: {what}. Its rows, `prompt:` and `columns:` must fit `as:`."
-        ) from error
-
-
-def check_encoded(data: Mapping[str, Examples], model: models.Checkpoint) -> None:
-    """Whether something is left to learn from, and the model has every token and position.
-
-    Raises:
-        RequestError: it is not so.
-    """
-    for role, examples in data.items():
-        if not len(examples):
-            raise RequestError(f"The material {role!r} has rows, but no example is left once they are encoded.")
-        if examples.kind in ("tokens", "pairs"):
-            _check_tokens(role, examples, model.config)
-
-
-def _check_tokens(role: str, examples: Examples, config: Mapping[str, Any]) -> None:
-    """Whether the model can read these tokens: they are in its vocabulary, and their number within its positions."""
-    top = max(int(item["input_ids"].max()) for item in examples.items)
-    if top >= (size := config.get("vocab_size", top + 1)):
-        raise RequestError(
-            f"The material {role!r} has token {top}, but the model's vocabulary ends at {size - 1}: tokenizer and model do "
-            "not belong together."
-        )
-    longest = examples.by_length()[0]
-    length, positions = len(examples.items[longest]["input_ids"]), _positions(config)
-    if positions is not None and length > positions:
-        asked = examples.rows[longest].get("question")
-        which = f"number {longest + 1}" if asked is None else f"the question {str(asked)[:60]!r}"
-        way_out = f"Write `length: {positions}`." if asked is None else "Shorten such rows or leave them out."
-        raise RequestError(
-            f"The material {role!r} has an example of {length} tokens ({which}), but the model ends at {positions} "
-            f"positions: cut there, its answer would be lost. {way_out}"
-        )
-
-
-def _positions(config: Mapping[str, Any]) -> int | None:
-    return config.get("max_position_embeddings", config.get("n_positions"))
-
-
 def check(document: Document) -> Checked:
     """Check a recipe from its names to its files, columns and roles.
 
@@ -164,6 +94,8 @@ def check(document: Document) -> Checked:
     known = models.facts(relative(recipe.model, document), seed=recipe.seed)
     if recipe.dtype not in models.DTYPES:
         raise RequestError(f"dtype {recipe.dtype!r} is not possible.{did_you_mean(recipe.dtype, models.DTYPES)}")
+    with session.using(device=recipe.on):
+        processes.device()  # refuses what is not there
     materials = Materials.of(recipe, document)
     if not recipe.steps and not recipe.compare:
         raise RequestError("The recipe has no steps. `overhaul methods` lists what a step can be.")
@@ -173,7 +105,7 @@ def check(document: Document) -> Checked:
     used = _used(steps, requests, materials)
     if not recipe.model.startswith("starter:"):  # what ships has been built; building takes seconds of imports
         models.check_shapes(known)
-    with _opening(known):
+    with opening(known):
         words = models.count_tokens(known)
     for role in used:
         read = any(find_form(form_of(*source)).needs == "tokenizer" for source in materials.rows[role])

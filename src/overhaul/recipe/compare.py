@@ -22,15 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overhaul import __version__, method, models, processes
+from overhaul import __version__, method, models, processes, session
 from overhaul.data.examples import Examples
 from overhaul.errors import OverhaulError, RequestError
 from overhaul.judge.requests import RETRAINED
 from overhaul.recipe import machine
 from overhaul.recipe.ahead import look_ahead
 from overhaul.recipe.check import Checked, check, with_steps
+from overhaul.recipe.results import counted
 from overhaul.recipe.run import Run
-from overhaul.recipe.runner import Runner, counted
+from overhaul.recipe.runner import Runner
 from overhaul.recipe.spec import read
 from overhaul.recipe.store import RunFolder, Stage, key_of
 from overhaul.report.comparison import Comparison, Kind, Row
@@ -90,7 +91,7 @@ def compare(
     if processes.is_main():
         folder = RunFolder.claim(root, f"{document.name} (compared)", needed)
     processes.wait()
-    with folder.held():
+    with folder.held(), folder.logged(), session.using(device=base.recipe.on):
         return _Comparison(base, variants, folder, data).go()
 
 
@@ -159,7 +160,8 @@ class _Comparison:
         anchored: dict[str, Any] = {}
         failed: list[tuple[str, OverhaulError]] = []
         walked: Runner | None = None
-        for variant in self.variants:
+        for n, variant in enumerate(self.variants, 1):
+            session.say(f"{variant.label}, {n} of {len(self.variants)}, seed {variant.checked.recipe.seed}")
             runner = Runner(variant.checked, self.folder, self.data, RunFolder(self.folder.root / variant.folder))
             runner.anchored = anchored
             try:

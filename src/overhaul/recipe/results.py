@@ -117,3 +117,20 @@ def refused(step: Step, error: OutcomeError, kept: Path, checked: Checked) -> Ru
         models.save(error.outcome.model, checked.processor, kept, dtype=checked.model.dtype)
         where = f" The model that it made is kept in {kept}."
     return RunError(f"Step {step.number}, {step.name}: {error}{where}")
+
+
+def done_with_others(step: Step, then: Mapping[str, str], place: Path) -> list[str]:
+    """What to say of a step that was done before with other versions of libraries: it may come out otherwise today."""
+    differing = [f"{name} {then.get(name)} (now {now})" for name, now in libraries().items() if then.get(name) != now]
+    if not differing:
+        return []
+    return [
+        f"Step {step.number}, {step.name}, was done with {', '.join(differing)} and is kept. To do it again, remove its "
+        f"folder under {place}."
+    ]
+
+
+def counted(judged: Mapping[str, Any], facts: models.Checkpoint) -> int:
+    """How many parameters a judged model has; its files may hold buffers besides."""
+    found = (one["value"] for one in judged["measures"] if one["metric"] == "parameters")
+    return next(found, facts.parameters)

@@ -42,12 +42,6 @@ from overhaul.report.html import write_html
 from overhaul.versions import libraries, version_of
 
 
-def counted(judged: Mapping[str, Any], facts: models.Checkpoint) -> int:
-    """How many parameters a judged model has; its files may hold buffers besides."""
-    found = (one["value"] for one in judged["measures"] if one["metric"] == "parameters")
-    return next(found, facts.parameters)
-
-
 def start(document: Document, root: Path) -> dict[str, Any]:
     """Run a recipe in the folder `root`, or go on with it; the report's numbers.
 
@@ -63,7 +57,7 @@ def start(document: Document, root: Path) -> dict[str, Any]:
     if processes.is_main():
         folder = RunFolder.claim(root, document.name, checked.model.bytes * (1 + len(checked.steps)))
     processes.wait()
-    with folder.held():
+    with folder.held(), folder.logged(), session.using(device=checked.recipe.on):
         return Runner(checked, folder).go()
 
 
@@ -169,7 +163,7 @@ class Runner:
         """A checkpoint's model, on the device that the run uses."""
         torch.manual_seed(self.checked.recipe.seed)  # a start without weights draws them
         model = models.load_weights(facts, self.checked.recipe.dtype, self.checked.recipe.trust_remote_code)
-        return model.to("cuda") if torch.cuda.is_available() else model
+        return model.to(processes.device())
 
     def key(self, step: Step, stages: list[Stage]) -> str:
         """All that a step's result depends on."""
@@ -233,28 +227,20 @@ class Runner:
     def step(self, step: Step, stages: list[Stage]) -> Stage:
         """The stage after a step: found where it was done before, else made."""
         key = self.key(step, stages)
-        place = self.folder.step(step.number, step.name, key)
-        if not processes.agreed(processes.is_main() and self.folder.finished_step(place)):
+        place, what = self.folder.step(step.number, step.name, key), f"step {step.number} of {len(self.checked.steps)}"
+        if processes.agreed(processes.is_main() and self.folder.finished_step(place)):
+            session.say(f"{what}, {step.name}, was done before")
+        else:
+            session.say(f"{what}, {step.name}")
             self.make(step, stages, key, place)
             processes.wait()
         record = json.loads((place / "step.json").read_text())
         record.pop("files", None)
-        self.warn_of_other_libraries(step, record["libraries"])
+        self.warnings += results.done_with_others(step, record["libraries"], self.folder.root / "steps")
         if not (place / "model").exists():
             return replace(stages[-1], name=step.name, record=record, place=place, step_key=key, changed=False)
         facts = replace(models.facts(place / "model"), source=f"step {step.number}")
         return Stage(step.name, key, facts, record, place, key)
-
-    def warn_of_other_libraries(self, step: Step, then: Mapping[str, str]) -> None:
-        """Say where a step that was done before was done with other versions: it may come out otherwise today."""
-        differing = [
-            f"{name} {then.get(name)} (now {now})" for name, now in libraries().items() if then.get(name) != now
-        ]
-        if differing:
-            self.warnings.append(
-                f"Step {step.number}, {step.name}, was done with {', '.join(differing)} and is kept. To do it again, remove "
-                f"its folder under {self.folder.root / 'steps'}."
-            )
 
     def make(self, step: Step, stages: list[Stage], key: str, place: Path) -> None:
         """Run one step into its place."""
@@ -290,6 +276,7 @@ class Runner:
                 ) from error
         if processes.is_main():
             record = results.save(step, stages[-1].facts, outcome, partial, self.checked)
+            session.say(f"  took {cost.seconds:.1f} s")
             record |= {"seconds": cost.seconds, "peak_bytes": cost.peak_bytes, "roles": self.sizes(step)}
             self.folder.finish_step(place, partial, record, key)
 
@@ -305,6 +292,7 @@ class Runner:
         parts = (stage.key, requests, roles, self.code, anchors, libraries())
         path = self.folder.judged(key_of(*parts))
         if processes.is_main() and not path.exists():
+            session.say(f"judging {stage.name}" if stage.record else "judging the model as it came")
             anchored = self.anchors()
             model = self.load(stage)
             torch.manual_seed(self.checked.recipe.seed)
@@ -326,7 +314,7 @@ class Runner:
         parts = (list(by_key), digest, self.checked.recipe.dtype, self.code, machine.describe())
         path = self.folder.timed(key_of(*parts))
         if processes.is_main() and not path.exists():
-            session.current().report("timing", 0, 1, "")
+            session.say("timing the models in turn")
             self.model = None
             dtype = models.DTYPES[self.checked.recipe.dtype]
             needed = dtype.itemsize * sum(stage.facts.parameters for stage in by_key.values())
@@ -401,7 +389,7 @@ class Runner:
             "machine": machine.describe(),
             "seed": recipe.seed,
             "recipe": self.checked.document.text,
-            "model": {"source": recipe.model, "class": facts.architecture, "parameters": counted(first, facts)},
+            "model": {"source": recipe.model, "class": facts.architecture, "parameters": results.counted(first, facts)},
             "stages": [stage.name for stage in stages if stage.changed],
             "measures": measures,
             "steps": [stage.record for stage in stages if stage.record is not None],
