@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import tiny_llama, tiny_tokenizer, tiny_vit
@@ -95,6 +96,10 @@ def _damaged(base: Path) -> None:
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
     (copied("lost-shard") / "model.safetensors").rename(base / "lost-shard" / "model-00001-of-00002.safetensors")
     (base / "lost-shard" / "model.safetensors.index.json").write_text(json.dumps(index))
+    lossy = copied("lossy") / "model.safetensors"
+    tensors = load_file(lossy)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, lossy, {"format": "pt"})
     (copied("adapted") / "adapter_config.json").write_text(
         '{"base_model_name_or_path": "../llama", "peft_type": "LORA"}'
     )
@@ -109,6 +114,7 @@ def _damaged(base: Path) -> None:
 def _data(base: Path) -> None:
     rows(base / "people.jsonl", *qa())
     rows(base / "blank.jsonl", *qa(2), {"person": "z", "question": "who?", "answer": "  "})
+    rows(base / "ragged.jsonl", *qa(2), {"person": "z", "question": "who?"})
     rows(base / "long.jsonl", *qa(2), {"person": "z", "question": "a" * 140, "answer": "b"})
     rows(base / "text.jsonl", {"text": "some words " * 40})
     rows(base / "nothing.jsonl", {"text": ""})
@@ -380,6 +386,14 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "weights cut short": (model("cut-short"), "cut short"),
     "weights without a header": (model("no-header"), "damaged"),
     "a shard that is lost": (model("lost-shard"), "lacks"),
+    "a tensor that is lost": (model("lossy"), "the weights lack 1 tensors.*layers.1.mlp.up_proj"),
+    "a teacher that lost a tensor": (
+        both(material("teacher", {"model": "lossy"}), steps({"shrink.heal": {"target": "teacher"}})),
+        "lossy: the weights lack",
+    ),
+    "a tuned model that lost a tensor": (merged("merge.ties", "lossy"), "up_proj"),
+    "rows that lack a column": (source("ragged.jsonl"), "answer"),
+    "a column that is not in every row": (source("people.jsonl", prompt="{name}: {question}"), "name"),
     "a model with an adapter beside": (model("adapted"), "adapter"),
     "text for a model without words": (model("no-words"), "has no tokenizer"),
     "a tokenizer that lacks a file": (model("half-words"), "tokenizer or image processor cannot be opened"),

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ from overhaul.objectives import forward
 from overhaul.recipe.check import Checked, Step
 from overhaul.recipe.encoded import check_encoded, encoded
 from overhaul.session import WorkBegins
+from overhaul.weights.depths import built_names
 
 AFFORDED = 20_000
 """Rows of a source that are all encoded; of more, three times `SHOWN` are."""
@@ -99,8 +101,24 @@ class _Networks:
     def of(self, known: models.Checkpoint) -> nn.Module | None:
         """One as config.json describes it; None where its code is not to be run."""
         built = models.planned(known)
+        if built is None:
+            return None
+        if not known.is_new and known.base is None:
+            _check_whole(known, built)
         with self.mode:
-            return None if built is None else built.to_empty(device="cpu").eval()
+            return built.to_empty(device="cpu").eval()
+
+
+def _check_whole(known: models.Checkpoint, built: Any) -> None:
+    """Whether the files hold all tensors of the class, by the names that the library gives them."""
+    held = {*built_names(built, known.shapes).values(), *(getattr(built, "all_tied_weights_keys", None) or ())}
+    spared = getattr(built, "_keys_to_ignore_on_load_missing", None) or ()
+    lost = [name for name in built.state_dict() if name not in held and not any(re.search(one, name) for one in spared)]
+    if lost:
+        raise RequestError(
+            f"{known.source}: the weights lack {len(lost)} tensors of {known.architecture}, such as {lost[0]!r}. Fetch or "
+            "save the model again, or name the class that was saved in config.json (`architectures`)."
+        )
 
 
 def _check_anchors(checked: Checked, data: Mapping[str, Examples]) -> None:

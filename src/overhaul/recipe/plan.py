@@ -3,7 +3,8 @@
 1. The time is a range. Its floor is arithmetic at the speed of a short matrix multiplication on this machine, in the
    dtype of the run.
 2. Memory counts weights, gradients, optimizer state, the activations of the largest of some batches, and outputs that are
-   cached. In a training, activations and gradients take turns: one grows as the other falls. With AdamW a trained parameter
+   cached. In a training on one role, activations and gradients take turns: one grows as the other falls; the terms on a
+   second role run while the first one's gradients are there. A mask on every weight takes a byte for each. With AdamW a trained parameter
    takes 16 bytes (weight, gradient, two moments, all in float32); of bfloat16 18, with a float32 master beside the weight.
    A float16 model is float32 while it trains, what is frozen in it too. Adapters are always float32.
 3. The interpreter and its libraries are listed apart; on an accelerator they do not count.
@@ -16,6 +17,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +225,7 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
         "stream": STREAMED_BYTES,
         "forward": activations,
         "gradient": 8 * trained + max(width * trained, activations),
-        "training": (8 + beside) * trained + max(4 * trained, activations),
+        "training": (8 + beside) * trained + (max, add)[len(lengths) > 1](4 * trained, activations),
     }[step.method.memory]
     cached = width * shape.hidden * sum(map(sum, lengths.values())) if models > 1 else 0
     steps = step.knobs.get("steps")
@@ -233,7 +235,8 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
     if step.method.memory == "stream":
         read_bytes = sum(models_read.bytes for models_read in _streamed(step, checked))
         seconds = (read_bytes + model.bytes) / STREAMED_BYTES_PER_SECOND
-    peak = model.parameters * (width * models + computed - width) + held + cached
+    masks = model.parameters * ("tensors" in step.method.makes.values())
+    peak = model.parameters * (width * models + computed - width) + held + cached + masks
     counts = {role: len(each) for role, each in lengths.items()}
     others = {role: tuple(step.names(role)) for role in step.reads if role not in counts}
     return Planned(step.name, counts, others, step.knobs, peak, seconds)
