@@ -58,7 +58,8 @@ class Case:
         idle: knobs that cannot matter here, each with the reason.
         moves: which tensors of the model may change, by a regular expression on their names. If None, every parameter and
             no buffer; what has another name or shape than before is always new.
-        apart: what of the battery does not hold, and why: "modes", "hooks", "requires_grad", "random state", "goes on".
+        apart: what of the battery does not hold, and why: "modes", "hooks", "requires_grad", "random state", "goes on",
+            "peak".
     """
 
     method: Callable[..., Outcome]

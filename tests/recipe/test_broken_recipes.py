@@ -57,7 +57,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saved("wide", tiny_llama(vocab_size=96))
     saved("deep", tiny_llama(num_hidden_layers=5))
     saved("vit", tiny_vit(), None)
-    saved("headless", tiny_llama().model)
+    headless: Any = tiny_llama().model
+    saved("headless", headless)
     saved("few-words", tiny_llama(vocab_size=32))
     _damaged(base)
     chatting = tiny_tokenizer()

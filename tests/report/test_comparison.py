@@ -19,7 +19,7 @@ MEASURES: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def compared(**rows: list[list[float]]) -> Comparison:
+def compared(**rows: Any) -> Comparison:
     kinds: dict[str, Kind] = {"before": "before", "noise": "null control"}
     start = Row("before", "before", [[1.0], [0.9]])
     made = [Row(label, kinds.get(label, "method"), values) for label, values in rows.items()]

@@ -77,12 +77,17 @@ def look_ahead(checked: Checked, data: Mapping[str, Examples] | None = None) -> 
             _told(partial(models.load_weights, known, checked.recipe.dtype, checked.recipe.trust_remote_code), "")
         networks = _Networks()
         network = networks.of(checked.model)
-        for role, examples in data.items() if network is not None else ():
-            judged = any(role in request.roles.values() for request in checked.requests)
-            _check_read(role, examples, network, judged)
-        for request in checked.requests if network is not None else ():
-            _told(partial(judging.try_out, network, request, data), "")
+        if network is not None:
+            _ask(network, checked, data)
         _Stages(checked, data, networks).go()
+
+
+def _ask(network: nn.Module, checked: Checked, data: Mapping[str, Examples]) -> None:
+    """Whether the network reads the examples, and can do what the judge asks of it."""
+    for role, examples in data.items():
+        _check_read(role, examples, network, any(role in request.roles.values() for request in checked.requests))
+    for request in checked.requests:
+        _told(partial(judging.try_out, network, request, data), "")
 
 
 @contextmanager
@@ -126,7 +131,9 @@ def _check_anchors(checked: Checked, data: Mapping[str, Examples]) -> None:
     for request in checked.requests:
         reference = checked.references.get(request.compared_with or "", {})
         words = models.facts(reference["model"]).config.get("vocab_size") if "model" in reference else None
-        for role in request.roles.values() if words is not None else ():
+        if not isinstance(words, int):
+            continue
+        for role in request.roles.values():
             tokens = [item["input_ids"] for item in data[role].items if "input_ids" in item]
             if any(int(ids.max()) >= words for ids in tokens):
                 raise RequestError(

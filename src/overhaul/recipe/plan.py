@@ -4,9 +4,9 @@
    dtype of the run.
 2. Memory counts weights, gradients, optimizer state, the activations of the largest of some batches, and outputs that are
    cached. In a training on one role, activations and gradients take turns: one grows as the other falls; the terms on a
-   second role run while the first one's gradients are there. A mask on every weight takes a byte for each. With AdamW a trained parameter
-   takes 16 bytes (weight, gradient, two moments, all in float32); of bfloat16 18, with a float32 master beside the weight.
-   A float16 model is float32 while it trains, what is frozen in it too. Adapters are always float32.
+   second role run while the first one's gradients are there. A mask on every weight takes a byte for each. With AdamW a
+   trained parameter takes 16 bytes (weight, gradient, two moments, all in float32); of bfloat16 18, with a float32 master
+   beside the weight. A float16 model is float32 while it trains, what is frozen in it too. Adapters are always float32.
 3. The interpreter and its libraries are listed apart; on an accelerator they do not count.
 """
 
