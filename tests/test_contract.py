@@ -327,8 +327,9 @@ def test_a_recipe_runs_it_and_a_second_run_computes_nothing(
     assert [step["facts"] for step in again["steps"]] == [step["facts"] for step in first["steps"]]
 
 
-WIDTH, INNER, TOLERANCE = 256, 768, 1.5
-"""Networks of this width are mostly weights, as real ones are; a peak may be half as large again as planned."""
+WIDTH, INNER, TOLERANCE = 256, 768, 1.75
+"""Networks of this width are mostly weights, as real ones are. In so small ones what is transient may add three quarters to
+what was planned: a second copy of the model, or of what its training keeps, would be more."""
 
 
 def wide(value: Any) -> Any:
