@@ -29,6 +29,7 @@ from overhaul.judge.requests import RETRAINED
 from overhaul.recipe import machine
 from overhaul.recipe.ahead import look_ahead
 from overhaul.recipe.check import Checked, check, with_steps
+from overhaul.recipe.plan import disk_bytes
 from overhaul.recipe.results import counted
 from overhaul.recipe.run import Run
 from overhaul.recipe.runner import Runner
@@ -86,7 +87,7 @@ def compare(
     for variant in variants[::seeds]:
         look_ahead(variant.checked, {role: data[role] for role in variant.checked.used})
     root = Path(out) if out is not None else Path("runs") / f"{document.folder_name}-compared"
-    needed = base.model.bytes * sum(1 + len(variant.checked.steps) for variant in variants)
+    needed = sum(disk_bytes(variant.checked) for variant in variants)
     folder = RunFolder(root)
     if processes.is_main():
         folder = RunFolder.claim(root, f"{document.name} (compared)", needed)
@@ -190,6 +191,7 @@ class _Comparison:
         measures = [{k: v for k, v in one.items() if k not in ("value", "runs")} for one in first]
         found = self.comparison(measures, rows, [f"{label} is missing: {error}" for label, error in failed])
         if processes.is_main():
+            self.folder.tidy()
             found.write(self.folder.root)
         processes.wait()
         return Run(self.folder.root, found.to_json())
