@@ -67,11 +67,7 @@ def look_ahead(checked: Checked, data: Mapping[str, Examples] | None = None) -> 
     for known in checked.references_read():
         models.check_shapes(known)
     _check_anchors(checked, data)
-    with (
-        session.using(planning=True, scratch=None, device="cpu"),
-        torch.random.fork_rng(devices=[]),
-        warnings.catch_warnings(),
-    ):
+    with _planning(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         for known in (checked.model, *checked.references_read()):
             _told(partial(models.load_weights, known, checked.recipe.dtype, checked.recipe.trust_remote_code), "")
@@ -79,7 +75,7 @@ def look_ahead(checked: Checked, data: Mapping[str, Examples] | None = None) -> 
         network = networks.of(checked.model)
         if network is not None:
             _ask(network, checked, data)
-        _Stages(checked, data, networks).go()
+        _Stages(checked, data, networks, network).go()
 
 
 def _ask(network: nn.Module, checked: Checked, data: Mapping[str, Examples]) -> None:
@@ -105,10 +101,12 @@ class _Networks:
 
     def of(self, known: models.Checkpoint) -> nn.Module | None:
         """One as config.json describes it; None where its code is not to be run."""
+        if known.base is not None:  # an adapter becomes part of its weights
+            return self.of(known.base)
         built = models.planned(known)
         if built is None:
             return None
-        if not known.is_new and known.base is None:
+        if not known.is_new:
             _check_whole(known, built)
         with self.mode:
             return built.to_empty(device="cpu").eval()
@@ -222,9 +220,11 @@ def _check_read(role: str, examples: Examples, network: nn.Module, judged: bool)
 class _Stages:
     """The steps one after the other, each with the network that it would be given, as far as that is known."""
 
-    def __init__(self, checked: Checked, data: Mapping[str, Examples], made: _Networks) -> None:
+    def __init__(
+        self, checked: Checked, data: Mapping[str, Examples], made: _Networks, network: nn.Module | None
+    ) -> None:
         self.checked, self.data, self.made = checked, data, made
-        self.networks: list[nn.Module | None] = [made.of(checked.model)]
+        self.networks: list[nn.Module | None] = [network]
         self.folders: list[models.Checkpoint | None] = [checked.model]
 
     def go(self) -> None:

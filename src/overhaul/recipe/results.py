@@ -121,7 +121,7 @@ def refused(step: Step, error: OutcomeError, kept: Path, checked: Checked) -> Ru
 
 def done_with_others(step: Step, then: Mapping[str, str], place: Path) -> list[str]:
     """What to say of a step that was done before with other versions of libraries: it may come out otherwise today."""
-    differing = [f"{name} {then.get(name)} (now {now})" for name, now in libraries().items() if then.get(name) != now]
+    differing = [f"{name} {then[name]} (now {now})" for name, now in libraries().items() if then.get(name, now) != now]
     if not differing:
         return []
     return [

@@ -238,7 +238,7 @@ class Runner:
             processes.wait()
         record = json.loads((place / "step.json").read_text(encoding="utf-8"))
         record.pop("files", None)
-        self.warnings += results.done_with_others(step, record["libraries"], self.folder.root / "steps")
+        self.warnings += results.done_with_others(step, record.get("libraries") or {}, self.folder.root / "steps")
         if not (place / "model").exists():
             return replace(stages[-1], name=step.name, record=record, place=place, step_key=key, changed=False)
         facts = replace(models.facts(place / "model"), source=f"step {step.number}")
