@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from overhaul import session
 from overhaul.errors import RequestError, RunError
 
 BATCH_TOKENS = 2**14
@@ -62,6 +63,7 @@ def generate(
     """
     if not generates(model):
         raise RequestError(f"{type(model).__name__} cannot generate text; only likelihoods can be read from it.")
+    session.begins()
     answers: dict[int, list[int]] = {}
     for places in _plan([len(prompt) for prompt in prompts], new_tokens):
         said = [

@@ -80,8 +80,12 @@ def look_ahead(checked: Checked, data: Mapping[str, Examples] | None = None) -> 
 
 def _ask(network: nn.Module, checked: Checked, data: Mapping[str, Examples]) -> None:
     """Whether the network reads the examples, and can do what the judge asks of it."""
+    judged = {role for request in checked.requests for role in request.roles.values()}
+    widths: dict[str, int | None] = {}  # one of a kind stands for all
     for role, examples in data.items():
-        _check_read(role, examples, network, any(role in request.roles.values() for request in checked.requests))
+        if examples.kind not in widths:
+            widths[examples.kind] = _width(role, examples, network)
+        _check_said(role, examples, widths[examples.kind], type(network).__name__, role in judged)
     for request in checked.requests:
         _told(partial(judging.try_out, network, request, data), "")
 
@@ -186,34 +190,46 @@ def _lacks_numbers(error: BaseException | None) -> bool:
     return False
 
 
-def _check_read(role: str, examples: Examples, network: nn.Module, judged: bool) -> None:
-    """Whether the network reads such examples, says something where it is judged, and has the classes that they name."""
+SILENT = 0
+"""The width of what a network says that has no output head."""
+
+
+def _width(role: str, examples: Examples, network: nn.Module) -> int | None:
+    """How many outputs the network has for such examples; None where that cannot be known.
+
+    Raises:
+        RequestError: it does not take them.
+    """
     if examples.kind not in ("tokens", "pairs", "images"):
-        return
-    name = type(network).__name__
+        return None
     try:
         with torch.no_grad(), at_rest(network):
-            logits = forward(network, collate(examples.items[:1]))
-    except StopIteration:  # what needs hidden states alone goes on
-        if judged:
-            raise RequestError(
-                f"judge measures on {role!r}, but {name} has no output head: it returns hidden states and says nothing. "
-                "Leave it out of `judge:`, or open the model as a class with a head (`architectures` in config.json)."
-            ) from None
-        return
+            return forward(network, collate(examples.items[:1])).shape[-1]
+    except StopIteration:
+        return SILENT
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         if _lacks_numbers(error):
-            return
+            return None
         reads = getattr(network, "main_input_name", "something else")
         raise RequestError(
-            f"The material {role!r} holds {examples.kind}, which {name} does not take (it reads {reads}): {error}"
+            f"The material {role!r} holds {examples.kind}, which {type(network).__name__} does not take (it reads {reads}): "
+            f"{error}"
         ) from error
-    labels = [int(item["labels"]) for item in examples.items if "labels" in item and not item["labels"].ndim]
-    wrong = next((label for label in labels if not 0 <= label < logits.shape[-1]), None)
-    if wrong is not None:
+
+
+def _check_said(role: str, examples: Examples, width: int | None, name: str, judged: bool) -> None:
+    """Whether the network says something where it is judged, and has the classes that the examples name."""
+    if width == SILENT and judged:
         raise RequestError(
-            f"The material {role!r} has the label {wrong} (example {labels.index(wrong) + 1}), but {name} tells "
-            f"{logits.shape[-1]} classes apart, 0 to {logits.shape[-1] - 1}. Correct the labels, or leave such rows out."
+            f"judge measures on {role!r}, but {name} has no output head: it returns hidden states and says nothing. "
+            "Leave it out of `judge:`, or open the model as a class with a head (`architectures` in config.json)."
+        )
+    labels = [int(item["labels"]) for item in examples.items if "labels" in item and not item["labels"].ndim]
+    wrong = next((label for label in labels if width and not 0 <= label < width), None)
+    if wrong is not None and width:
+        raise RequestError(
+            f"The material {role!r} has the label {wrong} (example {labels.index(wrong) + 1}), but {name} tells {width} "
+            f"classes apart, 0 to {width - 1}. Correct the labels, or leave such rows out."
         )
 
 
