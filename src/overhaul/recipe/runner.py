@@ -81,9 +81,9 @@ class Runner:
     ) -> None:
         self.checked, self.folder, self.shown = checked, folder, shown or folder
         session.current().report("reading data", 0, 1, "")
-        self.data = checked.encode() if data is None else data
-        if data is None:  # else it was looked at before all
-            look_ahead(checked, self.data)
+        if data is None:  # else all was encoded and looked at before
+            look_ahead(checked, data := checked.encode())
+        self.data = data
         self.digests = {role: examples.digest() for role, examples in self.data.items()}
         self.digests |= {role: key_of(parts) for role, parts in self.raw_rows().items() if role not in self.digests}
         self.warnings = [*checked.warnings, *self.repeated()]
