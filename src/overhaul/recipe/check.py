@@ -22,6 +22,7 @@ from overhaul.recipe import verbs
 from overhaul.recipe.encoded import check_encoded, encoded, opening
 from overhaul.recipe.materials import Materials, Reference, relative, source_of
 from overhaul.recipe.spec import Document, Recipe
+from overhaul.recipe.track import tracker
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ def check(document: Document) -> Checked:
         raise RequestError(f"dtype {recipe.dtype!r} is not possible.{did_you_mean(recipe.dtype, models.DTYPES)}")
     with session.using(device=recipe.on):
         processes.device()  # refuses what is not there
+    if recipe.track:
+        tracker(recipe.track)
     materials = Materials.of(recipe, document)
     if not recipe.steps and not recipe.compare:
         raise RequestError("The recipe has no steps. `overhaul methods` lists what a step can be.")
