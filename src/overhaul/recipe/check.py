@@ -71,6 +71,17 @@ class Checked:
         compared = dict.fromkeys(request.compared_with for request in self.requests)
         return [name for name in compared if name is not None and "model" in self.references.get(name, {})]
 
+    def raw_rows(self) -> dict[str, list[Mapping[str, Any]]]:
+        """The rows of every material that a step reads as they are."""
+        return {
+            name: [row for _, rows in self.rows[name] for row in rows]
+            for step in self.steps
+            for role in step.method.roles
+            if role.kind == "rows"
+            for name in step.names(role.name)
+            if name in self.rows
+        }
+
     def encode(self) -> dict[str, Examples]:
         """The examples of every role that a step or the judge reads.
 

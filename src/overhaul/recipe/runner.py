@@ -86,7 +86,9 @@ class Runner:
             look_ahead(checked, data := checked.encode())
         self.data = data
         self.digests = {role: examples.digest() for role, examples in self.data.items()}
-        self.digests |= {role: key_of(parts) for role, parts in self.raw_rows().items() if role not in self.digests}
+        self.digests |= {
+            role: key_of(parts) for role, parts in self.checked.raw_rows().items() if role not in self.digests
+        }
         self.warnings = [*checked.warnings, *self.repeated()]
         self.model: tuple[str, nn.Module] | None = None
         self.anchored: dict[str, judging.Anchor] = {}
@@ -116,17 +118,6 @@ class Runner:
             self.publish(stages, report)
         processes.wait()
         return stages, judged, report
-
-    def raw_rows(self) -> dict[str, list[Mapping[str, Any]]]:
-        """The rows of every material that a step reads as they are."""
-        return {
-            name: [row for _, rows in self.checked.rows[name] for row in rows]
-            for step in self.checked.steps
-            for role in step.method.roles
-            if role.kind == "rows"
-            for name in step.names(role.name)
-            if name in self.checked.rows
-        }
 
     def publish(self, stages: list[Stage], report: dict[str, Any]) -> None:
         """Put the last stage's model, the report and where all came from in their places."""
@@ -211,7 +202,7 @@ class Runner:
         """One material, as the method's role wants it."""
         reference = self.checked.references.get(name)
         if reference is None:
-            return self.data[name] if role.kind == "examples" else self.raw_rows()[name]
+            return self.data[name] if role.kind == "examples" else self.checked.raw_rows()[name]
         if "made" in reference:
             stage = self.maker(reference, stages)
             assert stage.place is not None and stage.record is not None, "a stage that made something has a place"
