@@ -64,7 +64,8 @@ def test_noise_does_not_fill_the_axes() -> None:
 
 def test_markdown_shows_what_it_quotes_as_it_is() -> None:
     odd = "a|b `c` *d* <img src=x> [e](f)\n# g \\"
-    assert escaped(odd) == r"a\|b \`c\` \*d\* &lt;img src=x&gt; \[e\](f) \# g \\"
+    assert escaped(odd) == r"a\|b \`c\` \*d\* &lt;img src=x> \[e\](f) \# g \\"
+    assert escaped("a <= b & c > d") == "a <= b & c > d" and escaped("&lt; &#60;") == r"&amp;lt; &amp;\#60;"
     assert code("a`b``c") == "``` a`b``c ```" and code("plain") == "`plain`"
     table = markdown(Sheet("", [Cell("model"), Cell("x|y")], [[Cell("<b>"), Cell("1", "± 2", sign="✓")]]))
-    assert table == "| model | x\\|y |\n|---|---:|\n| &lt;b&gt; | ✓ 1 ± 2 |\n"
+    assert table == "| model | x\\|y |\n|---|---:|\n| &lt;b> | ✓ 1 ± 2 |\n"

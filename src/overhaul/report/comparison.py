@@ -183,7 +183,9 @@ class Comparison:
     def from_json(cls, content: Mapping[str, Any]) -> Comparison:
         """What `to_json` gave."""
         facts = {name: part for name, part in content.items() if name not in ("title", "measures", "rows")}
-        return cls(content["title"], list(content["measures"]), [Row(**row) for row in content["rows"]], facts)
+        rows = [Row(**row) for row in content["rows"]]
+        like = {"like": next((row.label for row in rows if row.kind == "retrained"), "")}
+        return cls(content["title"], [{**like, **one} for one in content["measures"]], rows, facts)
 
     def to_html(self) -> str:
         """A self-contained page."""

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 _MARKS = re.compile(r"[\\`*\[\]|~#]|(?<!\w)_|_(?!\w)")
+_TAG, _ENTITY = re.compile(r"<(?=[A-Za-z/!?])"), re.compile(r"&(?=\\?#?\w+;)")
 COLOURS: Mapping[bool | None, str] = {True: "green", False: "red", None: ""}
 
 
@@ -66,7 +67,7 @@ def _line(cells: Sequence[Cell]) -> str:
 def escaped(text: object) -> str:
     """Text that Markdown shows as it is, in one line: neither its own marks nor HTML's mean anything in it."""
     words = " ".join(str(text).split())
-    return _MARKS.sub(r"\\\g<0>", words).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _TAG.sub("&lt;", _ENTITY.sub("&amp;", _MARKS.sub(r"\\\g<0>", words)))
 
 
 def code(text: object) -> str:
