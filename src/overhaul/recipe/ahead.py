@@ -205,7 +205,7 @@ def _width(role: str, examples: Examples, network: nn.Module) -> int | None:
     try:
         with torch.no_grad(), at_rest(network):
             return forward(network, collate(examples.items[:1])).shape[-1]
-    except StopIteration:
+    except (StopIteration, RequestError):  # what needs hidden states alone goes on
         return SILENT
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         if _lacks_numbers(error):

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from overhaul.errors import RequestError, RunError
+from overhaul.objectives import forward
 from overhaul.stack import LayerStack
-from overhaul.stack.forward import forward
 
 State = tuple[Tensor | None, ...]
 """What flows from block to block: [b, t, d] or [b, c, h, w] each; None where a last block drops a part."""
