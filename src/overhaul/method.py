@@ -52,6 +52,7 @@ class Method:
     paper: str
     changes: Changes
     memory: Memory
+    headless: Callable[[Mapping[str, Any]], bool] = field(repr=False)
     summary: str
     doc: str
     materials: tuple[Material, ...]
@@ -178,6 +179,7 @@ def method(
     memory: Memory = "training",
     makes: Mapping[str, Product] | None = None,
     alone: bool | Mapping[str, Sequence[str]] = False,
+    headless: Callable[[Mapping[str, Any]], bool] = lambda knobs: False,
 ) -> Callable[[Callable[..., Outcome]], Callable[..., Outcome]]:
     """Make a function a method.
 
@@ -190,6 +192,7 @@ def method(
             ("training").
         alone: whether it runs blocks by themselves, which some conversions rule out: always, or with these values of a knob.
         makes: the products in `Outcome.made` and what they are, so that a recipe's later steps can be checked beforehand.
+        headless: of its knobs, whether with these it reads examples through a model without a head, which gives no logits.
 
     Raises:
         TypeError: an argument is not documented, or a material is of no kind that a recipe can give.
@@ -204,6 +207,7 @@ def method(
             paper=paper,
             changes=changes,
             memory=memory,
+            headless=headless,
             summary=doc.partition("\n\n")[0].replace("\n", " "),
             doc=inspect.cleandoc(sys.modules[function.__module__].__doc__ or "") + "\n\n" + doc,
             makes=dict(makes or {}),

@@ -397,7 +397,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "a column that is not in every row": (source("people.jsonl", prompt="{name}: {question}"), "name"),
     "a model with an adapter beside": (model("adapted"), "adapter"),
     "text for a model without words": (model("no-words"), "has no tokenizer"),
-    "a tokenizer that lacks a file": (model("half-words"), "tokenizer or image processor cannot be opened"),
+    "a tokenizer that lacks a file": (model("half-words"), "the tokenizer cannot be read"),
     "words that the model has not": (model("few-words"), "the tokenizer has 60 tokens but the model only 32"),
     # heads
     "images for a language model": (both(source("pictures.jsonl"), judge()), "'text' holds images, which LlamaForCausalLM"),
@@ -406,7 +406,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "a label beyond the classes": (images("eleven.jsonl"), "has the label 11"),
     "a label below the classes": (images("negative.jsonl"), "has the label -1"),
     "labels in words": (images("words.jsonl"), "cat"),
-    "a model that says nothing": (model("headless", judge(kept={"perplexity": "text"}), steps(drop(1))), "no output head"),
+    "a model that says nothing": (model("headless", judge(kept={"perplexity": "text"}), steps(drop(1))), "LlamaModel has no head"),
     # judge
     "a judge without metrics": (judge(kept=["accuracy"]), "judge"),
     "a group that is none": (judge(forgoten={"accuracy": "forget"}), "no group 'forgoten'"),

@@ -107,6 +107,8 @@ class _Networks:
         """One as config.json describes it; None where its code is not to be run."""
         if known.base is not None:  # an adapter becomes part of its weights
             return self.of(known.base)
+        if "quantization_config" in known.config:  # its files hold other tensors than what it opens as
+            return None
         built = models.planned(known)
         if built is None:
             return None

@@ -18,7 +18,7 @@ from overhaul.data.materials import Row, Source, encode, form_of, load_rows
 from overhaul.errors import RequestError, did_you_mean
 from overhaul.judge import judge as judging
 from overhaul.method import Step as Step
-from overhaul.recipe import verbs
+from overhaul.recipe import outputs, verbs
 from overhaul.recipe.encoded import check_encoded, encoded, opening
 from overhaul.recipe.materials import Materials, Reference, relative, source_of
 from overhaul.recipe.spec import Document, Recipe
@@ -103,7 +103,8 @@ def check(document: Document) -> Checked:
         RequestError: with what is wrong, where, and what to write instead.
     """
     recipe = document.recipe
-    known = models.facts(relative(recipe.model, document), seed=recipe.seed)
+    trust = recipe.trust_remote_code
+    known = models.facts(relative(recipe.model, document), seed=recipe.seed, trust_remote_code=trust)
     if recipe.dtype not in models.DTYPES:
         raise RequestError(f"dtype {recipe.dtype!r} is not possible.{did_you_mean(recipe.dtype, models.DTYPES)}")
     with session.using(device=recipe.on):
@@ -118,7 +119,12 @@ def check(document: Document) -> Checked:
     requests = judging.check(recipe.judge, materials.rows, anchors=anchors)
     used = _used(steps, requests, materials)
     if not recipe.model.startswith("starter:"):  # what ships has been built; building takes seconds of imports
-        models.check_shapes(known)
+        model = models.check_shapes(known)
+        outputs.check_head(model, steps, used, requests)
+        for role in used:
+            outputs.check_classes(role, model, [find_form(form_of(*source)) for source in materials.rows[role]])
+    compared = [request.compared_with for request in requests]
+    outputs.check_opened(steps, materials.references, [name for name in compared if name is not None], trust)
     with opening(known):
         words = models.count_tokens(known)
     for role in used:

@@ -61,11 +61,16 @@ def check_encoded(data: Mapping[str, Examples], model: models.Checkpoint) -> Non
 
 def _check_tokens(role: str, examples: Examples, config: Mapping[str, Any]) -> None:
     """Whether the model can read these tokens: they are in its vocabulary, and their number within its positions."""
-    top = max(int(item["input_ids"].max()) for item in examples.items)
-    if top >= (size := config.get("vocab_size", top + 1)):
+    place = max(range(len(examples)), key=lambda n: int(examples.items[n]["input_ids"].max()))
+    top = int(examples.items[place]["input_ids"].max())
+    text = config.get("text_config")
+    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, Mapping) else None)
+    if isinstance(size, int) and top >= size:
+        word = examples.processor.convert_ids_to_tokens(top) if hasattr(examples.processor, "encode") else None
         raise RequestError(
-            f"The material {role!r} has token {top}, but the model's vocabulary ends at {size - 1}: tokenizer and model do "
-            "not belong together."
+            f"The material {role!r}, row {place + 1}, has token {top} ({word!r}), but the model's vocabulary ends at "
+            f"{size - 1}, so there is no row for it. Take that word out of the text, or resize the embeddings "
+            "(`model.resize_token_embeddings`) and save the model again."
         )
     longest = examples.by_length()[0]
     length, positions = len(examples.items[longest]["input_ids"]), _positions(config)

@@ -49,9 +49,14 @@ Mask = Bool[Tensor, "out in"]
 
 
 @method(
-    verb="shrink", paper="2312.15230", changes="weights", memory="forward", makes={"masks": "tensors"},
+    verb="shrink",
+    paper="2312.15230",
+    changes="weights",
+    memory="forward",
+    makes={"masks": "tensors"},
     alone={"criterion": ("wanda", "sparsegpt")},
-)  # fmt: skip
+    headless=lambda knobs: True,
+)
 def prune(
     model: nn.Module,
     text: Examples | None = None,
