@@ -406,7 +406,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "a label beyond the classes": (images("eleven.jsonl"), "has the label 11"),
     "a label below the classes": (images("negative.jsonl"), "has the label -1"),
     "labels in words": (images("words.jsonl"), "cat"),
-    "a model that says nothing": (model("headless", judge(kept={"perplexity": "text"}), steps(drop(1))), "LlamaModel has no head"),
+    "a model that says nothing": (model("headless", judge(kept={"perplexity": "text"}), steps(drop(1))), "has no head"),
     # judge
     "a judge without metrics": (judge(kept=["accuracy"]), "judge"),
     "a group that is none": (judge(forgoten={"accuracy": "forget"}), "no group 'forgoten'"),
