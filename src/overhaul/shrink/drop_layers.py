@@ -39,7 +39,14 @@ Scores = dict[int, float]
 """Block -> score; the block with the lowest is the first to go."""
 
 
-@method(verb="shrink", paper="2602.01997", changes="architecture", memory="forward", headless=lambda knobs: True)
+@method(
+    verb="shrink",
+    paper="2602.01997",
+    changes="architecture",
+    memory="forward",
+    alone={"criterion": ("perplexity", "greedy")},
+    headless=lambda knobs: True,
+)
 def drop_layers(
     model: nn.Module,
     text: Examples | None = None,
@@ -79,13 +86,13 @@ def drop_layers(
         )
     before = {"blocks_before": len(stack), "parameters_before": _parameters(model)}
     layers: dict[str, Scores] = {}
-    if criterion == "reverse":
-        removed = candidates[::-1][:count]
-    elif text is None or not len(text):
+    if criterion != "reverse" and (text is None or not len(text)):
         raise RequestError(
             f"shrink.drop_layers: the criterion {criterion!r} is measured on examples, but the role `text` is missing or "
             'empty. Give it, or write criterion: "reverse".'
         )
+    if text is None or criterion == "reverse" or session.current().planning:  # how many go is known before which
+        removed = candidates[::-1][:count]
     elif criterion == "block_influence":
         scores = layers["block influence"] = influence(stack, text, 1, skip_first_token, batch_size)
         removed = lowest(scores, candidates, count)
