@@ -16,15 +16,8 @@ import numpy as np
 import torch
 
 from overhaul.data.examples import IGNORED, SEQUENCES, Encoded, Examples
-from overhaul.data.lazy import View, sha
+from overhaul.data.lazy import View, cache_folder, sha
 from overhaul.errors import RequestError
-
-
-def cache_folder() -> Path:
-    """Where encoded data is kept: OVERHAUL_CACHE, else the user's cache folder."""
-    from platformdirs import user_cache_path
-
-    return Path(os.environ.get("OVERHAUL_CACHE") or user_cache_path("overhaul")) / "encoded"
 
 
 def store(parts: Iterator[Examples], path: Path) -> None:

@@ -1,25 +1,32 @@
-"""Materials: rows from a file, folder, hub dataset or starter, filtered and encoded for one role."""
+"""Materials: rows from files, folders, hub datasets or starters, filtered, checked and encoded for one role."""
 
 from __future__ import annotations
 
-import json
-import math
+import glob
+import warnings
+from array import array
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 from annotated_types import Ge, Gt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from overhaul.data import corpora, tasks
-from overhaul.data.arrow import cache_folder, opened, store
+from overhaul.data.arrow import opened, store
+from overhaul.data.classes import Labels
 from overhaul.data.encode import QA_PROMPT
 from overhaul.data.examples import Examples, Row
-from overhaul.data.forms import FORMS, find_form, told_from
-from overhaul.data.lazy import LARGE, TextFile, View, json_lines, sha
+from overhaul.data.folders import Found, from_dataset, key_of, large_text, read_files, read_folder
+from overhaul.data.forms import FORMS, Form, find_form, told_from
+from overhaul.data.lazy import View, cache_folder, sha
+from overhaul.data.pictures import Broken
+from overhaul.data.readers import check_encoding, read_file
+from overhaul.data.rows import Reader
+from overhaul.data.shapes import Shape, shape_of
+from overhaul.data.values import Choice
 from overhaul.data.verifiers import find_verifier
 from overhaul.errors import RequestError, did_you_mean, reading
 from overhaul.versions import version_of
@@ -49,6 +56,9 @@ class Source(BaseModel):
     length: Annotated[int, Ge(8)] = 256
     prompt: str = QA_PROMPT
     columns: dict[str, str] = {}
+    answers: Choice = None
+    encoding: Annotated[str, AfterValidator(check_encoding)] = "utf-8"
+    skip_broken: bool = False
     verify: str | None = None
 
     @model_validator(mode="after")
@@ -70,58 +80,146 @@ def examples(
     *,
     form: str | None = None,
     base: Path | None = None,
+    labels: Labels | None = None,
     **options: Any,
 ) -> Examples:
-    """Examples for a role, for use from Python.
+    """Examples for a role, for use from Python. What should be known about the data comes as a Python warning.
 
     Args:
-        source: a JSONL, JSON, CSV or Parquet file, an image folder, a saved `datasets` folder, a hub dataset,
-            `starter:NAME`, or rows.
+        source: a file of rows or text, a folder of them or of pictures, a pattern such as `shards/*.jsonl`, a saved
+            `datasets` folder, a hub dataset, `starter:NAME`, or rows.
         processor: the model's tokenizer or image processor.
         form: how rows are read, such as "text", "qa" or "preference"; told from the columns if None.
-        base: where relative paths start.
-        **options: `split`, `where`, `unless`, `limit`, `length`, `prompt`, `columns`, `verify`, as in a recipe.
+        base: where relative paths start, which then may not lead out of it with `..`.
+        labels: `model.config.label2id`, by which classes with names are numbered and numbers are checked.
+        **options: `split`, `where`, `unless`, `limit`, `length`, `prompt`, `columns`, `answers`, `encoding`,
+            `skip_broken`, `verify`, as in a recipe.
 
     Raises:
         RequestError: the file is missing or malformed, a column is missing, or no row is left.
     """
-    given = source if isinstance(source, str | Path) else "rows"
+    rows: list[Row] | None = None
+    given = "rows"
+    if isinstance(source, str | Path):
+        climbs = base is None and ".." in Path(source).parts
+        with reading(source):
+            given = str(Path(source).expanduser().resolve() if climbs else source)
+    else:
+        rows = list(map(dict, _mappings(source)))
     try:
-        spec = Source.model_validate({"from": str(given), "as": form, **options})
+        spec = Source.model_validate({"from": given, "as": form, **options})
     except ValueError as error:
         raise RequestError(f"These options do not describe a material: {error}") from None
-    rows = None if isinstance(source, str | Path) else [dict(row) for row in source]
-    return encode(load_rows(spec, base or Path.cwd(), rows), spec, processor)
+    notes: list[str] = []
+    made = encode(load_rows(spec, base or Path.cwd(), rows, labels, notes), spec, processor)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return made
 
 
-def load_rows(spec: Source, base: Path, rows: Sequence[Row] | None = None) -> Sequence[Row]:
-    """The rows of one source after `where`, `unless` and `limit`; never empty.
+def _mappings(rows: Sequence[Any]) -> Sequence[Mapping[str, Any]]:
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise RequestError(f"rows, row {number}: {str(row)[:40]!r} is no mapping of columns.")
+    return rows
 
-    Those of a large file are read when they are asked for.
+
+def load_rows(
+    spec: Source,
+    base: Path,
+    rows: Sequence[Row] | None = None,
+    labels: Labels | None = None,
+    notes: list[str] | None = None,
+) -> Sequence[Row]:
+    """The rows of one source after `where`, `unless` and `limit`, as their form reads them; never empty.
+
+    Those of a large file are read when they are asked for, and looked at here.
+
+    Args:
+        spec: the source.
+        base: where its path starts.
+        rows: instead of what the source leads to.
+        labels: the names and numbers of the model's classes.
+        notes: gets what should be said about the data.
+
+    Raises:
+        RequestError: something cannot be read, a column is missing or holds what it should not, or no row is left.
     """
-    if rows is None:
-        rows = _read(spec, base)
-    if not rows:
+    found = Found(rows) if rows is not None else _read(spec, base)
+    rows, said = found.rows, [] if notes is None else notes
+    if not len(rows):
         raise RequestError(f"{spec.from_} has no rows.")
-    known = rows[0].keys()
-    read = [] if spec.verify is None else find_verifier(spec.verify).columns
-    form = find_form(form_of(spec, rows))
-    for wanted in [*map(spec.column, [*form.columns, *read]), *spec.where, *spec.unless]:
-        if wanted not in known:
-            raise RequestError(f"{spec.from_} has no column {wanted!r}.{did_you_mean(wanted, known)}")
-    places = range(len(rows))
-    if spec.where or spec.unless:
-        places = [
-            n
-            for n, row in enumerate(rows)
-            if _matches(row, spec.where) and not (spec.unless and _matches(row, spec.unless))
-        ]
-    if not places:
+    read_too = () if spec.verify is None else find_verifier(spec.verify).columns
+    form, shape = _form_and_shape(spec, rows[0])
+    reader, note = Reader.of(spec, form, shape, read_too, rows, found.classes, labels)
+    chosen = _choose(spec, rows, reader, said)
+    if note is not None:
+        said.append(note)
+    if not isinstance(rows, View):
+        return chosen.rows
+    which = chosen.which
+    key = f"{form.name} {spec.columns} {spec.answers} {spec.prompt}"
+    return rows.select(chosen.places).map(lambda i, row: reader.read(row, "")[0][which[i]], key)
+
+
+@dataclass
+class Chosen:
+    """Which rows are taken: by their places and which one of each, for a view; and themselves otherwise."""
+
+    places: array[int] = field(default_factory=lambda: array("q"))
+    which: array[int] = field(default_factory=lambda: array("q"))
+    rows: list[Row] = field(default_factory=list)
+
+
+def _choose(spec: Source, rows: Sequence[Row], reader: Reader, said: list[str]) -> Chosen:
+    """Walk through all rows; check those that are taken."""
+    chosen, lazily, known = Chosen(), isinstance(rows, View), set[str]()
+    broken: list[str] = []
+    moving = 0
+    for n, row in enumerate(rows):
+        known.update(row)
+        full = spec.limit is not None and len(chosen.places) >= spec.limit
+        if full or not reader.matches(row, spec.where) or (spec.unless and reader.matches(row, spec.unless)):
+            continue
+        place = getattr(row, "place", f"{spec.from_}, row {n + 1}")
+        try:
+            made, frames = reader.read(row, place)
+        except Broken as error:
+            if not spec.skip_broken:
+                raise
+            broken.append(str(error).partition(" is no ")[0])
+            continue
+        moving += frames
+        for k, each in enumerate(made if spec.limit is None else made[: spec.limit - len(chosen.places)]):
+            chosen.places.append(n)
+            chosen.which.append(k)
+            if not lazily:
+                chosen.rows.append(each)
+    for column in (*spec.where, *spec.unless):
+        if column not in known:
+            raise RequestError(f"{spec.from_} has no column {column!r}.{did_you_mean(column, known)}")
+    if broken:
+        listed = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
+        said.append(f"{spec.from_}: {len(broken)} of its {len(rows)} pictures cannot be read and are left out: {listed}.")
+    if moving:
+        said.append(f"{spec.from_}: {moving} of its pictures are of several frames; the first of each is read.")
+    if not chosen.places:
         raise RequestError(
-            f"{spec.from_}: none of its {len(rows)} rows is left after where={spec.where} unless={spec.unless}. "
-            "Filters compare whole values; a list means any of them."
+            f"{spec.from_}: none of its {len(rows)} rows is left after where={spec.where} unless={spec.unless}"
+            f"{' and what is broken' if broken else ''}. Filters compare whole values; a list means any of them."
         )
-    return rows.select(places[: spec.limit]) if isinstance(rows, View) else [rows[n] for n in places[: spec.limit]]
+    return chosen
+
+
+def _form_and_shape(spec: Source, row: Row) -> tuple[Form, Shape | None]:
+    """As what rows are read: by their own columns, or by a shape that is turned into them."""
+    form = find_form(spec.as_) if spec.as_ is not None else told_from(row, spec)
+    if form is not None and all(spec.column(name) in row for name in form.columns):
+        return form, None
+    shape = shape_of(row, spec.column, spec.as_)
+    if shape is not None:
+        return find_form(shape.form), shape
+    return form or find_form(form_of(spec, [row])), None
 
 
 def form_of(spec: Source, rows: Sequence[Row]) -> str:
@@ -140,13 +238,6 @@ def form_of(spec: Source, rows: Sequence[Row]) -> str:
 def positions_of(spec: Source, row: Row) -> list[int]:
     """About how many positions the examples made of a row take, before anything is encoded."""
     return find_form(form_of(spec, [row])).positions(spec, row)
-
-
-def _matches(row: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    return all(
-        row.get(column) in value if isinstance(value, list) else row.get(column) == value
-        for column, value in wanted.items()
-    )
 
 
 def encode(rows: Sequence[Row], spec: Source, processor: Any) -> Examples:
@@ -180,27 +271,31 @@ def _source_of(rows: Sequence[Row]) -> str | None:
     """A hash of what rows of a large file were read from; None for rows that are held."""
     if isinstance(rows, View):
         return rows.key
-    files = [value for row in rows[:2] for value in row.values() if isinstance(value, TextFile)]
-    return files[0].key if files else None
+    return key_of(rows) if large_text(rows) else None
 
 
-def _read(spec: Source, base: Path) -> Sequence[Row]:
+def _read(spec: Source, base: Path) -> Found:
     if spec.from_.startswith("starter:"):
         name = spec.from_.removeprefix("starter:")
         if name not in STARTER_DATA:
             raise RequestError(f"There is no starter data {name!r}.{did_you_mean(name, STARTER_DATA)}")
         if spec.split not in get_args(tasks.Split):
             raise RequestError(f"starter:{name} has no split {spec.split!r}. Known: train, validation.")
-        return STARTER_DATA[name](spec.split)  # pyright: ignore[reportArgumentType]
+        return Found(STARTER_DATA[name](spec.split))  # pyright: ignore[reportArgumentType]
     with reading(spec.from_):
         path = _inside(spec.from_, base)
-        is_file, is_folder = path.is_file(), path.is_dir()
-    if is_file:
-        with reading(path):
-            return _read_file(path)
-    if is_folder:
-        return _read_folder(path, spec)
-    if spec.from_.count("/") == 1 and not spec.from_.startswith("."):
+        if path.is_dir():
+            return read_folder(path, spec.split, spec.encoding)
+        several = [] if path.exists() else [Path(each) for each in sorted(glob.glob(str(path), recursive=True))]
+        files = [path] if path.exists() else [each for each in several if not each.is_dir()]
+        if files and spec.split != "train":
+            raise RequestError(
+                f"{spec.from_} has no split {spec.split!r}: files are named one by one. Name the file that is meant, or the "
+                "folder of splits."
+            )
+        if files:
+            return Found(read_files(files, spec.encoding, path.parent) if several else read_file(path, spec.encoding))
+    if spec.from_.count("/") == 1 and not spec.from_.startswith(".") and not glob.has_magic(spec.from_):
         return _read_hub(spec)
     raise RequestError(f"{spec.from_} does not exist (looked in {base}).")
 
@@ -215,106 +310,11 @@ def _inside(source: str, base: Path) -> Path:
     return path if path.is_absolute() else base / path
 
 
-def _read_file(path: Path) -> Sequence[Row]:
-    if path.suffix in {".jsonl", ".json"}:
-        return _read_json(path)
-    if path.suffix in {".csv", ".parquet"}:
-        import pandas
-
-        if path.suffix == ".csv":  # as text: "NA" is no gap, and "0044" no 44
-            cells = pandas.read_csv(path, dtype=str, keep_default_na=False, na_filter=False)
-            columns = {str(name): _plain(list(column)) for name, column in cells.items()}
-            return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        frame = pandas.read_parquet(path)
-        return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
-    if path.suffix in {".txt", ".md"}:
-        large = path.stat().st_size > LARGE
-        return [{"title": path.name, "text": TextFile(path) if large else path.read_text(encoding="utf-8")}]
-    raise RequestError(
-        f"{path}: files of kind {path.suffix!r} are not read. Known: .jsonl .json .csv .parquet .txt .md."
-    )
-
-
-def _plain(column: list[str]) -> list[Any]:
-    """A column of a CSV file: numbers or truth values where all its cells would be written just so, else text."""
-    for read in (_truth, _number):
-        values = [read(cell) for cell in column]
-        if all(value is not None and str(value) == cell for value, cell in zip(values, column, strict=True)):
-            return values
-    return column
-
-
-def _truth(cell: str) -> bool | None:
-    return {"True": True, "False": False}.get(cell)
-
-
-def _number(cell: str) -> float | None:
-    for kind in (int, float):
-        with suppress(ValueError):
-            value = kind(cell)
-            return value if math.isfinite(value) else None
-    return None
-
-
-def _read_json(path: Path) -> Sequence[Row]:
-    if path.suffix == ".jsonl" and path.stat().st_size > LARGE:
-        return json_lines(path, partial(_line, path))
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise RequestError(f"{path} is not valid JSON: {error}.") from None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise RequestError(f"{path} must hold a list of objects.")
-        return rows
-    # only "\n" ends a line: JSON may hold the other characters at which `splitlines` breaks
-    return [_line(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-
-
-def _line(path: Path, number: int, line: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RequestError(f"{path}, line {number}: not JSON ({error.msg}). JSONL is one object a line.") from None
-    if not isinstance(row, dict):
-        raise RequestError(f'{path}, line {number}: {line[:40]!r} is not an object like {{"question": ...}}.')
-    return row
-
-
-def _read_folder(path: Path, spec: Source) -> Sequence[Row]:
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        from datasets import DatasetDict, load_from_disk
-
-        loaded = load_from_disk(str(path))
-        if isinstance(loaded, DatasetDict):
-            if spec.split not in loaded:
-                raise RequestError(f"{path} has no split {spec.split!r}.{did_you_mean(spec.split, map(str, loaded))}")
-            loaded = loaded[spec.split]
-        return [dict(row) for row in loaded]  # pyright: ignore[reportArgumentType,reportCallIssue]
-    pictures = sorted(p for p in path.glob("*/*") if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".bmp", ".webp"})
-    if not pictures:
-        raise RequestError(
-            f"{path} is neither a saved `datasets` folder nor a folder of image folders (LABEL/file.png)."
-        )
-    from PIL import Image
-
-    labels = sorted({p.parent.name for p in pictures})
-    numbers: Literal[True] | bool = all(label.isdigit() for label in labels)
-    rows: list[Row] = []
-    for picture in pictures:
-        with Image.open(picture) as image:
-            image.load()
-            name = picture.parent.name
-            label = int(name) if numbers else labels.index(name)
-            rows.append({"image": image.copy(), "label": label, "class": name, "file": picture.name})
-    return rows
-
-
-def _read_hub(spec: Source) -> Sequence[Row]:
+def _read_hub(spec: Source) -> Found:
     from datasets import load_dataset
 
     try:
-        return [dict(row) for row in load_dataset(spec.from_, split=spec.split)]  # pyright: ignore[reportArgumentType,reportCallIssue]
+        loaded = load_dataset(spec.from_, split=spec.split)
     except Exception as error:  # the hub client raises many kinds; the user needs one message
         raise RequestError(f"{spec.from_!r} is no file here, and no dataset could be fetched: {error}") from error
+    return from_dataset(loaded, spec.from_)

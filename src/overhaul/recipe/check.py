@@ -11,6 +11,7 @@ import yaml
 
 from overhaul import method as methods
 from overhaul import models
+from overhaul.data.classes import labels_of
 from overhaul.data.examples import Examples, join
 from overhaul.data.forms import find_form
 from overhaul.data.materials import Row, Source, encode, form_of, load_rows
@@ -152,7 +153,7 @@ def check(document: Document) -> Checked:
     known = models.facts(relative(recipe.model, document), seed=recipe.seed)
     if recipe.dtype not in models.DTYPES:
         raise RequestError(f"dtype {recipe.dtype!r} is not possible.{did_you_mean(recipe.dtype, models.DTYPES)}")
-    materials = Materials.of(recipe, document)
+    materials = Materials.of(recipe, document, labels_of(known.config))
     if not recipe.steps and not recipe.compare:
         raise RequestError("The recipe has no steps. `overhaul methods` lists what a step can be.")
     steps, warnings = _steps(recipe.steps, materials)
@@ -192,7 +193,7 @@ def _steps(entries: Sequence[Mapping[str, Any]], materials: Materials) -> tuple[
     for number, entry in enumerate(entries, 1):
         steps.append(_step(number, entry, materials, steps))
     _check_after(materials.references, steps)
-    return steps, [warning for step in steps for warning in verbs.ask("check", step, materials.rows)]
+    return steps, [*materials.notes, *(one for step in steps for one in verbs.ask("check", step, materials.rows))]
 
 
 def _used(steps: Sequence[Step], requests: Sequence[judging.Request], materials: Materials) -> list[str]:
