@@ -32,8 +32,6 @@ Row = dict[str, Any]
 UNPACKED_AT_LEAST, UNPACKED_TIMES = 2**28, 100
 """A packed file may hold so many bytes, or so many times its own size: what holds more is no data."""
 
-MARKS: Mapping[bytes, str] = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-
 
 def ending(path: Path) -> str:
     """The kind of a file by its name: ".jsonl" of "A.JSONL.GZ"."""
@@ -143,24 +141,23 @@ def decoded(path: Path, data: bytes, encoding: str, first: int = 1) -> str:
         RequestError: it is no text in this encoding.
     """
     utf8 = codecs.lookup(encoding).name == "utf-8"
-    mark = next((name for begins, name in MARKS.items() if utf8 and data.startswith(begins)), None)
-    if mark:
-        raise RequestError(f"{path} is written in UTF-16. Write `encoding: {mark}` in the material.")
-    try:
-        text = data.decode("utf-8-sig" if utf8 else encoding).removeprefix("\ufeff")
-    except UnicodeError as error:
-        line = first + data[: getattr(error, "start", 0)].count(b"\n")
-        packed = " It looks like a gzip file; end its name in .gz." if data.startswith(b"\x1f\x8b") else ""
+    if utf8 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise RequestError(f"{path} is written in UTF-16. Write `encoding: utf-16` in the material.")
+    if utf8 and data.startswith(b"\x1f\x8b"):
+        raise RequestError(f"{path} is packed by gzip. End its name in .gz.")
+    if b"\0" in data[:4096] and "16" not in encoding and "32" not in encoding:
         raise RequestError(
-            f"{path}, line {line}: it is no text in {encoding} ({getattr(error, 'reason', error)}).{packed} "
-            "If it is text in another encoding, write that in the material: `encoding: latin-1`, or utf-16, cp1252, ..."
-        ) from None
-    if "\0" in text[:4096]:
-        raise RequestError(
-            f"{path} holds NUL characters, so it is no text in {encoding}. Text in UTF-16 is read by `encoding: utf-16-le` or "
+            f"{path} holds zero bytes, so it is no text in {encoding}. Text in UTF-16 is read by `encoding: utf-16-le` or "
             "utf-16-be."
         )
-    return text
+    try:
+        return data.decode("utf-8-sig" if utf8 else encoding).removeprefix("\ufeff")
+    except UnicodeError as error:
+        line = first + data[: getattr(error, "start", 0)].count(b"\n")
+        raise RequestError(
+            f"{path}, line {line}: it is no text in {encoding} ({getattr(error, 'reason', error)}). If it is text in another "
+            "encoding, write that in the material: `encoding: latin-1`, or utf-16, cp1252, ..."
+        ) from None
 
 
 def _bytes(content: bytes | Path) -> bytes:
@@ -252,12 +249,12 @@ def _unwrapped(path: Path, whole: dict[str, Any]) -> list[Any]:
     objects = [key for key, value in lists.items() if value and all(isinstance(each, dict) for each in value)]
     if any({"role", "from"} & each.keys() for key in objects for each in lists[key]):
         return [whole]
+    if 1 < len(objects) == len(lists):
+        raise RequestError(f"{path} holds several lists of rows ({', '.join(objects)}). Write each into a file of its own.")
     if len(lists) == len(whole) > 0 and len(set(map(len, lists.values()))) == 1 and (len(lists) > 1 or not objects):
         return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
     if len(objects) == 1:
         return lists[objects[0]]
-    if len(objects) > 1:
-        raise RequestError(f"{path} holds several lists of rows ({', '.join(objects)}). Write each into a file of its own.")
     places = [list(value) for value in whole.values() if isinstance(value, dict)]
     if len(places) == len(whole) > 0 and places[0] and all(each == places[0] for each in places):
         return [{key: column[place] for key, column in whole.items()} for place in places[0]]
