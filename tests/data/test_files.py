@@ -85,7 +85,7 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
 def test_packed_files_are_unpacked(end: str, large: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lazy, "LARGE", 8 if large else 2**22)
     (tmp_path / f"a.jsonl{end}").write_bytes(PACK[end](LINES.encode()))
-    (tmp_path / f"a.txt{end}").write_bytes(PACK[end]("some words\r\n and more".encode()))
+    (tmp_path / f"a.txt{end}").write_bytes(PACK[end](b"some words\r\n and more"))
     assert read(tmp_path, f"a.jsonl{end}") == ROWS
     (row,) = read(tmp_path, f"a.txt{end}")
     assert str(row["text"]) == "some words\n and more" and isinstance(row["text"], TextFile) is large
@@ -171,7 +171,11 @@ def test_folders_of_shards_and_patterns_are_read_in_order(tmp_path: Path, monkey
 @pytest.mark.parametrize("names", ["{}-00000-of-00001.parquet", "{}.parquet", "{}/0.parquet", "facts_{}.parquet"])
 def test_splits_of_a_folder(names: str, tmp_path: Path) -> None:
     for split in ("train", "val", "test"):
-        place = tmp_path / "hub" / "data" / names.format(split) if "/" not in names else tmp_path / "hub" / names.format(split)
+        place = (
+            tmp_path / "hub" / "data" / names.format(split)
+            if "/" not in names
+            else tmp_path / "hub" / names.format(split)
+        )
         place.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"question": ["q"], "answer": [split]}), place)
     for split, answer in (("train", "train"), ("validation", "val"), ("val", "val"), ("test", "test")):
@@ -209,7 +213,11 @@ def test_a_folder_of_texts_is_a_row_of_each(tmp_path: Path, tokenizer: Any, monk
 def test_what_is_no_file_is_refused_and_nothing_waits(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
-    for name, message in (("pipe.jsonl", "no file that can be read"), ("folder.jsonl", "is empty"), ("/dev/zero", "device")):
+    for name, message in (
+        ("pipe.jsonl", "no file that can be read"),
+        ("folder.jsonl", "is empty"),
+        ("/dev/zero", "device"),
+    ):
         with pytest.raises(RequestError, match=message):
             read(tmp_path, name)
     (tmp_path / "folder.jsonl" / "a.jsonl").write_text(LINES)

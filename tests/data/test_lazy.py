@@ -177,7 +177,7 @@ def test_datasets_opens_the_stream(small: Path, tokenizer: Any) -> None:
 
     (small / "a.txt").write_text(prose(500))
     read = examples("a.txt", tokenizer, base=small, length=32)
-    (path,) = arrow.cache_folder().iterdir()
+    (path,) = lazy.cache_folder().iterdir()
     opened = Dataset.from_file(str(path))
     assert [row["input_ids"] for row in opened] == [item["input_ids"].tolist() for item in read]  # pyright: ignore[reportArgumentType,reportCallIssue]
 
@@ -214,4 +214,3 @@ def test_memory_does_not_grow_with_the_file(small: Path, tokenizer: Any) -> None
 
     few, many = peak(2_000), peak(8_000)
     assert many - few < 100 * 6_000  # what is held per row: the places of its line and its tokens, not the row
-

@@ -16,7 +16,7 @@ SAID, OTHER = ({"role": "assistant", "content": text} for text in ("yes", "no"))
 
 CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     (
-        {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]},
+        {"conversations": [{"from": f, "value": v} for f, v in (("system", "s"), ("human", "hi"), ("gpt", "yes"))]},
         "chat",
         {"messages": [{"role": "system", "content": "s"}, ASKED, SAID]},
     ),

@@ -124,7 +124,9 @@ def test_what_is_no_text_is_refused_with_its_line(
 
 @pytest.mark.parametrize("value", [None, ["a", "b"], [], {"x": "y"}])
 def test_parquet_says_the_same(value: Any, tmp_path: Path) -> None:
-    parquet(tmp_path, question=["q", "q"], answer=pa.array([value if value is None else type(value)("") or value, value]))
+    parquet(
+        tmp_path, question=["q", "q"], answer=pa.array([value if value is None else type(value)("") or value, value])
+    )
     with pytest.raises(RequestError, match="a.parquet, row 1: 'answer'"):
         read(tmp_path, "a.parquet")
 
@@ -177,7 +179,8 @@ def test_a_key_that_stands_twice_and_a_missing_one_are_refused(tmp_path: Path) -
 
 def test_columns_are_mapped_or_refused(tmp_path: Path) -> None:
     row = {
-        "question": "q", "answer": "a", "paraphrased_question": "p", "paraphrased_answer": "pa", "perturbed_answer": ["x", "y"],
+        "question": "q", "answer": "a", "paraphrased_question": "p", "paraphrased_answer": "pa",
+        "perturbed_answer": ["x", "y"],
     }  # fmt: skip
     jsonl(tmp_path, row)
     named = {"wrong": "perturbed_answer", "paraphrase": "paraphrased_question"}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from overhaul.data.examples import IGNORED, SEQUENCES, Encoded, Examples
-from overhaul.data.lazy import View, cache_folder, sha
+from overhaul.data.lazy import View, sha
 from overhaul.errors import RequestError
 
 

@@ -126,7 +126,9 @@ def _of_split(root: Path, files: Sequence[Path], split: str, by_folder: bool = F
         raise RequestError(f"{root} has no split {split!r}.{did_you_mean(wanted, known or {'train'})}")
     if None in marks.values():
         odd = next(each for each, mark in marks.items() if mark is None)
-        raise RequestError(f"{root} has splits ({', '.join(sorted(known))}), and {odd} is in none of them. Take it out.")
+        raise RequestError(
+            f"{root} has splits ({', '.join(sorted(known))}), and {odd} is in none of them. Take it out."
+        )
     return [each for each, mark in marks.items() if mark == wanted]
 
 

@@ -200,7 +200,9 @@ def _choose(spec: Source, rows: Sequence[Row], reader: Reader, said: list[str]) 
             raise RequestError(f"{spec.from_} has no column {column!r}.{did_you_mean(column, known)}")
     if broken:
         listed = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
-        said.append(f"{spec.from_}: {len(broken)} of its {len(rows)} pictures cannot be read and are left out: {listed}.")
+        said.append(
+            f"{spec.from_}: {len(broken)} of its {len(rows)} pictures cannot be read and are left out: {listed}."
+        )
     if moving:
         said.append(f"{spec.from_}: {moving} of its pictures are of several frames; the first of each is read.")
     if not chosen.places:

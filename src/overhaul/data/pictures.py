@@ -55,8 +55,8 @@ def opened(value: Any, place: str) -> tuple[Any, bool]:
         value = io.BytesIO(value["bytes"]) if value.get("bytes") else Path(str(value.get("path")))
     if value is None or isinstance(value, str):
         raise RequestError(
-            f"{place}: {value!r} is no picture. A list of files is written as metadata.csv or metadata.jsonl in their folder, "
-            "with a column `file_name`."
+            f"{place}: {value!r} is no picture. A list of files is a metadata.csv or metadata.jsonl in their folder, with a "
+            "column `file_name`."
         )
     if not isinstance(value, Path | io.BytesIO | Image.Image):
         return value, False
@@ -73,9 +73,9 @@ def opened(value: Any, place: str) -> tuple[Any, bool]:
                 image.load()
                 return _plain(image), getattr(image, "n_frames", 1) > 1 and image.format != "MPO"
     except Exception as error:  # a decoder may raise anything on a damaged file
-        why = str(error) or type(error).__name__
+        why = (str(error) or type(error).__name__).rstrip(".")
         raise Broken(
-            f"{place} is no picture that can be read: {why.rstrip('.')}. Replace it, take it out, or write `skip_broken: true`."
+            f"{place} is no picture that can be read: {why}. Replace it, take it out, or write `skip_broken: true`."
         ) from None
 
 
@@ -90,9 +90,8 @@ def _plain(image: Any) -> Any:
         return Image.fromarray(((levels * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError("it holds 32-bit numbers, whose scale is not known; save it with 8 or 16 bits a channel")
-    if image.mode in ("1", "L"):
-        if "transparency" not in image.info:
-            return image.convert("L")
+    if image.mode in ("1", "L") and "transparency" not in image.info:
+        return image.convert("L")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         clear = image.convert("RGBA")
         white = Image.new("RGBA", clear.size, (255, 255, 255, 255))

@@ -1,9 +1,9 @@
 """Rows from one file: JSON, JSON Lines, CSV, TSV, Parquet, plain text, packed or not.
 
 1. Values are what the file says: a cell of CSV is text, whatever is written there; an empty one is an empty text.
-2. Lines of JSON end at "\\n" alone, which strings may not hold. JSON Lines may lie in a file called .json.
-3. Text is UTF-8, with or without a byte order mark, or in the material's `encoding:`. Lines of plain text end in "\\n",
-   whatever the file has there.
+2. Lines of JSON end at the line feed alone. JSON Lines may lie in a file called .json.
+3. Text is UTF-8, with or without a byte order mark, or in the material's `encoding:`. Lines of plain text end in a line
+   feed, whatever the file has there.
 4. What is packed (.gz, .bz2, .xz, .zst) is unpacked, into the cache where that is large.
 5. A key or a column that stands twice, a row of another width than the header, and what no JSON may hold is an error with
    its line.
@@ -52,7 +52,7 @@ def read_file(path: Path, encoding: str) -> Sequence[Row]:
         if ending(path) not in READERS:
             raise RequestError(f"{path}: files of kind {path.suffix!r} are not read. Known: {' '.join(READERS)}.")
         content = _content(path)
-        if content == b"" or isinstance(content, bytes) and not content.strip():
+        if content == b"" or (isinstance(content, bytes) and not content.strip()):
             raise RequestError(f"{path} is empty.")
         return READERS[ending(path)](path, content, encoding)
 
@@ -155,8 +155,8 @@ def decoded(path: Path, data: bytes, encoding: str, first: int = 1) -> str:
     except UnicodeError as error:
         line = first + data[: getattr(error, "start", 0)].count(b"\n")
         raise RequestError(
-            f"{path}, line {line}: it is no text in {encoding} ({getattr(error, 'reason', error)}). If it is text in another "
-            "encoding, write that in the material: `encoding: latin-1`, or utf-16, cp1252, ..."
+            f"{path}, line {line}: it is no text in {encoding} ({getattr(error, 'reason', error)}). If it is text in "
+            "another encoding, write that in the material: `encoding: latin-1`, or utf-16, cp1252, ..."
         ) from None
 
 
@@ -250,7 +250,9 @@ def _unwrapped(path: Path, whole: dict[str, Any]) -> list[Any]:
     if any({"role", "from"} & each.keys() for key in objects for each in lists[key]):
         return [whole]
     if 1 < len(objects) == len(lists):
-        raise RequestError(f"{path} holds several lists of rows ({', '.join(objects)}). Write each into a file of its own.")
+        raise RequestError(
+            f"{path} holds several lists of rows ({', '.join(objects)}). Write each into a file of its own."
+        )
     if len(lists) == len(whole) > 0 and len(set(map(len, lists.values()))) == 1 and (len(lists) > 1 or not objects):
         return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
     if len(objects) == 1:
@@ -302,7 +304,9 @@ def _header(place: str, cells: list[str], separator: str) -> list[str]:
     if other is not None:
         kind = {",": ".csv", "\t": ".tsv"}
         way_out = f"End the file's name in {kind[other]}." if other in kind else "Write it with commas."
-        raise RequestError(f"{place}: cells are separated by {separator!r} in this kind of file, not {other!r}. {way_out}")
+        raise RequestError(
+            f"{place}: cells are separated by {separator!r} in this kind of file, not {other!r}. {way_out}"
+        )
     return cells
 
 

@@ -1,9 +1,10 @@
-"""One row of a source as its form reads it: columns are there, values are what they should be, shapes and names are undone."""
+"""One row of a source as its form reads it: its columns are there, its values can be read, shapes and names are undone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from overhaul.data.classes import Classes, Labels, number_of, numbered
@@ -108,35 +109,53 @@ class Reader:
             RequestError: a column is missing, or holds what cannot be read; the place is named.
             Broken: its picture cannot be read.
         """
-        column = self.options.column
-        needed = [*(self.shape.columns if self.shape else self.form.columns), *self.read_too]
-        for name in dict.fromkeys([*map(column, needed), *self.options.columns.values()]):
+        for name in self._needed:
             if name not in row:
                 raise RequestError(f"{place} has no column {name!r}.{did_you_mean(name, row)}")
-        made = self.shape.read(row, column, place, self.options.prompt) if self.shape else row
-        if self.shape:
-            made = {column(name) if name in self.form.columns else name: value for name, value in made.items()}
-        changed: dict[str, Any] = {}
-        for name, file in self.options.columns.items():
-            if name in BESIDE:
-                changed[name] = _texts(row[file], place, file)
-            elif name not in self.form.columns and (self.form.kind == "rows" or name in self.read_too):
-                changed[name] = row[file]
+        changed = self._renamed(row, place) if self.options.columns else {}
+        made = self._reshaped(row, place) if self.shape else row
         frames, answers = False, [None]
-        for name in self.form.columns:
-            file, value = column(name), made[column(name)]
-            if name == "image":
+        for name, file in self._columns:
+            value = made[file]
+            if name == "answer":
+                answers = answers_of(value, place, file, self.options.answers)
+            elif name == "image":
                 changed[file], frames = opened(value, place)
             elif name == "label":
                 changed[file] = number_of(value, self.numbers, self.labels, place, file)
                 if isinstance(value, str):
                     changed["class"] = value
-            elif name == "answer":
-                answers = answers_of(value, place, file, self.options.answers)
             else:
                 changed[file] = checked(name, value, place, file)
-        said = [{} if each is None else {column("answer"): each} for each in answers]
+        answer = self.options.column("answer")
+        said = [{} if each is None else {answer: each} for each in answers]
         return [FileRow(place, {**made, **changed, **each}) for each in said], frames
+
+    @cached_property
+    def _needed(self) -> list[str]:
+        """Columns of the file that every row must have."""
+        names = [*(self.shape.columns if self.shape else self.form.columns), *self.read_too]
+        return list(dict.fromkeys([*map(self.options.column, names), *self.options.columns.values()]))
+
+    @cached_property
+    def _columns(self) -> list[tuple[str, str]]:
+        """The form's columns, with what they are called in a row."""
+        return [(name, self.options.column(name)) for name in self.form.columns]
+
+    def _reshaped(self, row: Row, place: str) -> Row:
+        assert self.shape is not None
+        made = self.shape.read(row, self.options.column, place, self.options.prompt)
+        return {self.options.column(name) if name in self.form.columns else name: value for name, value in made.items()}
+
+    def _renamed(self, row: Row, place: str) -> dict[str, Any]:
+        """What others than the form read under names of their own."""
+        found: dict[str, Any] = {}
+        for name, file in self.options.columns.items():
+            if name in BESIDE:
+                found[name] = _texts(row[file], place, file)
+            elif name not in self.form.columns and (self.form.kind == "rows" or name in self.read_too):
+                found[name] = row[file]
+        return found
 
 
 def _texts(value: Any, place: str, column: str) -> str | list[str]:

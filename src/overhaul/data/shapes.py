@@ -142,7 +142,7 @@ def shape_of(row: Row, column: Callable[[str], str], form: str | None) -> Shape 
     """The first shape that a row has and that is read as `form`, if one is named."""
     for shape in SHAPES:
         names = {name: column(name) for name in shape.columns}
-        if form in (None, shape.form) and all(file in row for file in names.values()):
-            if shape.fits({name: row[file] for name, file in names.items()}):
-                return shape
+        there = form in (None, shape.form) and all(file in row for file in names.values())
+        if there and shape.fits({name: row[file] for name, file in names.items()}):
+            return shape
     return None
