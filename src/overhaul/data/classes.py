@@ -85,7 +85,7 @@ def number_of(value: Any, numbers: Mapping[str, int], labels: Labels | None, pla
     """
     if isinstance(value, str) and value in numbers:
         return numbers[value]
-    if hasattr(value, "item"):  # numpy's and torch's
+    if not isinstance(value, str) and hasattr(value, "item"):  # numpy's and torch's
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
         raise RequestError(f"{place}: {column!r} is {value!r}, and the name or the number of a class is needed.")

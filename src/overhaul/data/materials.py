@@ -247,6 +247,9 @@ def encode(rows: Sequence[Row], spec: Source, processor: Any) -> Examples:
     form = find_form(form_of(spec, rows))
     if form.needs == "tokenizer" and not hasattr(processor, "encode"):
         raise RequestError(f"{spec.from_} is {form.name}, which needs a tokenizer; the model folder has none.")
+    words_only = hasattr(processor, "encode") and not hasattr(processor, "image_processor")
+    if form.needs == "image processor" and words_only and hasattr(rows[0][spec.column("image")], "convert"):
+        raise RequestError(f"{spec.from_} holds pictures, which need an image processor; the model has a tokenizer.")
     source = _source_of(rows)
     if source is None or form.kind not in ("tokens", "pairs"):
         return _with_verifier(form.encode(rows, spec, processor), spec)
