@@ -12,6 +12,7 @@ import pytest
 
 from overhaul import cli
 from overhaul.claims import _claim
+from overhaul.recipe.begin import packaged
 
 COMMAND = [str(Path(sys.executable).parent / "overhaul")]
 
@@ -93,7 +94,7 @@ def test_plan_reads_no_weights_and_lists_every_step(
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(models, "load_weights", never)
-    assert call(monkeypatch, "plan", str(cli.recipe_path("forget-and-shrink"))) == 0
+    assert call(monkeypatch, "plan", str(packaged("forget-and-shrink"))) == 0
     shown = capsys.readouterr().out
     for step in ("forget.npo", "shrink.drop_layers", "shrink.heal"):
         assert step in shown

@@ -37,6 +37,9 @@ INTERRUPTED = 130
 
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="The run folder; runs/NAME if not given.")]
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
+Device = Annotated[
+    str | None, typer.Option("--device", help="In place of the recipe's: cpu, cuda, cuda:1, mps.", show_default=False)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
@@ -86,51 +89,61 @@ def _options(
 
 @contextmanager
 def _progress() -> Iterator[None]:
-    """Show what the running step reports, one line at a time."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+    """Show what the running step reports: bars on a terminal, else a line for each step and each minute."""
     from overhaul import session
+
+    if not console.is_terminal:
+        lines = session.Lines(lambda text: errors.print(text, highlight=False, markup=False, soft_wrap=True))
+        with session.using(report=lines.report, say=lines.say):
+            yield
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = [TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     with Progress(*columns, TextColumn("{task.fields[detail]}"), console=console, transient=True) as bar:
-        lines: dict[str, Any] = {}
+        shown: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int, detail: str) -> None:
-            if what not in lines or bar.tasks[lines[what]].finished:
-                for other in lines.values():
+            if what not in shown or bar.tasks[shown[what]].finished:
+                for other in shown.values():
                     bar.update(other, visible=False)
-                lines[what] = bar.add_task(what, total=total, detail=detail)
-            bar.update(lines[what], completed=done, total=total, detail=detail, visible=True)
+                shown[what] = bar.add_task(what, total=total, detail=detail)
+            bar.update(shown[what], completed=done, total=total, detail=detail, visible=True)
 
-        with session.using(report=report):
+        with session.using(report=report, say=lambda text: console.print(text, highlight=False, markup=False)):
             yield
 
 
-def recipe_path(name: str) -> Path:
-    """A recipe that comes with the package: in the installed package, or beside it in a checkout."""
-    here = Path(__file__).parent
-    places = [here / "recipes" / f"{name}.yaml", here.parents[1] / "recipes" / f"{name}.yaml"]
-    return next((place for place in places if place.exists()), places[0])
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)]) -> None:
+    """Write a first recipe, commented, and the data it reads into a new folder."""
+    from overhaul.recipe.begin import begin
+
+    for path in begin(folder):
+        console.print(str(path), soft_wrap=True)
+    console.print(f"\nNext: cd {folder}; overhaul plan recipe.yaml; overhaul run recipe.yaml -o out", soft_wrap=True)
 
 
 @app.command()
-def demo(out: Out = None) -> None:
+def demo(out: Out = None, device: Device = None) -> None:
     """Forget four people, drop a quarter of the layers, heal, and judge: on the starter language model."""
-    _run(recipe_path("forget-and-shrink"), out)
+    from overhaul.recipe.begin import packaged
+
+    _run(packaged("forget-and-shrink"), out, device)
 
 
 @app.command()
-def run(recipe: RecipeFile, out: Out = None) -> None:
+def run(recipe: RecipeFile, out: Out = None, device: Device = None) -> None:
     """Run a recipe, or go on with it where it stopped."""
-    _run(recipe, out)
+    _run(recipe, out, device)
 
 
-def _run(recipe: Path, out: Path | None) -> None:
+def _run(recipe: Path, out: Path | None, device: str | None) -> None:
     from overhaul.recipe.run import run as run_recipe
     from overhaul.report.terminal import print_table
 
     with _progress():
-        done = run_recipe(recipe, out)
+        done = run_recipe(recipe, out, device=device)
     print_table(done.report, console)
     console.print(f"\nreport  {done.folder / 'report.html'}\nmodel   {done.folder / 'model'}", soft_wrap=True)
 
@@ -158,29 +171,9 @@ def compare(
 @app.command()
 def plan(recipe: RecipeFile) -> None:
     """Check a recipe and print its steps, peak memory and time, before any weight is read."""
-    from rich.table import Table
+    from overhaul.recipe.plan import planned
 
-    from overhaul.recipe.check import check
-    from overhaul.recipe.plan import libraries_bytes
-    from overhaul.recipe.plan import plan as plan_recipe
-    from overhaul.recipe.spec import read
-    from overhaul.report.numbers import humanise
-
-    checked = check(read(recipe))
-    table = Table("step", "reads", "peak memory", "at least", box=None, pad_edge=False)
-    for step in plan_recipe(checked):
-        reads = [f"{role} ({count})" for role, count in step.reads.items()]
-        reads += [role if names == (role,) else f"{role}: {' '.join(names)}" for role, names in step.others.items()]
-        table.add_row(step.name, escape(", ".join(reads)), humanise(step.peak_bytes, "bytes"), f"{step.seconds:.0f} s")
-    facts = checked.model
-    console.print(
-        f"{facts.source}: {facts.architecture}, {humanise(facts.parameters, 'parameters')} parameters in {facts.dtype}, "
-        f"{humanise(facts.bytes, 'bytes')} on disk"
-    )
-    console.print(table)
-    console.print(f"Beside each peak, the interpreter and its libraries take {humanise(libraries_bytes(), 'bytes')}.")
-    for warning in checked.warnings:
-        console.print(f"[yellow]Note:[/] {escape(warning)}")
+    planned(recipe).print(console)
     console.print("The recipe is in order; nothing was written.")
 
 

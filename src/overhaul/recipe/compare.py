@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overhaul import __version__, method, models, processes
+from overhaul import __version__, method, models, processes, session
 from overhaul.errors import OverhaulError, RequestError
 from overhaul.recipe import machine
 from overhaul.recipe.check import RETRAINED, Checked, check, with_steps
@@ -83,7 +83,7 @@ def compare(
     if processes.is_main():
         folder = RunFolder.claim(root, f"{document.name} (compared)", needed)
     processes.wait()
-    with folder.held():
+    with folder.held(), folder.logged(), session.using(device=base.recipe.on):
         return _Comparison(base, variants, folder).go()
 
 
@@ -152,7 +152,8 @@ class _Comparison:
         anchored: dict[str, Any] = {}
         failed: list[tuple[str, OverhaulError]] = []
         walked: Runner | None = None
-        for variant in self.variants:
+        for n, variant in enumerate(self.variants, 1):
+            session.say(f"{variant.label}, {n} of {len(self.variants)}, seed {variant.checked.recipe.seed}")
             runner = Runner(variant.checked, self.folder, self.data, RunFolder(self.folder.root / variant.folder))
             runner.anchored = anchored
             try:

@@ -56,7 +56,7 @@ def start(document: Document, root: Path) -> dict[str, Any]:
     if processes.is_main():
         folder = RunFolder.claim(root, document.name, checked.model.bytes * (1 + len(checked.steps)))
     processes.wait()
-    with folder.held():
+    with folder.held(), folder.logged(), session.using(device=checked.recipe.on):
         return Runner(checked, folder).go()
 
 
@@ -161,7 +161,7 @@ class Runner:
         """A checkpoint's model, on the device that the run uses."""
         torch.manual_seed(self.checked.recipe.seed)  # a start without weights draws them
         model = models.load_weights(facts, self.checked.recipe.dtype, self.checked.recipe.trust_remote_code)
-        return model.to("cuda") if torch.cuda.is_available() else model
+        return model.to(processes.device())
 
     def key(self, step: Step, stages: list[Stage]) -> str:
         """All that a step's result depends on."""
@@ -225,8 +225,11 @@ class Runner:
     def step(self, step: Step, stages: list[Stage]) -> Stage:
         """The stage after a step: found where it was done before, else made."""
         key = self.key(step, stages)
-        place = self.folder.step(step.number, step.name, key)
-        if not processes.agreed(processes.is_main() and self.folder.finished_step(place)):
+        place, what = self.folder.step(step.number, step.name, key), f"step {step.number} of {len(self.checked.steps)}"
+        if processes.agreed(processes.is_main() and self.folder.finished_step(place)):
+            session.say(f"{what}, {step.name}, was done before")
+        else:
+            session.say(f"{what}, {step.name}")
             self.make(step, stages, key, place)
             processes.wait()
         record = json.loads((place / "step.json").read_text())
@@ -270,6 +273,7 @@ class Runner:
                 ) from error
         if processes.is_main():
             record = results.save(step, stages[-1].facts, outcome, partial, self.checked)
+            session.say(f"  took {cost.seconds:.1f} s")
             record |= {"seconds": cost.seconds, "peak_bytes": cost.peak_bytes, "roles": self.sizes(step)}
             self.folder.finish_step(place, partial, record, key)
 
@@ -285,6 +289,7 @@ class Runner:
         parts = (stage.key, requests, roles, self.code, anchors)
         path = self.folder.judged(key_of(*parts))
         if processes.is_main() and not path.exists():
+            session.say(f"judging {stage.name}" if stage.record else "judging the model as it came")
             anchored = self.anchors()
             model = self.load(stage)
             torch.manual_seed(self.checked.recipe.seed)
@@ -306,7 +311,7 @@ class Runner:
         parts = (list(by_key), digest, self.checked.recipe.dtype, self.code, machine.describe())
         path = self.folder.timed(key_of(*parts))
         if processes.is_main() and not path.exists():
-            session.current().report("timing", 0, 1, "")
+            session.say("timing the models in turn")
             self.model = None
             dtype = models.DTYPES[self.checked.recipe.dtype]
             needed = dtype.itemsize * sum(stage.facts.parameters for stage in by_key.values())

@@ -5,6 +5,7 @@ OUT/steps/01-forget.npo-KEY/    model/ and step.json, renamed into place when co
 OUT/judged/KEY.json             what the judge measured of one model
 OUT/timed/KEY.json              how long models took that were timed in turn
 OUT/model, report.html, report.json, recipe.yaml, lineage.json
+OUT/run.log                     what was said while it ran, with the time of day
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from overhaul import processes, session
 from overhaul.errors import RequestError, writing
 from overhaul.files import contents, write_json, write_text
 from overhaul.models import Checkpoint
@@ -107,6 +109,15 @@ class RunFolder:
             yield
         finally:
             self.release()
+
+    @contextmanager
+    def logged(self) -> Iterator[None]:
+        """Keep what is said inside in the folder."""
+        if not processes.is_main():
+            yield
+            return
+        with session.logged(self.root / "run.log"):
+            yield
 
     def release(self) -> None:
         """Let other processes in."""
