@@ -46,15 +46,19 @@ class Source(BaseModel):
     """One source of a material, as a recipe writes it.
 
     Attributes:
-        from_: a file, a folder, a hub name, or `starter:NAME`; relative to the recipe.
+        from_: a file, a folder, a pattern such as `shards/*.jsonl`, a hub name, or `starter:NAME`; relative to the recipe.
         as_: the form of its rows; told from the columns if it is not given.
-        split: of a data set that has several.
-        where: only rows with these values: `{column: value}`, or a list of values of which one must be there.
+        split: of a data set or a folder that has several.
+        where: only rows with these values: `{column: value}`, or a list of values of which one must be there; a class by its
+            name or its number.
         unless: only rows without them.
         limit: most rows, and most pieces of text.
         length: most tokens of a piece of text; a longer one is cut into several.
         prompt: how a question is put, with `{question}` in its place.
         columns: what the file calls a column: `{question: its name}`.
+        answers: where a row lists several answers, the `first`, or `all`, which makes a row of each.
+        encoding: of files of text that are not UTF-8: `latin-1`, `utf-16`, ...
+        skip_broken: leave out pictures that cannot be read, and say how many.
         verify: what decides whether an answer is right.
     """
 
