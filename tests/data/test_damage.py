@@ -61,8 +61,13 @@ FILES: dict[str, bytes] = {
     "raw.parquet": _parquet(PLAIN, compression="none", use_dictionary=False, write_page_checksum=True),
     **{f"a.jsonl{end}": pack(LINES) for end, pack in PACK.items()},
     "a.parquet.gz": PACK[".gz"](_parquet(PLAIN)),
-    "shots.parquet": _parquet(pa.table({"image": [{"bytes": _picture("PNG"), "path": "a.png"}] * 3, "label": [0, 1, 2]})),
-    **{f"folder/x/a.{kind.lower()}": _picture(kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "TGA")},
+    "shots.parquet": _parquet(
+        pa.table({"image": [{"bytes": _picture("PNG"), "path": "a.png"}] * 3, "label": [0, 1, 2]})
+    ),
+    **{
+        f"folder/x/a.{kind.lower()}": _picture(kind)
+        for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "TGA")
+    },
     "folder/x/packed.tif": _picture("TIFF", compression="tiff_lzw"),
     "folder/x/a.avif": _picture("AVIF"),
     "folder/x/a.jp2": _picture("JPEG2000"),
@@ -89,7 +94,21 @@ def damaged(whole: bytes, draw: random.Random, count: int) -> Iterator[tuple[str
         yield "noise", draw.randbytes(draw.randrange(1, 300))
         yield "noise behind its beginning", whole[:16] + draw.randbytes(200)
         yield "another kind", FILES[draw.choice(list(FILES))]
-    for text in ("", " ", "\n", "\0" * 50, "\ufeff", "[", "{}", "[]", "null", "NaN", "[" * 100_000, '{"a":' * 50_000, '"\\ud800"'):
+    for text in (
+        "",
+        " ",
+        "\n",
+        "\0" * 50,
+        "\ufeff",
+        "[",
+        "{}",
+        "[]",
+        "null",
+        "NaN",
+        "[" * 100_000,
+        '{"a":' * 50_000,
+        '"\\ud800"',
+    ):
         yield f"only {text[:9]!r}", text.encode()
     yield "a number without end", b'{"question": "q", "answer": ' + b"9" * 6000 + b"}"
     yield "half a character", b'{"question": "q", "answer": "\\ud83e"}'
@@ -125,7 +144,7 @@ def tried(name: str, base: Path, tokenizer: Any, content: bytes | Callable[[Path
         end = "right"
     except RequestError as error:
         text = str(error)
-        assert place.name in text or name.startswith("folder/") and "folder" in text, text
+        assert place.name in text or (name.startswith("folder/") and "folder" in text), text
         assert "\n" not in text.strip() and len(text) < 2000, text
         end = "refused"
     assert time.monotonic() - began < LONGEST, "it waited"
@@ -167,7 +186,11 @@ def told(ends: Counter[str], capsys: pytest.CaptureFixture[str]) -> None:
 def test_some_damaged_files_are_read_or_refused_by_name(kind: str, tmp_path: Path, tokenizer: Any) -> None:
     packed = [name for name in FILES if name.lower().endswith(tuple(end.lower() for end in PACK))]
     pictures = [name for name in FILES if "folder" in name or "shots" in name]
-    names = {"packed": packed, "pictures": pictures, "rows": [n for n in FILES if n not in packed and n not in pictures]}[kind]
+    names = {
+        "packed": packed,
+        "pictures": pictures,
+        "rows": [n for n in FILES if n not in packed and n not in pictures],
+    }[kind]
     ends = suite(names, 2, tmp_path, tokenizer)
     assert ends["refused"] > 10 * len(names)
 

@@ -93,6 +93,25 @@ def test_numbers_of_classes_are_themselves_and_in_range(tmp_path: Path) -> None:
     assert [int(item["labels"]) for item in examples(rows, labels=ANIMALS)] == [2, 1, 0]
 
 
+def test_numbers_in_a_table_are_the_models_also_as_text(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        save(grey(), tmp_path, "i", name)
+    (tmp_path / "i" / "metadata.csv").write_text("file_name,label\na.png,2\nb.png,0\n")
+    for labels in (ANIMALS, DEFAULT, None):
+        assert [row["label"] for row in load(tmp_path, labels=labels)] == [2, 0]
+        assert [row["file"] for row in load(tmp_path, labels=labels, where={"label": 2})] == ["a.png"]
+    (tmp_path / "i" / "metadata.csv").write_text("file_name,label\na.png,2\nb.png,3\n")
+    with pytest.raises(RequestError, match="b.png: 'label' is 3, but the model has 3 classes, from 0 to 2"):
+        load(tmp_path, labels=ANIMALS)
+
+
+def test_a_filter_on_a_class_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        save(grey(), tmp_path, "i", name, "a.png")
+    with pytest.raises(RequestError, match="none of its 2 rows is left .* Its classes are cat, dog"):
+        load(tmp_path, where={"label": "frog"})
+
+
 def test_the_classes_of_a_config() -> None:
     assert labels_of({"id2label": {"0": "zebra", "1": "dog", "2": "cat"}}) == ANIMALS
     assert labels_of({"architectures": ["ViTForImageClassification"]}) == {"LABEL_0": 0, "LABEL_1": 1}
@@ -107,7 +126,7 @@ def test_a_recipe_checks_folders_against_its_model(tmp_path: Path) -> None:
     save_model(model, None, tmp_path / "model")
     for name in ("cat", "dog"):
         save(grey(size=(8, 8)), tmp_path, "i", name, "a.png")
-    recipe = {
+    recipe: dict[str, Any] = {
         "model": str(tmp_path / "model"),
         "materials": {
             "forget": {"from": str(tmp_path / "i"), "where": {"label": "cat"}},
@@ -117,6 +136,11 @@ def test_a_recipe_checks_folders_against_its_model(tmp_path: Path) -> None:
     }
     checked = check(read_recipe(recipe))
     assert [[row["label"] for row in rows] for parts in checked.rows.values() for _, rows in parts] == [[2], [2, 1]]
+    assert not checked.warnings
+    save(grey(), tmp_path, "i", "cat", "b.png").write_bytes(b"no picture")
+    recipe["materials"]["full"]["skip_broken"] = recipe["materials"]["forget"]["skip_broken"] = True
+    (note,) = check(read_recipe(recipe)).warnings  # both materials say the same of their folder
+    assert "1 of its 3 pictures cannot be read and are left out" in note
     save(grey(), tmp_path, "i", "frog", "a.png")
     with pytest.raises(RequestError, match="no class frog"):
         check(read_recipe(recipe))

@@ -4,6 +4,7 @@
 2. One that does not (LABEL_0, LABEL_1, ...) takes numbers as they are where all are below its count. Where there are as many
    names as classes they are numbered from 0 in their order, and that is said: folders 1 to n as numbers, others by name.
 3. Without a model, numbers are themselves, and names are numbered from 0 in their order.
+4. In a column of a table a number is a number, also where the file can only hold text (CSV).
 """
 
 from __future__ import annotations
@@ -34,9 +35,14 @@ class Classes:
     @classmethod
     def named(cls, names: Collection[str]) -> Classes:
         """Classes of which only the names are known: numbers are stated by themselves."""
-        if all(re.fullmatch("[0-9]{1,9}", name) for name in names):
+        if all(map(is_number, names)):
             return cls({name: int(name) for name in sorted(names, key=int)}, stated=True)
         return cls({name: number for number, name in enumerate(sorted(names))}, stated=False)
+
+
+def is_number(name: str) -> bool:
+    """Whether a class is called by a number."""
+    return re.fullmatch("[0-9]{1,9}", name) is not None
 
 
 def labels_of(config: Mapping[str, Any]) -> Labels | None:
@@ -85,6 +91,8 @@ def number_of(value: Any, numbers: Mapping[str, int], labels: Labels | None, pla
     """
     if isinstance(value, str) and value in numbers:
         return numbers[value]
+    if isinstance(value, str) and is_number(value):
+        value = int(value)
     if not isinstance(value, str) and hasattr(value, "item"):  # numpy's and torch's
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overhaul.data.classes import Classes
+from overhaul.data.classes import Classes, is_number
 from overhaul.data.lazy import TextFile, View, chained, sha
 from overhaul.data.pictures import is_picture
 from overhaul.data.readers import READERS, TEXTS, ending, read_file
@@ -165,7 +165,7 @@ def _row(picture: Path, way: Sequence[str], said: Mapping[Path, FileRow], tabled
             raise RequestError(f"{picture} has no line in its folder's metadata.")
         row = said[picture]
         held = {name: value for name, value in row.items() if name != "file_name"}
-        if "label" in held and isinstance(held["label"], str):
+        if isinstance(held.get("label"), str) and not is_number(held["label"]):
             held["class"] = held["label"]
         return FileRow(str(picture), {"image": picture, **held, "file": picture.name})
     if len(way) > 2:

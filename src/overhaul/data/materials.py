@@ -26,7 +26,7 @@ from overhaul.data.pictures import Broken
 from overhaul.data.readers import check_encoding, read_file
 from overhaul.data.rows import Reader
 from overhaul.data.shapes import Shape, shape_of
-from overhaul.data.values import Choice
+from overhaul.data.values import Choice, place_of
 from overhaul.data.verifiers import find_verifier
 from overhaul.errors import RequestError, did_you_mean, reading
 from overhaul.versions import version_of
@@ -176,7 +176,7 @@ def load_rows(
         return chosen.rows
     which = chosen.which
     key = f"{form.name} {spec.columns} {spec.answers} {spec.prompt}"
-    return rows.select(chosen.places).map(lambda i, row: reader.read(row, "")[0][which[i]], key)
+    return rows.select(chosen.places).map(lambda i, row: reader.read(row, place_of(row, spec.from_))[0][which[i]], key)
 
 
 @dataclass
@@ -198,7 +198,7 @@ def _choose(spec: Source, rows: Sequence[Row], reader: Reader, said: list[str]) 
         full = spec.limit is not None and len(chosen.places) >= spec.limit
         if full or not reader.matches(row, spec.where) or (spec.unless and reader.matches(row, spec.unless)):
             continue
-        place = getattr(row, "place", f"{spec.from_}, row {n + 1}")
+        place = place_of(row, f"{spec.from_}, row {n + 1}")
         try:
             made, frames = reader.read(row, place)
         except Broken as error:
@@ -223,9 +223,11 @@ def _choose(spec: Source, rows: Sequence[Row], reader: Reader, said: list[str]) 
     if moving:
         said.append(f"{spec.from_}: {moving} of its pictures are of several frames; the first of each is read.")
     if not chosen.places:
+        named = spec.column("label") in (*spec.where, *spec.unless) and reader.numbers
+        known_as = f" Its classes are {', '.join(list(reader.numbers)[:20])}." if named else ""
         raise RequestError(
             f"{spec.from_}: none of its {len(rows)} rows is left after where={spec.where} unless={spec.unless}"
-            f"{' and what is broken' if broken else ''}. Filters compare whole values; a list means any of them."
+            f"{' and what is broken' if broken else ''}. Filters compare whole values; a list means any of them.{known_as}"
         )
     return chosen
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-from overhaul.data.classes import Classes, Labels, number_of, numbered
+from overhaul.data.classes import Classes, Labels, is_number, number_of, numbered
 from overhaul.data.examples import Row
 from overhaul.data.forms import Form
 from overhaul.data.pictures import opened
@@ -79,7 +79,8 @@ class Reader:
         numbers = classes.numbers if classes else {}
         if "label" in form.columns:
             column = options.column("label")
-            if classes is None and (names := {row[column] for row in rows if isinstance(row.get(column), str)}):
+            names = {row[column] for row in rows if isinstance(row.get(column), str)} if classes is None else set()
+            if not all(map(is_number, names)):
                 classes = Classes.named(names)
             if classes is not None:
                 numbers, said = numbered(classes, labels, options.from_)

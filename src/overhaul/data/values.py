@@ -29,6 +29,11 @@ class FileRow(dict[str, Any]):
         self.place = place
 
 
+def place_of(row: Row, otherwise: str) -> str:
+    """Where a row was read, if it knows that."""
+    return getattr(row, "place", otherwise)
+
+
 class Written(float):
     """A number that its file writes in another way than Python does."""
 
