@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, SupportsIndex, TypeVar, overload
 
 import numpy as np
 
@@ -67,9 +67,11 @@ class View(Sequence[T], Generic[T]):
         )
         return View(self._read, places[np.asarray(indices, dtype=np.int64)], self._key, self._lengths)
 
-    def map(self, change: Callable[[int, T], Any], key: str) -> View[Any]:
-        """Every element changed when it is read: `change(index in this view, element)`."""
-        return View(lambda i: change(i, self[i]), range(len(self)), sha(self.key, key))
+    def map(self, change: Callable[[int, T], Any], key: str, *, as_long: bool = False) -> View[Any]:
+        """Every element changed when it is read: `change(index in this view, element)`; `as_long` if lengths stay."""
+        return View(
+            lambda i: change(i, self[i]), range(len(self)), sha(self.key, key), self.lengths if as_long else None
+        )
 
     @property
     def lengths(self) -> np.ndarray | None:
@@ -80,6 +82,31 @@ class View(Sequence[T], Generic[T]):
     def key(self) -> str:
         """A hash of what is here, without reading it."""
         return sha(self._key, np.asarray(self._places, dtype=np.int64).tobytes())
+
+
+class Chosen(list[T], Generic[T]):
+    """Elements that were chosen among others, with the place of each there."""
+
+    def __init__(self, values: Sequence[T], places: Sequence[int]) -> None:
+        super().__init__(values[place] for place in places)
+        self.places = places
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> T | list[T]:
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        chosen = Chosen[T](self, range(len(self))[index])
+        chosen.places = self.places[index]
+        return chosen
+
+
+def number_of(rows: Sequence[Any], place: int) -> int:
+    """Which of all rows of their source the one at `place` is, from 1 on."""
+    places = rows._places if isinstance(rows, View) else getattr(rows, "places", range(len(rows)))
+    return int(places[place]) + 1
 
 
 def chained(parts: Sequence[View[T]]) -> View[T]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from overhaul.data import corpora, tasks
 from overhaul.data.arrow import cache_folder, opened, store
+from overhaul.data.chats import is_template, with_template
 from overhaul.data.encode import QA_PROMPT
 from overhaul.data.examples import Examples, Row
 from overhaul.data.forms import FORMS, find_form, told_from
-from overhaul.data.lazy import LARGE, TextFile, View, json_lines, sha
+from overhaul.data.lazy import LARGE, Chosen, TextFile, View, json_lines, number_of, sha
+from overhaul.data.notes import LOOKED_AT, notes
+from overhaul.data.prompts import Prompt
 from overhaul.data.verifiers import find_verifier
-from overhaul.errors import RequestError, did_you_mean, reading
+from overhaul.errors import MaterialWarning, RequestError, RowError, did_you_mean, reading
 from overhaul.versions import version_of
 
 STARTER_DATA: Mapping[str, Callable[[tasks.Split], list[Row]]] = {
@@ -48,6 +52,7 @@ class Source(BaseModel):
     limit: Annotated[int, Gt(0)] | None = None
     length: Annotated[int, Ge(8)] = 256
     prompt: str = QA_PROMPT
+    chat_template: str | None = None
     columns: dict[str, str] = {}
     verify: str | None = None
 
@@ -57,6 +62,7 @@ class Source(BaseModel):
             find_form(self.as_)
         if self.verify is not None:
             find_verifier(self.verify)
+        Prompt.of(self.prompt)
         return self
 
     def column(self, name: str) -> str:
@@ -80,7 +86,11 @@ def examples(
         processor: the model's tokenizer or image processor.
         form: how rows are read, such as "text", "qa" or "preference"; told from the columns if None.
         base: where relative paths start.
-        **options: `split`, `where`, `unless`, `limit`, `length`, `prompt`, `columns`, `verify`, as in a recipe.
+        **options: `split`, `where`, `unless`, `limit`, `length`, `prompt`, `chat_template`, `columns`, `verify`, as in a
+            recipe.
+
+    Warns:
+        MaterialWarning: what is odd about the data: a column of text that nothing reads, a prompt that ends inside a token.
 
     Raises:
         RequestError: the file is missing or malformed, a column is missing, or no row is left.
@@ -90,8 +100,13 @@ def examples(
         spec = Source.model_validate({"from": str(given), "as": form, **options})
     except ValueError as error:
         raise RequestError(f"These options do not describe a material: {error}") from None
-    rows = None if isinstance(source, str | Path) else [dict(row) for row in source]
-    return encode(load_rows(spec, base or Path.cwd(), rows), spec, processor)
+    given_rows = None if isinstance(source, str | Path) else [dict(row) for row in source]
+    spec = with_files(spec, base or Path.cwd())
+    rows = load_rows(spec, base or Path.cwd(), given_rows)
+    made = encode(rows, spec, processor)
+    for note in notes(rows, spec, made):
+        warnings.warn(note, MaterialWarning, stacklevel=2)
+    return made
 
 
 def load_rows(spec: Source, base: Path, rows: Sequence[Row] | None = None) -> Sequence[Row]:
@@ -106,9 +121,11 @@ def load_rows(spec: Source, base: Path, rows: Sequence[Row] | None = None) -> Se
     known = rows[0].keys()
     read = [] if spec.verify is None else find_verifier(spec.verify).columns
     form = find_form(form_of(spec, rows))
-    for wanted in [*map(spec.column, [*form.columns, *read]), *spec.where, *spec.unless]:
+    for wanted in [*form.reads(spec), *map(spec.column, read), *spec.where, *spec.unless]:
         if wanted not in known:
-            raise RequestError(f"{spec.from_} has no column {wanted!r}.{did_you_mean(wanted, known)}")
+            asked = form.asked is not None and wanted in map(spec.column, Prompt.of(spec.prompt).names)
+            named = f", which `prompt:` names as {{{wanted}}}" if asked else ""
+            raise RequestError(f"{spec.from_} has no column {wanted!r}{named}.{did_you_mean(wanted, known)}")
     places = range(len(rows))
     if spec.where or spec.unless:
         places = [
@@ -121,7 +138,24 @@ def load_rows(spec: Source, base: Path, rows: Sequence[Row] | None = None) -> Se
             f"{spec.from_}: none of its {len(rows)} rows is left after where={spec.where} unless={spec.unless}. "
             "Filters compare whole values; a list means any of them."
         )
-    return rows.select(places[: spec.limit]) if isinstance(rows, View) else [rows[n] for n in places[: spec.limit]]
+    return rows.select(places[: spec.limit]) if isinstance(rows, View) else Chosen(rows, places[: spec.limit])
+
+
+def with_files(spec: Source, base: Path) -> Source:
+    """The same source with the text of what it names in files: a chat template that is no template itself.
+
+    Raises:
+        RequestError: the file cannot be read, or holds no template.
+    """
+    named = spec.chat_template
+    if named is None or is_template(named):
+        return spec
+    path = _inside(named, base)
+    with reading(f"chat_template: {path}"):
+        text = path.read_text(encoding="utf-8")
+    if not is_template(text):
+        raise RequestError(f"chat_template: {path} holds no Jinja template.")
+    return spec.model_copy(update={"chat_template": text})
 
 
 def form_of(spec: Source, rows: Sequence[Row]) -> str:
@@ -150,20 +184,58 @@ def _matches(row: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 def encode(rows: Sequence[Row], spec: Source, processor: Any) -> Examples:
-    """Encode rows in their form. What comes from a large file is written to the cache and mapped into memory."""
+    """Encode rows in their form. What comes from a large file is written to the cache and mapped into memory.
+
+    Raises:
+        RequestError: a row cannot be encoded; it names the file and the row.
+    """
     form = find_form(form_of(spec, rows))
     if form.needs == "tokenizer" and not hasattr(processor, "encode"):
         raise RequestError(f"{spec.from_} is {form.name}, which needs a tokenizer; the model folder has none.")
+    processor = with_template(processor, spec.chat_template)
     source = _source_of(rows)
     if source is None or form.kind not in ("tokens", "pairs"):
-        return _with_verifier(form.encode(rows, spec, processor), spec)
+        with _naming(rows, spec):
+            return _with_verifier(form.encode(rows, spec, processor), spec)
     options = spec.model_dump_json(exclude={"from_", "split", "where", "unless", "limit", "verify"})
-    key = sha(source, form.name, options, version_of(__name__), processor.backend_tokenizer.to_str(), repr(processor))
+    key = sha(source, form.name, options, version_of(__name__), _written(processor), repr(processor))
     path = cache_folder() / f"{key}.arrow"
     if not path.exists():
-        store(form.parts(rows, spec, processor), path)
+        with _naming(rows, spec):
+            store(form.parts(rows, spec, processor), path)
     items, kept = opened(path, key)
     return _with_verifier(Examples(items, kept, processor), spec)
+
+
+def tried(rows: Sequence[Row], spec: Source, processor: Any) -> list[str]:
+    """What to say of a material before it is encoded, as `notes`: its first rows are tried, unless they are long texts.
+
+    Raises:
+        RequestError: one of them cannot be encoded.
+    """
+    form, first = find_form(form_of(spec, rows)), rows[:LOOKED_AT]
+    made = Examples([], [])
+    if form.name != "text":
+        with _naming(rows, spec):
+            made = form.encode(first, spec, with_template(processor, spec.chat_template))
+    return notes(rows, spec, made)
+
+
+@contextmanager
+def _naming(rows: Sequence[Row], spec: Source) -> Iterator[None]:
+    """Say of a row that is wrong where it is from."""
+    try:
+        yield
+    except RowError as error:
+        where = getattr(rows[error.place], "place", None) or f"{spec.from_}, row {number_of(rows, error.place)}"
+        raise RequestError(f"{where}: {error.problem}") from None
+
+
+def _written(tokenizer: Any) -> str:
+    """All that a tokenizer is, as text: its chat template too."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    return words + str(getattr(tokenizer, "chat_template", None))
 
 
 def _with_verifier(examples: Examples, spec: Source) -> Examples:
