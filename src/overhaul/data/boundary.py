@@ -115,6 +115,8 @@ def _by_offsets(place: int, encoding: Any, text: str, span: Span) -> Found:
     first = _holding(encoding, range(begin, end))
     if first is None:
         raise RowError(place, f"the tokenizer makes no token of its answer {text[begin:end]!r}.")
+    while begin and (before := encoding.token_to_chars(first - 1)) and before[0] >= begin:
+        first -= 1  # a space alone, of which trimmed offsets leave nothing
     last = len(ids)
     if end < len(text):
         last = max(first, _holding(encoding, range(end - 1, begin - 1, -1)) or first) + 1
@@ -183,13 +185,16 @@ def _after(tokenizer: Any) -> list[int]:
 
 
 def before_answers(tokenizer: Any, prompts: Sequence[str]) -> list[Found]:
-    """The tokens of prompts whose answers are not known: those before any ordinary answer, a word of letters.
+    """The tokens of prompts whose answers are not known: those before any ordinary answer, a space and a word.
 
-    `ids` end where the answer would begin.
+    `ids` end where the answer would begin. Spaces at the end of a prompt are left to it.
     """
-    pairs = [joined(prompt, FOLLOWED) for prompt in prompts]
+    pairs = [joined(prompt.rstrip(" "), FOLLOWED) for prompt in prompts]
     found = find(tokenizer, [text for text, _ in pairs], [span for _, span in pairs])
-    return [each._replace(ids=each.ids[: each.first]) for each in found]
+    return [
+        each._replace(ids=each.ids[: each.first], overlap=each.overlap + prompt[len(prompt.rstrip(" ")) :])
+        for each, prompt in zip(found, prompts, strict=True)
+    ]
 
 
 def closed(found: Found, tokenizer: Any) -> Found:

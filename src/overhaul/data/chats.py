@@ -161,6 +161,8 @@ class Writer:
         thinks = "</" in last["content"] or bare != last
         if not found or (begin < len(before) and not thinks) or last["content"].strip()[-8:] not in text[begin:end]:
             raise RowError(place, "the chat template does not write its last answer as it is given.")
+        if thinks and last["content"].strip() not in text:
+            _warn("The chat template leaves out thoughts of an answer: what it writes is learnt and scored.")
         if said and said[-1][0] <= begin < said[-1][1]:  # the template itself says what is the assistant's
             begin, until = said[-1]
             return text, Span(begin, min(end, until), until)
@@ -180,6 +182,11 @@ class Writer:
         shape = tuple((turn["role"], "content" in turn, bool(turn.get("tool_calls"))) for turn in turns)
         if shape in self._parts:
             return self._parts[shape]
+        calling = next((n for n, turn in enumerate(turns, 1) if turn.get("tool_calls")), None)
+        if calling is not None and "tool_calls" not in self._tokenizer.get_chat_template(tools=tools):
+            raise RowError(
+                place, f"turn {calling} of its messages calls a tool, and the chat template writes no tool calls."
+            )
         marks = [f"{MARK}{n}." for n in range(len(turns))]
         marked = [_with_mark(turn, mark) for turn, mark in zip(turns, marks, strict=True)]
         reason: RowError | None = None
@@ -205,11 +212,9 @@ class Writer:
         begun, _ = self._write(turns[:-1], 0, tools, begin=True)
         more = begun[len(commonprefix([begun, text])) :]
         if more.strip():
-            warnings.warn(
+            _warn(
                 f"The chat template begins an answer with {more!r}, and writes given answers without it: they are learnt, "
-                "scored and continued as it writes them.",
-                MaterialWarning,
-                stacklevel=2,
+                "scored and continued as it writes them."
             )
 
     def _write(
@@ -241,6 +246,10 @@ def commonprefix(texts: Sequence[str]) -> str:
     """What all of them begin with."""
     first, last = min(texts), max(texts)
     return first[: next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, MaterialWarning, stacklevel=3)
 
 
 def _with_mark(turn: Turn, mark: str) -> Turn:

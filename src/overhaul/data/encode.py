@@ -318,7 +318,11 @@ def encode_chat(rows: Rows, tokenizer: Any, column: str = "messages") -> Example
             found = find(tokenizer, [text for text, _ in written], [span for _, span in written], special=False)
         items += learnable(found)
         for (_, row), chat, (text, span), each in zip(group, chats, written, found, strict=True):
-            asked = {"question": chat[-2].get("content", "") if len(chat) > 1 else "", "answer": chat[-1]["content"]}
+            answer, wrote = chat[-1]["content"], text[span.begin : span.end]
+            asked = {
+                "question": chat[-2].get("content", "") if len(chat) > 1 else "",
+                "answer": answer if answer.strip() == wrote.strip() else wrote,
+            }
             said = {"prompt": text[: span.begin], CLOSING: each.until - each.last, **overlap_of(each)}
             kept.append({**row, "messages": chat, **asked, **said})
     return Examples(items, kept, tokenizer)

@@ -297,7 +297,9 @@ def _groups(values: list[list[int]], size: int) -> list[list[list[int]]]:
 
 def said_by(tokenizer: Any, tokens: Sequence[int], row: Mapping[str, Any], special: bool = False) -> str:
     """What was generated, as text: without the end of the prompt, where a prompt of the row ends inside of a token."""
-    return tokenizer.decode(tokens, skip_special_tokens=not special).removeprefix(row.get(PROMPT_OVERLAP, ""))
+    text, overlap = tokenizer.decode(tokens, skip_special_tokens=not special), row.get(PROMPT_OVERLAP, "")
+    # some tokenizers leave out a space at the beginning of what they decode
+    return text.removeprefix(overlap if text.startswith(overlap) else overlap.lstrip())
 
 
 def _prompt(row: Mapping[str, Any]) -> str:
