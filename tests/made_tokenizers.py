@@ -67,7 +67,7 @@ class Slow(PreTrainedTokenizer):
     """Without a library behind it, so without offsets: the longest piece first, spaces belong to the word behind them."""
 
     def __init__(self, **options: Any) -> None:
-        letters = sorted({letter for line in LINES for letter in line.replace(" ", "▁")} | {"▁"})
+        letters = sorted({letter for line in LINES for letter in line.replace(" ", "▁")} | set("▁_fg"))
         pieces = ["▁yes", "▁no", "▁Hi", "▁Answer", ":▁", "▁In", "Marr", "\n\n"]
         self.places = {piece: n for n, piece in enumerate([*MARKS, *pieces, *letters])}
         super().__init__(**{**NAMES, **options})

@@ -115,7 +115,7 @@ def _by_offsets(place: int, encoding: Any, text: str, span: Span) -> Found:
     first = _holding(encoding, range(begin, end))
     if first is None:
         raise RowError(place, f"the tokenizer makes no token of its answer {text[begin:end]!r}.")
-    while begin and (before := encoding.token_to_chars(first - 1)) and before[0] >= begin:
+    while begin and first and (before := encoding.token_to_chars(first - 1)) and before[0] >= begin:
         first -= 1  # a space alone, of which trimmed offsets leave nothing
     last = len(ids)
     if end < len(text):

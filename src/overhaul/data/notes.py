@@ -69,8 +69,10 @@ def _inside(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples) -> lis
         return []
     of = str(len(rows)) if len(first) == len(rows) else f"the first {len(first)}"
     before, answer = first[places[0]][PROMPT_OVERLAP], str(first[places[0]].get("answer", "an answer"))[:20]
+    prompted = not all("messages" in row for row in first)
+    way_out = " Where the prompt ends in a space, leave that out of `prompt:`." if prompted else ""
     return [
         f"{spec.from_}: in {len(places)} of {of} rows the boundary between prompt and answer falls inside a token (first: "
-        f"{before!r} before {answer!r}). That token counts as the answer's; answers are generated from those before it. "
-        "Where the prompt ends in a space, leave that out of `prompt:`."
+        f"{before!r} before {answer!r}). That token counts as the answer's; answers are generated from those before "
+        f"it.{way_out}"
     ]
