@@ -10,14 +10,14 @@ import torch
 
 from conftest import tiny_llama
 from made_tokenizers import KINDS, byte_level, metaspace, word_piece
-from overhaul.data.boundary import following, joined
+from overhaul.data.boundary import following, joined, without_overlap
 from overhaul.data.encode import encode_qa
 from overhaul.data.examples import IGNORED, PROMPT_OVERLAP, Examples
 from overhaul.data.materials import Source, encode, examples
 from overhaul.errors import MaterialWarning, RequestError
 from overhaul.fit import fit
 from overhaul.forget.dpo import refused
-from overhaul.judge.evidence import Evidence, said_by
+from overhaul.judge.evidence import Evidence
 from overhaul.objectives import cross_entropy
 from overhaul.rollouts import prompt_of, rollouts
 
@@ -108,8 +108,8 @@ def test_a_token_over_the_boundary_is_the_answers_and_is_said() -> None:
     across = byte_level(across=True)
     (row,) = encode_qa([{"question": "", "answer": "In Marrowick."}], across).rows
     assert row[PROMPT_OVERLAP] and row["prompt"].endswith(row[PROMPT_OVERLAP])
-    said = across("Question: \nAnswer: In Marrowick.")["input_ids"][-2:]
-    assert said_by(across, said, {PROMPT_OVERLAP: row[PROMPT_OVERLAP]}).strip().endswith("Marrowick.")
+    assert without_overlap(row[PROMPT_OVERLAP] + " In Marrowick.", row) == " In Marrowick."
+    assert without_overlap("yes", first_row := made.rows[0]) == without_overlap(" yes", first_row) == "yes"
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "across" not in kind])

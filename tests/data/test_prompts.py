@@ -49,8 +49,6 @@ def test_a_form_is_told_by_what_its_prompt_names() -> None:
     spec = Source.model_validate({"from": "rows", "prompt": "{n} of {topic}:"})
     assert form_of(spec, rows) == "qa"
     assert positions_of(spec, rows[0]) == [(len("3birdsan owl") + len(spec.prompt)) // 3 + 1]
-        (len("3birdsan owl") + len("{n} of {topic}:")) // 3 + 1
-    ]
     with pytest.raises(RequestError, match="do not tell what it is"):
         form_of(Source.model_validate({"from": "rows"}), rows)
 

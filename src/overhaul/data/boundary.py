@@ -13,12 +13,12 @@ space that it does not have, or miss the token that spans both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from overhaul.data.examples import IGNORED, Encoded
+from overhaul.data.examples import IGNORED, PROMPT_OVERLAP, Encoded
 from overhaul.errors import RowError
 
 SPACES = ("Ġ", "▁")
@@ -195,6 +195,13 @@ def before_answers(tokenizer: Any, prompts: Sequence[str]) -> list[Found]:
         each._replace(ids=each.ids[: each.first], overlap=each.overlap + prompt[len(prompt.rstrip(" ")) :])
         for each, prompt in zip(found, prompts, strict=True)
     ]
+
+
+def without_overlap(text: str, row: Mapping[str, Any]) -> str:
+    """What was generated, without the end of the prompt where that lies in the answer's first token."""
+    overlap = row.get(PROMPT_OVERLAP, "")
+    # some tokenizers leave out a space at the beginning of what they decode
+    return text.removeprefix(overlap if text.startswith(overlap) else overlap.lstrip())
 
 
 def closed(found: Found, tokenizer: Any) -> Found:

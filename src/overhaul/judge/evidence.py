@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from overhaul.data.boundary import tokenised
+from overhaul.data.boundary import tokenised, without_overlap
 from overhaul.data.encode import encode_qa
 from overhaul.data.examples import IGNORED, PROMPT_OVERLAP, Examples, answers_alone
 from overhaul.errors import RequestError
@@ -237,7 +237,7 @@ class Evidence:
                 stops = stop_tokens(self.model, tokenizer)
                 said = generate(self.model, prompts, self._new_tokens, stops, sampling=sampling)
             self._sampled[count, temperature] = [
-                Sampled(place, [said_by(tokenizer, one, self.examples.rows[place]).strip() for one in tokens], tokens)
+                Sampled(place, [self._text(place, one).strip() for one in tokens], tokens)
                 for place, tokens in zip(places, _groups(said, count), strict=True)
             ]
         return self._sampled[count, temperature]
@@ -257,13 +257,17 @@ class Evidence:
         found: list[Answered] = []
         for place, (prompt, rest), said in zip(places, prompts, tokens, strict=True):
             row = self.examples.rows[place]
-            text = said_by(tokenizer, said, row)
+            text = self._text(place, said)
             if self.kind in ("answers", "prompts"):
                 found.append(Answered(place, str(row["prompt"]), str(row.get("answer", "")), text.strip(), said))
             else:
                 before, after = (tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, rest))
                 found.append(Answered(place, before, after, text, said))
         return found
+
+    def _text(self, place: int, tokens: list[int]) -> str:
+        tokenizer = tokenizer_of(self.examples, "Reading what was generated")
+        return without_overlap(tokenizer.decode(tokens, skip_special_tokens=True), self.examples.rows[place])
 
     def _split(self, place: int) -> tuple[Tensor, Tensor]:
         """The tokens that are read and the tokens that should follow."""
@@ -293,13 +297,6 @@ class Evidence:
 
 def _groups(values: list[list[int]], size: int) -> list[list[list[int]]]:
     return [values[n : n + size] for n in range(0, len(values), size)]
-
-
-def said_by(tokenizer: Any, tokens: Sequence[int], row: Mapping[str, Any], special: bool = False) -> str:
-    """What was generated, as text: without the end of the prompt, where a prompt of the row ends inside of a token."""
-    text, overlap = tokenizer.decode(tokens, skip_special_tokens=not special), row.get(PROMPT_OVERLAP, "")
-    # some tokenizers leave out a space at the beginning of what they decode
-    return text.removeprefix(overlap if text.startswith(overlap) else overlap.lstrip())
 
 
 def _prompt(row: Mapping[str, Any]) -> str:

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from overhaul import session
-from overhaul.data.boundary import following, joined
+from overhaul.data.boundary import following, joined, without_overlap
 from overhaul.data.examples import IGNORED, Encoded, Examples, answers_alone
 from overhaul.errors import RequestError
 from overhaul.fit import TrainingState, fit
-from overhaul.judge.evidence import SPARE_TOKENS, asked_anew, kind_of, prompt_with, said_by
+from overhaul.judge.evidence import SPARE_TOKENS, asked_anew, kind_of, prompt_with
 from overhaul.judge.generation import generate, generates, rouge_l, stop_tokens
 from overhaul.judge.likelihood import score
 from overhaul.modes import at_rest
@@ -291,7 +291,10 @@ def draws(
             stop_tokens(model, tokenizer),
             sampling={"temperature": temperature},
         )
-    texts = [said_by(tokenizer, tokens, examples.rows[n // count]) for n, tokens in enumerate(said)]
+    texts = [
+        without_overlap(tokenizer.decode(tokens, skip_special_tokens=True), examples.rows[n // count])
+        for n, tokens in enumerate(said)
+    ]
     return [
         [rouge_l(str(row["answer"]), text) for text in texts[i * count : (i + 1) * count]]
         for i, row in enumerate(examples.rows)
