@@ -41,7 +41,7 @@ def save(image: Image.Image, *way: Any, **options: Any) -> Path:
 
 
 def load(folder: Path, name: str = "i", labels: Any = None, notes: Any = None, **options: Any) -> list[dict[str, Any]]:
-    return list(load_rows(Source.model_validate({"from": name, **options}), folder, labels=labels, notes=notes))
+    return list(load_rows(Source.model_validate({"from": name, **options}), folder, labels=labels, said=notes))
 
 
 def numbers(rows: list[dict[str, Any]]) -> dict[str, int]:

@@ -75,9 +75,9 @@ def test_a_shape_under_other_names(tmp_path: Path) -> None:
         ({"instruction": "i", "output": ""}, "line 1: 'answer' is empty"),
         ({"chosen": [ASKED, SAID], "rejected": [OTHER]}, "line 1: 'chosen' and 'rejected' share no first turn"),
         ({"prompt": "q", "chosen": None, "rejected": "b"}, "line 1: 'chosen' is null"),
-        ({"prompt": ["q"], "chosen": "a", "rejected": "b"}, "line 1: 'prompt' is a list, but not of turns"),
-        ({"messages": None}, "line 1: 'messages' is null"),
-        ({"messages": []}, "line 1: 'messages' is a list, but not of turns"),
+        ({"prompt": ["q"], "chosen": "a", "rejected": "b"}, "line 1: turn 1 of its messages is 'q'"),
+        ({"messages": None}, "line 1: its messages must be a list of turns, not None"),
+        ({"messages": []}, "line 1: its messages must be a list of turns"),
         ({"question": "q", "answers": {"text": [], "answer_start": []}}, "line 1: 'answer' is an empty list"),
     ],
 )

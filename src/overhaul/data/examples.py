@@ -25,6 +25,12 @@ from overhaul.files import contents
 IGNORED = -100
 """The label of a position that carries no loss (the convention of `torch.nn.functional.cross_entropy`)."""
 
+CLOSING = "closing_tokens"
+"""The column of a row that says how many of its last tokens with loss a chat template wrote behind the answer."""
+
+PROMPT_OVERLAP = "prompt_overlap"
+"""The column of a row with the characters of its prompt that the answer's first token holds, where there are some."""
+
 Kind = Literal["tokens", "pairs", "images", "image_text", "rows", "tensors"]
 """What a model can read of examples: token sequences, two of them each, images, both, nothing (raw rows), or what else
 their columns hold."""
@@ -143,6 +149,26 @@ def _chosen(values: Sequence[Any], indices: Sequence[int] | np.ndarray) -> Seque
 
 def _bytes(value: Tensor) -> bytes:
     return value.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def answers_alone(examples: Examples) -> Examples:
+    """The same, but what a chat template wrote behind an answer carries no loss: what of it is measured."""
+    if isinstance(examples.items, View):
+        rows = examples.rows
+        items = examples.items.map(lambda i, item: _answer_alone(item, rows[i]), "answers alone", as_long=True)
+        return replace(examples, items=items) if examples.kind in ("tokens", "pairs") else examples
+    if not any(row.get(CLOSING) for row in examples.rows):
+        return examples
+    return replace(examples, items=[_answer_alone(*each) for each in zip(examples.items, examples.rows, strict=True)])
+
+
+def _answer_alone(item: Encoded, row: Mapping[str, Any]) -> Encoded:
+    closing = row.get(CLOSING, 0)
+    if not closing:
+        return item
+    labels = item["labels"].clone()
+    labels[(labels != IGNORED).nonzero()[-closing:]] = IGNORED
+    return {**item, "labels": labels}
 
 
 def kind_of_item(item: Encoded) -> Kind:

@@ -76,9 +76,11 @@ class View(Sequence[T], Generic[T]):
         )
         return View(self._read, places[np.asarray(indices, dtype=np.int64)], self._key, self._lengths)
 
-    def map(self, change: Callable[[int, T], Any], key: str) -> View[Any]:
-        """Every element changed when it is read: `change(index in this view, element)`."""
-        return View(lambda i: change(i, self[i]), range(len(self)), sha(self.key, key))
+    def map(self, change: Callable[[int, T], Any], key: str, *, as_long: bool = False) -> View[Any]:
+        """Every element changed when it is read: `change(index in this view, element)`; `as_long` if lengths stay."""
+        return View(
+            lambda i: change(i, self[i]), range(len(self)), sha(self.key, key), self.lengths if as_long else None
+        )
 
     @property
     def lengths(self) -> np.ndarray | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
+import json
 import warnings
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,19 +18,22 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from overhaul.data import corpora, tasks
 from overhaul.data.arrow import opened, store
+from overhaul.data.chats import is_template, with_template
 from overhaul.data.classes import Labels
 from overhaul.data.encode import QA_PROMPT
 from overhaul.data.examples import Examples, Row
 from overhaul.data.folders import Found, from_dataset, key_of, large_text, read_files, read_folder
 from overhaul.data.forms import FORMS, Form, find_form, told_from
 from overhaul.data.lazy import View, cache_folder, sha
+from overhaul.data.notes import LOOKED_AT, notes
 from overhaul.data.pictures import Broken
+from overhaul.data.prompts import Prompt
 from overhaul.data.readers import check_encoding, read_file
 from overhaul.data.rows import Reader
 from overhaul.data.shapes import Shape, shape_of
 from overhaul.data.values import Choice, place_of
 from overhaul.data.verifiers import find_verifier
-from overhaul.errors import RequestError, did_you_mean, reading
+from overhaul.errors import MaterialWarning, RequestError, RowError, did_you_mean, reading
 from overhaul.versions import version_of
 
 STARTER_DATA: Mapping[str, Callable[[tasks.Split], list[Row]]] = {
@@ -72,6 +77,7 @@ class Source(BaseModel):
     limit: Annotated[int, Gt(0)] | None = None
     length: Annotated[int, Ge(8)] = 256
     prompt: str = QA_PROMPT
+    chat_template: str | None = None
     columns: dict[str, str] = {}
     answers: Choice = None
     encoding: Annotated[str, AfterValidator(check_encoding)] = "utf-8"
@@ -84,6 +90,7 @@ class Source(BaseModel):
             find_form(self.as_)
         if self.verify is not None:
             find_verifier(self.verify)
+        Prompt.of(self.prompt)
         return self
 
     def column(self, name: str) -> str:
@@ -100,7 +107,7 @@ def examples(
     labels: Labels | None = None,
     **options: Any,
 ) -> Examples:
-    """Examples for a role, for use from Python. What should be known about the data comes as a Python warning.
+    """Examples for a role, for use from Python.
 
     Args:
         source: a file of rows or text, a folder of them or of pictures, a pattern such as `shards/*.jsonl`, a saved
@@ -109,8 +116,12 @@ def examples(
         form: how rows are read, such as "text", "qa" or "preference"; told from the columns if None.
         base: where relative paths start, which then may not lead out of it with `..`.
         labels: `model.config.label2id`, by which classes with names are numbered and numbers are checked.
-        **options: `split`, `where`, `unless`, `limit`, `length`, `prompt`, `columns`, `answers`, `encoding`,
-            `skip_broken`, `verify`, as in a recipe.
+        **options: `split`, `where`, `unless`, `limit`, `length`, `prompt`, `chat_template`, `columns`, `answers`,
+            `encoding`, `skip_broken`, `verify`, as in a recipe.
+
+    Warns:
+        MaterialWarning: what is odd about the data: a column of text that nothing reads, a prompt that ends inside a token,
+            pictures that are left out, classes that are numbered in order.
 
     Raises:
         RequestError: the file is missing or malformed, a column is missing, or no row is left.
@@ -127,10 +138,12 @@ def examples(
         spec = Source.model_validate({"from": given, "as": form, **options})
     except ValueError as error:
         raise RequestError(f"These options do not describe a material: {error}") from None
-    notes: list[str] = []
-    made = encode(load_rows(spec, base or Path.cwd(), rows, labels, notes), spec, processor)
-    for note in notes:
-        warnings.warn(note, stacklevel=2)
+    said: list[str] = []
+    spec = with_files(spec, base or Path.cwd())
+    loaded = load_rows(spec, base or Path.cwd(), rows, labels, said)
+    made = encode(loaded, spec, processor)
+    for note in [*said, *notes(loaded, spec, made)]:
+        warnings.warn(note, MaterialWarning, stacklevel=2)
     return made
 
 
@@ -146,7 +159,7 @@ def load_rows(
     base: Path,
     rows: Sequence[Row] | None = None,
     labels: Labels | None = None,
-    notes: list[str] | None = None,
+    said: list[str] | None = None,
 ) -> Sequence[Row]:
     """The rows of one source after `where`, `unless` and `limit`, as their form reads them; never empty.
 
@@ -157,13 +170,13 @@ def load_rows(
         base: where its path starts.
         rows: instead of what the source leads to.
         labels: the names and numbers of the model's classes.
-        notes: gets what should be said about the data.
+        said: gets what should be known about the data.
 
     Raises:
         RequestError: something cannot be read, a column is missing or holds what it should not, or no row is left.
     """
     found = Found(rows) if rows is not None else _read(spec, base)
-    rows, said = found.rows, [] if notes is None else notes
+    rows, said = found.rows, [] if said is None else said
     if not len(rows):
         raise RequestError(f"{spec.from_} has no rows.")
     read_too = () if spec.verify is None else find_verifier(spec.verify).columns
@@ -180,7 +193,7 @@ def load_rows(
 
 
 @dataclass
-class Chosen:
+class Taken:
     """Which rows are taken: by their places and which one of each, for a view; and themselves otherwise."""
 
     places: array[int] = field(default_factory=lambda: array("q"))
@@ -188,9 +201,9 @@ class Chosen:
     rows: list[Row] = field(default_factory=list)
 
 
-def _choose(spec: Source, rows: Sequence[Row], reader: Reader, said: list[str]) -> Chosen:
+def _choose(spec: Source, rows: Sequence[Row], reader: Reader, said: list[str]) -> Taken:
     """Walk through all rows; check those that are taken."""
-    chosen, lazily, known = Chosen(), isinstance(rows, View), set[str]()
+    chosen, lazily, known = Taken(), isinstance(rows, View), set[str]()
     broken: list[str] = []
     moving = 0
     for n, row in enumerate(rows):
@@ -235,12 +248,30 @@ def _choose(spec: Source, rows: Sequence[Row], reader: Reader, said: list[str]) 
 def _form_and_shape(spec: Source, row: Row) -> tuple[Form, Shape | None]:
     """As what rows are read: by their own columns, or by a shape that is turned into them."""
     form = find_form(spec.as_) if spec.as_ is not None else told_from(row, spec)
-    if form is not None and all(spec.column(name) in row for name in form.columns):
+    own = () if form is None else (form.reads(spec), [*map(spec.column, form.columns)])
+    if form is not None and any(all(name in row for name in names) for names in own):
         return form, None
     shape = shape_of(row, spec.column, spec.as_)
     if shape is not None:
         return find_form(shape.form), shape
     return form or find_form(form_of(spec, [row])), None
+
+
+def with_files(spec: Source, base: Path) -> Source:
+    """The same source with the text of what it names in files: a chat template that is no template itself.
+
+    Raises:
+        RequestError: the file cannot be read, or holds no template.
+    """
+    named = spec.chat_template
+    if named is None or is_template(named):
+        return spec
+    path = _inside(named, base)
+    with reading(f"chat_template: {path}"):
+        text = path.read_text(encoding="utf-8")
+    if not is_template(text):
+        raise RequestError(f"chat_template: {path} holds no Jinja template.")
+    return spec.model_copy(update={"chat_template": text})
 
 
 def form_of(spec: Source, rows: Sequence[Row]) -> str:
@@ -262,23 +293,61 @@ def positions_of(spec: Source, row: Row) -> list[int]:
 
 
 def encode(rows: Sequence[Row], spec: Source, processor: Any) -> Examples:
-    """Encode rows in their form. What comes from a large file is written to the cache and mapped into memory."""
+    """Encode rows in their form. What comes from a large file is written to the cache and mapped into memory.
+
+    Raises:
+        RequestError: a row cannot be encoded; it names the file and the row.
+    """
     form = find_form(form_of(spec, rows))
     if form.needs == "tokenizer" and not hasattr(processor, "encode"):
         raise RequestError(f"{spec.from_} is {form.name}, which needs a tokenizer; the model folder has none.")
     words_only = hasattr(processor, "encode") and not hasattr(processor, "image_processor")
     if form.needs == "image processor" and words_only and hasattr(rows[0][spec.column("image")], "convert"):
         raise RequestError(f"{spec.from_} holds pictures, which need an image processor; the model has a tokenizer.")
+    processor = with_template(processor, spec.chat_template)
     source = _source_of(rows)
     if source is None or form.kind not in ("tokens", "pairs"):
-        return _with_verifier(form.encode(rows, spec, processor), spec)
+        with _naming(rows, spec):
+            return _with_verifier(form.encode(rows, spec, processor), spec)
     options = spec.model_dump_json(exclude={"from_", "split", "where", "unless", "limit", "verify"})
-    key = sha(source, form.name, options, version_of(__name__), processor.backend_tokenizer.to_str(), repr(processor))
+    key = sha(source, form.name, options, version_of(__name__), _written(processor), repr(processor))
     path = cache_folder() / f"{key}.arrow"
     if not path.exists():
-        store(form.parts(rows, spec, processor), path)
+        with _naming(rows, spec):
+            store(form.parts(rows, spec, processor), path)
     items, kept = opened(path, key)
     return _with_verifier(Examples(items, kept, processor), spec)
+
+
+def tried(rows: Sequence[Row], spec: Source, processor: Any) -> list[str]:
+    """What to say of a material before it is encoded, as `notes`: its first rows are tried, unless they are long texts.
+
+    Raises:
+        RequestError: one of them cannot be encoded.
+    """
+    form, first = find_form(form_of(spec, rows)), rows[:LOOKED_AT]
+    made = Examples([], [])
+    if form.name != "text":
+        with _naming(rows, spec):
+            made = form.encode(first, spec, with_template(processor, spec.chat_template))
+    return notes(rows, spec, made)
+
+
+@contextmanager
+def _naming(rows: Sequence[Row], spec: Source) -> Iterator[None]:
+    """Say of a row that is wrong where it is from."""
+    try:
+        yield
+    except RowError as error:
+        where = place_of(rows[error.place], f"{spec.from_}, row {error.place + 1}")
+        raise RequestError(f"{where}: {error.problem}") from None
+
+
+def _written(tokenizer: Any) -> str:
+    """All that a tokenizer is, as text: its chat template too."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    return words + str(getattr(tokenizer, "chat_template", None))
 
 
 def _with_verifier(examples: Examples, spec: Source) -> Examples:

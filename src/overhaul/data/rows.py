@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+from overhaul.data import forms
 from overhaul.data.classes import Classes, Labels, is_number, number_of, numbered
 from overhaul.data.examples import Row
 from overhaul.data.forms import Form
 from overhaul.data.pictures import opened
+from overhaul.data.prompts import QUESTION, Prompt
 from overhaul.data.shapes import Shape
 from overhaul.data.values import Choice, FileRow, answers_of, as_text, checked, is_value
 from overhaul.errors import RequestError, did_you_mean
@@ -19,17 +21,12 @@ BESIDE = ("wrong", "paraphrase", "paraphrased_answer", "translation", "translate
 """Columns that no form learns and that metrics, attacks or methods read of a row, under these names."""
 
 
-class Options(Protocol):
+class Options(forms.Options, Protocol):
     """What is asked of a material here; `materials.Source` is one."""
 
     from_: str
     columns: dict[str, str]
-    prompt: str
     answers: Choice
-
-    def column(self, name: str, /) -> str:
-        """What the source calls a column."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,8 @@ class Reader:
         Raises:
             RequestError: `columns:` names what nothing reads; the model does not know the classes.
         """
-        learnt = (*form.columns, *(shape.reads if shape else ()), *read_too, *BESIDE)
+        put = Prompt.of(options.prompt).names if form.asked else ()
+        learnt = (*form.columns, *form.optional, *put, *(shape.reads if shape else ()), *read_too, *BESIDE)
         for name in options.columns:
             if name not in learnt and form.kind != "rows":
                 raise RequestError(
@@ -110,13 +108,16 @@ class Reader:
             RequestError: a column is missing, or holds what cannot be read; the place is named.
             Broken: its picture cannot be read.
         """
-        for name in self._needed:
-            if name not in row:
-                raise RequestError(f"{place} has no column {name!r}.{did_you_mean(name, row)}")
+        self._complain(row, self._needed, place)
         changed = self._renamed(row, place) if self.options.columns else {}
-        made = self._reshaped(row, place) if self.shape else row
+        made = row
+        if self.shape:
+            made = self._reshaped(row, place)
+            self._complain(made, self.form.reads(self.options), place)
         frames, answers = False, [None]
         for name, file in self._columns:
+            if file not in made:  # a question that the prompt does not name
+                continue
             value = made[file]
             if name == "answer":
                 answers = answers_of(value, place, file, self.options.answers)
@@ -132,11 +133,24 @@ class Reader:
         said = [{} if each is None else {answer: each} for each in answers]
         return [FileRow(place, {**made, **changed, **each}) for each in said], frames
 
+    def _complain(self, row: Row, names: Sequence[str], place: str) -> None:
+        for name in names:
+            if name not in row:
+                put = f", which `prompt:` names as {{{name}}}" if name in self._put else ""
+                raise RequestError(f"{place} has no column {name!r}{put}.{did_you_mean(name, row)}")
+
+    @cached_property
+    def _put(self) -> set[str]:
+        """Columns that the prompt names."""
+        named = Prompt.of(self.options.prompt).names if self.form.asked else ()
+        return {self.options.column(name) for name in named if name != QUESTION}
+
     @cached_property
     def _needed(self) -> list[str]:
         """Columns of the file that every row must have."""
-        names = [*(self.shape.columns if self.shape else self.form.columns), *self.read_too]
-        return list(dict.fromkeys([*map(self.options.column, names), *self.options.columns.values()]))
+        column = self.options.column
+        own = map(column, self.shape.columns) if self.shape else self.form.reads(self.options)
+        return list(dict.fromkeys([*own, *map(column, self.read_too), *self.options.columns.values()]))
 
     @cached_property
     def _columns(self) -> list[tuple[str, str]]:
@@ -145,7 +159,7 @@ class Reader:
 
     def _reshaped(self, row: Row, place: str) -> Row:
         assert self.shape is not None
-        made = self.shape.read(row, self.options.column, place, self.options.prompt)
+        made = self.shape.read(row, self.options.column, place, self._put)
         return {self.options.column(name) if name in self.form.columns else name: value for name, value in made.items()}
 
     def _renamed(self, row: Row, place: str) -> dict[str, Any]:

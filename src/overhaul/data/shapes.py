@@ -11,7 +11,7 @@ Columns that went into others are left out, except where the material's `prompt:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,18 +57,18 @@ class Shape:
         """All columns that it knows."""
         return (*self.columns, *self.more)
 
-    def read(self, row: Row, column: Callable[[str], str], place: str, kept: str) -> dict[str, Any]:
+    def read(self, row: Row, column: Callable[[str], str], place: str, kept: Collection[str]) -> dict[str, Any]:
         """The row as its form has it.
 
         Args:
             row: as the file has it.
             column: what the file calls a column.
             place: of the row, for errors.
-            kept: the material's `prompt:`; columns that it names stay.
+            kept: columns that stay, because a prompt names them.
         """
         names = {name: column(name) for name in self.reads if column(name) in row}
         made = self.make({name: row[file] for name, file in names.items()}, place)
-        used = {file for file in names.values() if f"{{{file}}}" not in kept}
+        used = set(names.values()).difference(kept)
         return {**{name: value for name, value in row.items() if name not in used}, **made}
 
 

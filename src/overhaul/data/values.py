@@ -12,8 +12,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from overhaul.data.chats import turns_of
 from overhaul.data.lazy import TextFile
-from overhaul.errors import RequestError
+from overhaul.errors import RequestError, RowError
 
 Row = Mapping[str, Any]
 Choice = Literal["first", "all"] | None
@@ -117,17 +118,17 @@ def checked(name: str, value: Any, place: str, column: str) -> Any:
     """
     if name == "text":
         return value if isinstance(value, TextFile) else as_text(value, place, column, empty=True)
-    if name in TURNS and isinstance(value, list | tuple):
-        if not value or not all(isinstance(turn, Mapping) for turn in value):
-            raise RequestError(
-                f"{place}: {column!r} is a list, but not of turns such as {{role: user, content: ...}}. {WAY_OUT}"
-            )
+    if name == "messages" or (name in TURNS and isinstance(value, list | tuple)):
+        try:
+            turns_of(value, 0)
+        except RowError as error:
+            raise RequestError(f"{place}: {error.problem}") from None
         return value
     return as_text(value, place, column)
 
 
-TURNS = frozenset({"messages", "prompt", "chosen", "rejected"})
-"""Columns that may hold a conversation, as a list of turns; `messages` as JSON text as well."""
+TURNS = frozenset({"prompt", "chosen", "rejected"})
+"""Columns that may hold turns of a conversation, beside `messages`."""
 
 
 def is_value(value: Any, wanted: Any) -> bool:

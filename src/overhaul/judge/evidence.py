@@ -18,8 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from overhaul.data.encode import encode_qa, tokenised
-from overhaul.data.examples import IGNORED, Examples
+from overhaul.data.boundary import tokenised, without_overlap
+from overhaul.data.encode import encode_qa
+from overhaul.data.examples import IGNORED, PROMPT_OVERLAP, Examples, answers_alone
 from overhaul.errors import RequestError
 from overhaul.judge.generation import generate, stop_tokens
 from overhaul.judge.likelihood import Scored, loss_score, score
@@ -94,12 +95,12 @@ class Evidence:
 
     Args:
         model: in eval mode.
-        examples: the role's data; not empty.
+        examples: the role's data; not empty. What a chat template wrote behind an answer is no part of what is measured.
         limit: most examples that answers are generated for.
     """
 
     def __init__(self, model: nn.Module | None, examples: Examples, limit: int) -> None:
-        self.examples, self.limit = examples, limit
+        self.examples, self.limit = answers_alone(examples), limit
         self.kind = kind_of(examples)
         self._model = model
         self._asked: dict[tuple[str, str], Scored] = {}
@@ -236,7 +237,7 @@ class Evidence:
                 stops = stop_tokens(self.model, tokenizer)
                 said = generate(self.model, prompts, self._new_tokens, stops, sampling=sampling)
             self._sampled[count, temperature] = [
-                Sampled(place, [tokenizer.decode(one, skip_special_tokens=True).strip() for one in tokens], tokens)
+                Sampled(place, [self._text(place, one).strip() for one in tokens], tokens)
                 for place, tokens in zip(places, _groups(said, count), strict=True)
             ]
         return self._sampled[count, temperature]
@@ -255,13 +256,18 @@ class Evidence:
         tokens = generate(self.model, [prompt for prompt, _ in prompts], self._new_tokens, stops)
         found: list[Answered] = []
         for place, (prompt, rest), said in zip(places, prompts, tokens, strict=True):
-            row, text = self.examples.rows[place], tokenizer.decode(said, skip_special_tokens=True)
+            row = self.examples.rows[place]
+            text = self._text(place, said)
             if self.kind in ("answers", "prompts"):
                 found.append(Answered(place, str(row["prompt"]), str(row.get("answer", "")), text.strip(), said))
             else:
                 before, after = (tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, rest))
                 found.append(Answered(place, before, after, text, said))
         return found
+
+    def _text(self, place: int, tokens: list[int]) -> str:
+        tokenizer = tokenizer_of(self.examples, "Reading what was generated")
+        return without_overlap(tokenizer.decode(tokens, skip_special_tokens=True), self.examples.rows[place])
 
     def _split(self, place: int) -> tuple[Tensor, Tensor]:
         """The tokens that are read and the tokens that should follow."""
@@ -299,7 +305,16 @@ def _prompt(row: Mapping[str, Any]) -> str:
 
 
 def prompt_with(row: Mapping[str, Any], question: object) -> str:
-    """The row's prompt with another question in place of its own."""
+    """The row's prompt with another question in place of its own.
+
+    Raises:
+        RequestError: the prompt does not hold the question.
+    """
+    if str(row["question"]) not in str(row["prompt"]):
+        raise RequestError(
+            f"The prompt {str(row['prompt'])[:60]!r} does not hold the question {str(row['question'])[:60]!r}, so no other "
+            "one can be put in its place. Name {question} in the material's `prompt:`."
+        )
     before, _, after = str(row["prompt"]).rpartition(str(row["question"]))
     return f"{before}{question}{after}"
 
@@ -314,9 +329,12 @@ def asked_anew(examples: Examples, rows: Sequence[Mapping[str, Any]]) -> Example
 
     def encoded(rows: Sequence[Mapping[str, Any]]) -> Examples:
         asked = [{"question": row["prompt"], "answer": row["answer"]} for row in rows]
-        return replace(encode_qa(asked, tokenizer, prompt="{question}"), rows=rows)
+        made = encode_qa(asked, tokenizer, prompt="{question}")
+        inside = [{PROMPT_OVERLAP: row.get(PROMPT_OVERLAP, "")} for row in made.rows]
+        return replace(made, rows=[{**row, **overlap} for row, overlap in zip(rows, inside, strict=True)])
 
-    if not torch.equal(encoded(examples.rows[:1]).items[0]["input_ids"], examples.items[0]["input_ids"]):
+    same, own = encoded(examples.rows[:1]).items[0], examples.items[0]
+    if not all(torch.equal(same[name], own[name]) for name in ("input_ids", "labels")):
         raise RequestError(
             "Other words, another language, a wrong answer and shots can only be put to a role that is read `as: qa`."
         )

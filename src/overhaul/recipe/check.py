@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,8 +15,8 @@ from overhaul import models, processes, session
 from overhaul.data.classes import labels_of
 from overhaul.data.examples import Examples, join
 from overhaul.data.forms import find_form
-from overhaul.data.materials import Row, Source, encode, form_of, load_rows
-from overhaul.errors import RequestError, did_you_mean
+from overhaul.data.materials import Row, Source, encode, form_of, load_rows, tried
+from overhaul.errors import MaterialWarning, RequestError, did_you_mean
 from overhaul.judge import judge as judging
 from overhaul.recipe import verbs
 from overhaul.recipe.materials import Materials, Reference, relative, source_of
@@ -105,9 +106,11 @@ class Checked:
         Raises:
             RequestError: nothing is left to learn from, or a token is not in the model's vocabulary.
         """
-        data = {
-            role: join([encode(rows, spec, self.processor) for spec, rows in self.rows[role]]) for role in self.used
-        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MaterialWarning)  # they are among the notes
+            data = {
+                role: join([encode(rows, spec, self.processor) for spec, rows in self.rows[role]]) for role in self.used
+            }
         for role, examples in data.items():
             if not len(examples):
                 raise RequestError(f"The material {role!r} has rows, but no example is left once they are encoded.")
@@ -158,7 +161,7 @@ def check(document: Document) -> Checked:
     materials = Materials.of(recipe, document, labels_of(known.config))
     if not recipe.steps and not recipe.compare:
         raise RequestError("The recipe has no steps. `overhaul methods` lists what a step can be.")
-    steps, warnings = _steps(recipe.steps, materials)
+    steps, odd = _steps(recipe.steps, materials)
     anchors = [name for name, one in materials.references.items() if "model" in one]
     requests = judging.check(recipe.judge, materials.rows, anchors=anchors)
     used = _used(steps, requests, materials)
@@ -172,7 +175,8 @@ def check(document: Document) -> Checked:
                 f"The material {role!r} is text, but {known.source} has no tokenizer. Put its tokenizer.json beside the "
                 "weights (`tokenizer.save_pretrained(folder)`)."
             )
-    return Checked(document, known, steps, materials, requests, used, warnings)
+    checked = Checked(document, known, steps, materials, requests, used)
+    return replace(checked, warnings=[*odd, *_notes(checked)])
 
 
 def with_steps(checked: Checked, entries: Sequence[Mapping[str, Any]]) -> Checked:
@@ -182,11 +186,31 @@ def with_steps(checked: Checked, entries: Sequence[Mapping[str, Any]]) -> Checke
         RequestError: as `check`.
     """
     recipe = checked.recipe.model_copy(update={"steps": list(entries)})
-    steps, warnings = _steps(recipe.steps, checked.materials)
+    steps, odd = _steps(recipe.steps, checked.materials)
     used = _used(steps, checked.requests, checked.materials)
     text = yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False)
     document = replace(checked.document, recipe=recipe, text=text)
-    return replace(checked, document=document, steps=steps, used=used, warnings=warnings)
+    changed = replace(checked, document=document, steps=steps, used=used)
+    return replace(changed, warnings=[*odd, *_notes(changed)])
+
+
+def _notes(checked: Checked) -> list[str]:
+    """What is odd about the data that is read; a material is looked at once.
+
+    Raises:
+        RequestError: one of its first rows cannot be encoded.
+    """
+    said: dict[int, list[str]] = checked.loaded.setdefault("notes", {})
+    parts = [part for role in checked.used for part in checked.rows[role]]
+    parts = [(spec, rows) for spec, rows in parts if find_form(form_of(spec, rows)).kind in ("tokens", "pairs")]
+    for spec, rows in parts:
+        if id(rows) not in said:
+            with warnings.catch_warnings(record=True) as odd:
+                warnings.simplefilter("always", MaterialWarning)
+                found = tried(rows, spec, checked.processor)
+            heard = [str(one.message) for one in odd if issubclass(one.category, MaterialWarning)]
+            said[id(rows)] = [*found, *(f"{spec.from_}: {one}" for one in heard)]
+    return list(dict.fromkeys(note for _, rows in parts for note in said[id(rows)]))
 
 
 def _steps(entries: Sequence[Mapping[str, Any]], materials: Materials) -> tuple[list[Step], list[str]]:

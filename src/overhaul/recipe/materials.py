@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from overhaul import models
 from overhaul.data.classes import Labels
-from overhaul.data.materials import Row, Source, form_of, load_rows
+from overhaul.data.materials import Row, Source, form_of, load_rows, with_files
 from overhaul.errors import RequestError, did_you_mean, reading
 from overhaul.recipe.spec import Document, Recipe
 
@@ -20,7 +20,9 @@ Reference = dict[str, Any]
 REFERENCES: Mapping[str, frozenset[str]] = {
     "after": frozenset({"after"}),
     "model": frozenset({"model"}),
-    "made": frozenset({"made", "name", "as", "where", "unless", "limit", "length", "prompt", "columns", "answers"}),
+    "made": frozenset(
+        {"made", "name", "as", "where", "unless", "limit", "length", "prompt", "chat_template", "columns", "answers"}
+    ),
 }
 """What each kind of reference may say."""
 
@@ -99,6 +101,9 @@ def _reference(role: str, value: Reference, document: Document) -> Reference:
         )
     if kind == "model":
         return {"model": models.facts(relative(value["model"], document)).source}
+    if kind == "made" and "chat_template" in value:
+        spec = source_of(role, {"from": "rows", "chat_template": value["chat_template"]})
+        return {**value, "chat_template": with_files(spec, document.base).chat_template}
     return dict(value)
 
 
@@ -145,8 +150,8 @@ def _load(
                     )
                 parts += loaded[part]
                 continue
-            spec = source_of(role, part)
-            rows = load_rows(spec, document.base, labels=labels, notes=notes)
+            spec = with_files(source_of(role, part), document.base)
+            rows = load_rows(spec, document.base, labels=labels, said=notes)
             form_of(spec, rows)
             parts.append((spec, rows))
         if not parts:
