@@ -199,6 +199,10 @@ def test_a_folder_of_texts_is_a_row_of_each(tmp_path: Path, tokenizer: Any, monk
         (tmp_path / "t" / name).write_text(f"text number {n}. " * 5)
     held = load_rows(Source.model_validate({"from": "t"}), tmp_path)
     assert [row["title"] for row in held] == ["a.TXT", "b/one.txt", "b/two.md", "test drive.txt"]
+    (tmp_path / "t" / "README.md").write_text("What these are.")
+    said: list[str] = []
+    assert load_rows(Source.model_validate({"from": "t"}), tmp_path, said=said) == held
+    assert len(said) == 1 and "README.md is taken for a description of the data and passed over" in said[0]
     monkeypatch.setattr(lazy, "LARGE", 20)
     spec = Source.model_validate({"from": "t", "length": 16})
     large = encode(load_rows(spec, tmp_path), spec, tokenizer)

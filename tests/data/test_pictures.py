@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from overhaul.data.classes import labels_of
+from overhaul.data.duplicates import identity
 from overhaul.data.materials import Source, encode, examples, load_rows
 from overhaul.errors import RequestError
 from overhaul.recipe.check import check
@@ -53,8 +54,8 @@ def test_classes_are_the_models(tmp_path: Path) -> None:
         save(grey(), tmp_path, "i", name, "a.png")
     assert numbers(load(tmp_path, labels=ANIMALS)) == {"cat": 2, "dog": 1}
     assert [int(item["labels"]) for item in examples("i", processor, base=tmp_path, labels=ANIMALS)] == [2, 1]
-    (only,) = load(tmp_path, labels=ANIMALS, where={"label": "dog"})  # the rest of the folder has no part in its number
-    assert only["label"] == 1 and load(tmp_path, labels=ANIMALS, where={"label": 1}) == [only]
+    for wanted in ("dog", 1, ["dog", "frog"]):  # the rest of the folder has no part in its number
+        assert numbers(load(tmp_path, labels=ANIMALS, where={"label": wanted})) == {"dog": 1}
     assert numbers(load(tmp_path, labels=ANIMALS, unless={"class": ["dog"]})) == {"cat": 2}
     save(grey(), tmp_path, "i", "frog", "a.png")
     with pytest.raises(RequestError, match="the model has no class frog. It has zebra, dog, cat"):
@@ -116,6 +117,9 @@ def test_the_classes_of_a_config() -> None:
     assert labels_of({"id2label": {"0": "zebra", "1": "dog", "2": "cat"}}) == ANIMALS
     assert labels_of({"architectures": ["ViTForImageClassification"]}) == {"LABEL_0": 0, "LABEL_1": 1}
     assert labels_of({"architectures": ["LlamaForCausalLM"]}) is None
+    assert labels_of({"label2id": ANIMALS}) == ANIMALS
+    with pytest.raises(RequestError, match="gives no numbers"):
+        labels_of({"id2label": {"zebra": "0"}})
 
 
 def test_a_recipe_checks_folders_against_its_model(tmp_path: Path) -> None:
@@ -161,6 +165,19 @@ def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
         load(tmp_path, "dpng")
 
 
+def test_pixels_are_not_held(tmp_path: Path) -> None:
+    save(grey(9, (500, 400)), tmp_path, "i", "x", "a.png")
+    (row,) = load(tmp_path)
+    assert not any(hasattr(value, "getpixel") or hasattr(value, "shape") for value in vars(row["image"]).values())
+    before = identity(row)
+    assert np.asarray(row["image"]).shape == (400, 500) and before == identity(load(tmp_path)[0])
+    save(grey(8, (500, 400)), tmp_path, "i", "x", "a.png")
+    assert identity(load(tmp_path)[0]) != before
+    (tmp_path / "i" / "x" / "a.png").unlink()
+    with pytest.raises(RequestError, match="a.png is no file"):
+        row["image"].convert("RGB")
+
+
 def test_pictures_stand_upright(tmp_path: Path) -> None:
     image = Image.new("RGB", (4, 2))
     image.putpixel((0, 0), (255, 0, 0))
@@ -168,7 +185,7 @@ def test_pictures_stand_upright(tmp_path: Path) -> None:
     exif[0x0112] = 6  # to be turned by 90 degrees to the right
     save(image, tmp_path, "i", "a.png", exif=exif)
     (row,) = load(tmp_path)
-    assert row["image"].size == (2, 4) and row["image"].getpixel((1, 0)) == (255, 0, 0)
+    assert row["image"].image.size == (2, 4) and row["image"].image.getpixel((1, 0)) == (255, 0, 0)
     (again,) = examples([{"image": Image.open(tmp_path / "i" / "a.png")}], processor, form="images")
     assert again["pixel_values"].shape == (3, 4, 2)
 
@@ -193,7 +210,7 @@ def colours() -> dict[str, Image.Image]:
 def test_colours_become_rgb_and_what_is_clear_white(kind: str, end: str, colour: Any, tmp_path: Path) -> None:
     save(colours()[kind], tmp_path, "i", f"a.{end}")
     (row,) = load(tmp_path)
-    assert row["image"].getpixel((1, 1)) == colour
+    assert row["image"].image.getpixel((1, 1)) == colour
     (item,) = examples("i", processor, base=tmp_path)
     assert item["pixel_values"].shape == (3, 3, 4)
 
@@ -204,7 +221,7 @@ def test_colours_become_rgb_and_what_is_clear_white(kind: str, end: str, colour:
 def test_what_pillow_reads_is_read(end: str, tmp_path: Path) -> None:
     save(Image.new("RGB", (16, 16), (128, 128, 128)), tmp_path, "i", "x", f"a.{end}")
     (row,) = load(tmp_path)
-    value = row["image"].getpixel((3, 3))
+    value = row["image"].image.getpixel((3, 3))
     assert all(abs(each - 128) < 4 for each in (value if isinstance(value, tuple) else (value,)))
 
 
@@ -331,4 +348,4 @@ def test_a_saved_data_set_of_pictures_goes_by_the_names_of_its_classes(tmp_path:
     assert numbers(load(tmp_path, "d", labels=ANIMALS)) == {"cat": 2, "dog": 1}
     assert numbers(load(tmp_path, "d")) == {"cat": 0, "dog": 1}
     (row,) = load(tmp_path, "d", labels=ANIMALS, where={"label": "dog"})
-    assert row["label"] == 1 and row["image"].getpixel((0, 0)) == 7
+    assert row["label"] == 1 and row["image"].image.getpixel((0, 0)) == 7

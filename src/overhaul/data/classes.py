@@ -46,10 +46,19 @@ def is_number(name: str) -> bool:
 
 
 def labels_of(config: Mapping[str, Any]) -> Labels | None:
-    """The names of a model's classes by its config; None for a model that has no classes."""
-    named = config.get("id2label")
-    if isinstance(named, Mapping) and named:
-        return {str(name): int(number) for number, name in named.items()}
+    """The names of a model's classes by its config; None for a model that has no classes.
+
+    Raises:
+        RequestError: the config does not number them.
+    """
+    named, numbers = config.get("id2label"), config.get("label2id")
+    try:
+        if isinstance(named, Mapping) and named:
+            return {str(name): int(number) for number, name in named.items()}
+        if isinstance(numbers, Mapping) and numbers:
+            return {str(name): int(number) for name, number in numbers.items()}
+    except (TypeError, ValueError):
+        raise RequestError("The model's config.json has an `id2label` or `label2id` that gives no numbers.") from None
     if any("Classification" in str(name) for name in config.get("architectures") or ()):
         count = config.get("num_labels", 2)  # what transformers takes where a config says nothing
         return {f"LABEL_{n}": n for n in range(count)}

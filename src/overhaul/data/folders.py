@@ -46,10 +46,11 @@ METADATA = ("metadata.csv", "metadata.jsonl")
 
 @dataclass(frozen=True)
 class Found:
-    """What a source holds: its rows, and the classes that it says it has, in all its splits."""
+    """What a source holds: its rows, the classes that it says it has, in all its splits, and what should be said of it."""
 
     rows: Sequence[Row]
     classes: Classes | None = None
+    said: tuple[str, ...] = ()
 
 
 def read_folder(path: Path, split: str, encoding: str) -> Found:
@@ -60,17 +61,21 @@ def read_folder(path: Path, split: str, encoding: str) -> Found:
     """
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return _saved(path, split)
-    files = [each for each in sorted(path.rglob("*")) if _counts(each.relative_to(path)) and not each.is_dir()]
+    every = [each for each in sorted(path.rglob("*")) if not _hidden(each.relative_to(path)) and not each.is_dir()]
+    files = [each for each in every if not DESCRIBES.fullmatch(each.name)]
     if not files:
         raise RequestError(f"{path} is empty: neither pictures (CLASS/file.png) nor files of rows or texts.")
     if any(each.name.lower() in METADATA or is_picture(each) for each in files):
         return _pictures(path, files, split, encoding)
-    return Found(read_files(_of_split(path, files, split), encoding, path))
+    chosen = _of_split(path, files, split)
+    over = [each.relative_to(path).as_posix() for each in every if each not in files and ending(each) in TEXTS]
+    texts = over and any(ending(each) in TEXTS for each in chosen)
+    said = (f"{path}: {', '.join(over)} is taken for a description of the data and passed over.",) if texts else ()
+    return Found(read_files(chosen, encoding, path), said=said)
 
 
-def _counts(name: Path) -> bool:
-    hidden = any(part.startswith((".", "__MACOSX")) for part in name.parts)
-    return not hidden and not DESCRIBES.fullmatch(name.name)
+def _hidden(name: Path) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in name.parts)
 
 
 def read_files(paths: Sequence[Path], encoding: str, base: Path) -> Sequence[Row]:

@@ -182,9 +182,8 @@ def load_rows(
     read_too = () if spec.verify is None else find_verifier(spec.verify).columns
     form, shape = _form_and_shape(spec, rows[0])
     reader, note = Reader.of(spec, form, shape, read_too, rows, found.classes, labels)
+    said += [*found.said, *([] if note is None else [note])]
     chosen = _choose(spec, rows, reader, said)
-    if note is not None:
-        said.append(note)
     if not isinstance(rows, View):
         return chosen.rows
     which = chosen.which

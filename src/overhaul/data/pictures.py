@@ -40,6 +40,28 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in _kinds()[1]
 
 
+class Picture:
+    """A picture in a file, or in a file's bytes, that was looked at once and is read again when it is asked for.
+
+    A folder of photographs takes hundreds of times its size when all are held as pixels.
+    """
+
+    def __init__(self, source: Path | bytes, place: str) -> None:
+        self._source, self._place = source, place
+
+    @property
+    def image(self) -> Any:
+        """As Pillow has it: "RGB" or "L", upright."""
+        return _read(self._source, self._place)[0]
+
+    def convert(self, mode: str) -> Any:
+        """In another mode, as Pillow does it."""
+        return self.image.convert(mode)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.image, dtype=dtype)
+
+
 def opened(value: Any, place: str) -> tuple[Any, bool]:
     """A picture from a path, a mapping of `bytes` and `path` as the hub has it, or an open one; and whether it has more.
 
@@ -52,24 +74,33 @@ def opened(value: Any, place: str) -> tuple[Any, bool]:
     from PIL import Image
 
     if isinstance(value, Mapping):
-        value = io.BytesIO(value["bytes"]) if value.get("bytes") else Path(str(value.get("path")))
+        value = value["bytes"] if value.get("bytes") else Path(str(value.get("path")))
     if value is None or isinstance(value, str):
         raise RequestError(
             f"{place}: {value!r} is no picture. A list of files is a metadata.csv or metadata.jsonl in their folder, with a "
             "column `file_name`."
         )
-    if not isinstance(value, Path | io.BytesIO | Image.Image):
+    if isinstance(value, Image.Image):
+        return _read(value, place)
+    if not isinstance(value, Path | bytes):
         return value, False
-    if isinstance(value, Path):
-        place = str(value)
-        if not value.is_file():
-            raise Broken(f"{place} is no file.")
+    place = str(value) if isinstance(value, Path) else place
+    return Picture(value, place), _read(value, place)[1]
+
+
+def _read(source: Any, place: str) -> tuple[Any, bool]:
+    """A picture, and whether its file has more frames."""
+    from PIL import Image
+
+    if isinstance(source, Path) and not source.is_file():
+        raise Broken(f"{place} is no file.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is only odd about a file that can be read
-            if isinstance(value, Image.Image):
-                return _plain(value), False
-            with Image.open(value, formats=_kinds()[0]) as image:
+            if isinstance(source, Image.Image):
+                return _plain(source), False
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            with Image.open(file, formats=_kinds()[0]) as image:
                 image.load()
                 return _plain(image), getattr(image, "n_frames", 1) > 1 and image.format != "MPO"
     except Exception as error:  # a decoder may raise anything on a damaged file

@@ -189,10 +189,10 @@ class Evidence:
         """
         asked: dict[tuple[str, ...], int] = {}
         for place, row in enumerate(self.examples.rows):
-            if not isinstance(row["wrong"], Sequence) or isinstance(row["wrong"], str) or not row["wrong"]:
-                raise RequestError(
-                    f"`wrong` must be a list of wrong answers; {row['question']!r} has {row['wrong']!r}."
-                )
+            wrong = row["wrong"]
+            told = isinstance(wrong, list | tuple) and all(isinstance(one, str | int | float) for one in wrong)
+            if not told or not wrong:
+                raise RequestError(f"`wrong` must be a list of wrong answers; {row['question']!r} has {wrong!r}.")
             right = row.get("paraphrased_answer") or row["answer"]
             asked.setdefault((str(row["prompt"]), str(right), *map(str, row["wrong"])), place)
         said = iter(self._ask([(prompt, answer) for prompt, *answers in asked for answer in answers]))
