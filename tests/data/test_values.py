@@ -205,6 +205,14 @@ def test_every_column_that_a_metric_reads_can_be_mapped() -> None:
     assert read <= of_forms | set(BESIDE)
 
 
+def test_rows_without_an_answer_are_taken_out_as_the_error_says(tmp_path: Path) -> None:
+    for odd, written in ((None, "null"), ("", '""')):
+        jsonl(tmp_path, {"question": "q", "answer": odd}, {"question": "q", "answer": "a"})
+        with pytest.raises(RequestError, match=f"all like it by `unless: {{answer: {written}}}`"):
+            read(tmp_path, "a.jsonl")
+        assert answers(tmp_path, "a.jsonl", unless={"answer": odd}) == ["a"]
+
+
 def test_rows_from_python_are_looked_at_as_files_are(tokenizer: Any) -> None:
     with pytest.raises(RequestError, match="rows, row 2: 'answer' is null"):
         examples([{"question": "q", "answer": "a"}, {"question": "q", "answer": None}], tokenizer)

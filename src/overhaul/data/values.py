@@ -61,9 +61,9 @@ def as_text(value: Any, place: str, column: str, empty: bool = False) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         value = str(value)
     if not isinstance(value, str):
-        raise RequestError(f"{place}: {column!r} is {_named(value)}, and a text is needed. {WAY_OUT}")
+        raise RequestError(f"{place}: {column!r} is {_named(value)}, and a text is needed. {_way_out(value, column)}")
     if not empty and not value.strip():
-        raise RequestError(f"{place}: {column!r} is empty, and a text is needed. {WAY_OUT}")
+        raise RequestError(f"{place}: {column!r} is empty, and a text is needed. {_way_out(value, column)}")
     if not value.isascii():
         try:
             value.encode()
@@ -75,7 +75,10 @@ def as_text(value: Any, place: str, column: str, empty: bool = False) -> str:
     return value
 
 
-WAY_OUT = "Write one, or take the row out (`unless:`)."
+def _way_out(value: Any, column: str) -> str:
+    written = {None: "null", "": '""'}.get(value) if value is None or value == "" else None
+    such = "" if written is None else f", and all like it by `unless: {{{column}: {written}}}`"
+    return f"Write one, or take the row out{such}."
 
 
 def _named(value: Any) -> str:
@@ -101,7 +104,7 @@ def answers_of(value: Any, place: str, column: str, choice: Choice) -> list[str]
         return [as_text(value, place, column)]
     found = list(dict.fromkeys(as_text(each, place, column) for each in value))
     if not found:
-        raise RequestError(f"{place}: {column!r} is an empty list, and an answer is needed. {WAY_OUT}")
+        raise RequestError(f"{place}: {column!r} is an empty list, and an answer is needed. {_way_out(value, column)}")
     if len(found) > 1 and choice is None:
         raise RequestError(
             f"{place}: {column!r} lists {len(found)} answers. Write `answers: first` in the material, or `answers: all` to "
