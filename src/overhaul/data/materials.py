@@ -2,49 +2,37 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import warnings
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from annotated_types import Ge, Gt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from overhaul.data import corpora, tasks
 from overhaul.data.arrow import opened, store
 from overhaul.data.chats import is_template, with_template
 from overhaul.data.classes import Labels
 from overhaul.data.encode import QA_PROMPT
 from overhaul.data.examples import Examples, Row
-from overhaul.data.folders import Found, from_dataset, key_of, large_text, read_files, read_folder
+from overhaul.data.folders import Found, key_of, large_text
 from overhaul.data.forms import FORMS, Form, find_form, told_from
 from overhaul.data.lazy import View, cache_folder, sha
 from overhaul.data.notes import LOOKED_AT, notes
 from overhaul.data.pictures import Broken
 from overhaul.data.prompts import Prompt
-from overhaul.data.readers import check_encoding, read_file
+from overhaul.data.readers import check_encoding
 from overhaul.data.rows import Reader
 from overhaul.data.shapes import Shape, shape_of
+from overhaul.data.sources import inside, read
 from overhaul.data.values import Choice, place_of
 from overhaul.data.verifiers import find_verifier
 from overhaul.errors import MaterialWarning, RequestError, RowError, did_you_mean, reading
 from overhaul.versions import version_of
-
-STARTER_DATA: Mapping[str, Callable[[tasks.Split], list[Row]]] = {
-    "docs": corpora.docs,
-    "code": corpora.code,
-    "people": tasks.people,
-    "addition": tasks.addition,
-    "brackets": tasks.brackets,
-    "digits": corpora.digits,
-    "digits-32": partial(corpora.digits, enlarge=4),
-}
 
 
 class Source(BaseModel):
@@ -175,7 +163,7 @@ def load_rows(
     Raises:
         RequestError: something cannot be read, a column is missing or holds what it should not, or no row is left.
     """
-    found = Found(rows) if rows is not None else _read(spec, base)
+    found = Found(rows) if rows is not None else read(spec.from_, spec.split, spec.encoding, base)
     rows, said = found.rows, [] if said is None else said
     if not len(rows):
         raise RequestError(f"{spec.from_} has no rows.")
@@ -265,7 +253,7 @@ def with_files(spec: Source, base: Path) -> Source:
     named = spec.chat_template
     if named is None or is_template(named):
         return spec
-    path = _inside(named, base)
+    path = inside(named, base)
     with reading(f"chat_template: {path}"):
         text = path.read_text(encoding="utf-8")
     if not is_template(text):
@@ -364,49 +352,3 @@ def _source_of(rows: Sequence[Row]) -> str | None:
     if isinstance(rows, View):
         return rows.key
     return key_of(rows) if large_text(rows) else None
-
-
-def _read(spec: Source, base: Path) -> Found:
-    if spec.from_.startswith("starter:"):
-        name = spec.from_.removeprefix("starter:")
-        if name not in STARTER_DATA:
-            raise RequestError(f"There is no starter data {name!r}.{did_you_mean(name, STARTER_DATA)}")
-        if spec.split not in get_args(tasks.Split):
-            raise RequestError(f"starter:{name} has no split {spec.split!r}. Known: train, validation.")
-        return Found(STARTER_DATA[name](spec.split))  # pyright: ignore[reportArgumentType]
-    with reading(spec.from_):
-        path = _inside(spec.from_, base)
-        if path.is_dir():
-            return read_folder(path, spec.split, spec.encoding)
-        several = [] if path.exists() else [Path(each) for each in sorted(glob.glob(str(path), recursive=True))]
-        files = [path] if path.exists() else [each for each in several if not each.is_dir()]
-        if files and spec.split != "train":
-            raise RequestError(
-                f"{spec.from_} has no split {spec.split!r}: files are named one by one. Name the file that is meant, or the "
-                "folder of splits."
-            )
-        if files:
-            return Found(read_files(files, spec.encoding, path.parent) if several else read_file(path, spec.encoding))
-    if spec.from_.count("/") == 1 and not spec.from_.startswith(".") and not glob.has_magic(spec.from_):
-        return _read_hub(spec)
-    raise RequestError(f"{spec.from_} does not exist (looked in {base}).")
-
-
-def _inside(source: str, base: Path) -> Path:
-    """A recipe may name files beside it or below it, or an absolute path; not climb out with `..`."""
-    path = Path(source).expanduser()
-    if ".." in path.parts:
-        raise RequestError(
-            f"{source}: a recipe's paths may not climb out of its folder with '..'. Use an absolute path."
-        )
-    return path if path.is_absolute() else base / path
-
-
-def _read_hub(spec: Source) -> Found:
-    from datasets import load_dataset
-
-    try:
-        loaded = load_dataset(spec.from_, split=spec.split)
-    except Exception as error:  # the hub client raises many kinds; the user needs one message
-        raise RequestError(f"{spec.from_!r} is no file here, and no dataset could be fetched: {error}") from error
-    return from_dataset(loaded, spec.from_)

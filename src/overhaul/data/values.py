@@ -76,7 +76,7 @@ def as_text(value: Any, place: str, column: str, empty: bool = False) -> str:
 
 
 def _way_out(value: Any, column: str) -> str:
-    written = {None: "null", "": '""'}.get(value) if value is None or value == "" else None
+    written = "null" if value is None else '""' if value == "" else None
     such = "" if written is None else f", and all like it by `unless: {{{column}: {written}}}`"
     return f"Write one, or take the row out{such}."
 
