@@ -13,6 +13,7 @@ space that it does not have, or miss the token that spans both.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -96,7 +97,7 @@ def find(tokenizer: Any, texts: Sequence[str], spans: Sequence[Span], special: b
     if backend is None:
         places = _by_prefix(tokenizer, texts, spans, special)
     else:
-        encodings = backend.encode_batch(list(texts), add_special_tokens=special)
+        encodings = backend.encode_batch(texts, add_special_tokens=special)
         places = [_by_offsets(*each) for each in zip(range(len(texts)), encodings, texts, spans, strict=True)]
     bos = tokenizer.bos_token_id
     return [_with_one(bos, found) for found in places] if special and bos is not None else places
@@ -112,23 +113,24 @@ def _with_one(bos: int, found: Found) -> Found:
 
 def _by_offsets(place: int, encoding: Any, text: str, span: Span) -> Found:
     ids, (begin, end, until) = encoding.ids, span
-    first = _holding(encoding, range(begin, end))
+    first = encoding.char_to_token(begin)
+    first = _holding(encoding, range(begin + 1, end)) if first is None else first
     if first is None:
         raise RowError(place, f"the tokenizer makes no token of its answer {text[begin:end]!r}.")
-    while begin and first and (before := encoding.token_to_chars(first - 1)) and before[0] >= begin:
+    before = encoding.token_to_chars(first - 1) if first and begin else None
+    while first and before and before[0] >= begin:
         first -= 1  # a space alone, of which trimmed offsets leave nothing
-    last = len(ids)
+        before = encoding.token_to_chars(first - 1) if first else None
+    starts, last, behind = encoding.token_to_chars(first)[0], len(ids), len(ids)
     if end < len(text):
         last = max(first, _holding(encoding, range(end - 1, begin - 1, -1)) or first) + 1
-    behind = _holding(encoding, range(until - 1, end - 1, -1)) if until < len(text) else None
-    until = len(ids) if until == len(text) else max(last, 1 + (behind or 0))
-    starts = encoding.token_to_chars(first)[0]
-    if starts >= begin and text[begin - 1 : begin].isspace() and not text[begin].isspace():
-        # some tokenizers leave the space that a token holds out of its offsets
-        before = encoding.token_to_chars(first - 1) if first else None
-        if before and before[1] < begin and str(encoding.tokens[first]).startswith(SPACES):
-            starts = before[1]
-    return Found(ids, first, last, until, text[starts:begin])
+    if until < len(text):
+        behind = max(last, 1 + (_holding(encoding, range(until - 1, end - 1, -1)) or 0))
+    # some tokenizers leave the space that a token holds out of its offsets
+    spaced = before and before[1] < begin <= starts and text[begin - 1].isspace() and not text[begin].isspace()
+    if spaced and str(encoding.tokens[first]).startswith(SPACES):
+        starts = before[1]
+    return Found(ids, first, last, behind, text[starts:begin])
 
 
 def _holding(encoding: Any, places: range) -> int | None:
@@ -204,12 +206,17 @@ def without_overlap(text: str, row: Mapping[str, Any]) -> str:
     return text.removeprefix(overlap if text.startswith(overlap) else overlap.lstrip())
 
 
-def closed(found: Found, tokenizer: Any) -> Found:
-    """Tokens of a question and its answer, with EOS behind them: once, and where the tokenizer writes no end itself."""
-    eos = tokenizer.eos_token_id
-    if eos is None or found.ids[-1] == eos or found.ids[-1] in (tokenizer.sep_token_id, tokenizer.cls_token_id):
+def closed(found: list[Found], tokenizer: Any) -> list[Found]:
+    """Tokens of questions and their answers, with EOS behind them: once, and where the tokenizer writes no end itself."""
+    eos, ends = tokenizer.eos_token_id, (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id)
+    if eos is None:
         return found
-    return found._replace(ids=[*found.ids, eos], until=len(found.ids) + 1)
+    return [
+        each
+        if each.ids[-1] in ends
+        else Found([*each.ids, eos], each.first, each.last, len(each.ids) + 1, each.overlap)
+        for each in found
+    ]
 
 
 def following(tokenizer: Any, text: str) -> list[int]:
@@ -221,7 +228,7 @@ def following(tokenizer: Any, text: str) -> list[int]:
 def learnable(found: Sequence[Found]) -> list[Encoded]:
     """Examples of which the answer and what is learnt behind it carry loss: their tensors are parts of one, made at once."""
     lengths, first, until = torch.tensor([[len(each.ids), each.first, each.until] for each in found]).reshape(-1, 3).T
-    ids = torch.tensor([token for each in found for token in each.ids], dtype=torch.int64)
+    ids = torch.tensor(list(itertools.chain.from_iterable(each.ids for each in found)), dtype=torch.int64)
     places = torch.arange(len(ids)) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
     read = (places < torch.repeat_interleave(first, lengths)) | (places >= torch.repeat_interleave(until, lengths))
     parts = zip(ids.split(lengths.tolist()), ids.masked_fill(read, IGNORED).split(lengths.tolist()), strict=True)

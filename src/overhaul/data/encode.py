@@ -286,7 +286,7 @@ def with_answers(
     """Examples of prompts with their answers and EOS, and what each row has to say of where the answer begins."""
     pairs = [joined(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     places = find(tokenizer, [text for text, _ in pairs], [span for _, span in pairs])
-    places = [closed(found, tokenizer) for found in places]
+    places = closed(places, tokenizer)
     return learnable(places), list(map(overlap_of, places))
 
 

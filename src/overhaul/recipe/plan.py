@@ -31,7 +31,7 @@ from overhaul.recipe.check import Checked, Step, check
 from overhaul.recipe.spec import read
 from overhaul.report.numbers import humanise
 
-DRAWN_BATCHES = 32
+DRAWN_BATCHES, MOST_DRAWN = 32, 4096  # examples of a batch; a larger one is as many times as large
 STREAMED_BYTES_PER_SECOND = 1e9  # from and to a local disk that has them at hand
 STREAMED_BYTES = 300_000_000  # pieces of tensors and the pages of their files, whatever the size of the models
 LIBRARIES_BYTES = (
@@ -129,6 +129,20 @@ def plan(checked: Checked, flops_per_second: float | None = None) -> list[Planne
     return [_estimate(step, checked, speed) for step in checked.steps]
 
 
+def disk_bytes(checked: Checked) -> int:
+    """What a run of the recipe writes: a model for each step and one more, two checkpoints of the largest training."""
+    checkpoints = [_checkpoint_bytes(step, checked) for step in checked.steps if step.method.memory == "training"]
+    return checked.model.bytes * (1 + len(checked.steps)) + 2 * max([0, *checkpoints])
+
+
+def _checkpoint_bytes(step: Step, checked: Checked) -> int:
+    """Weights, two moments and, below float32, masters of what a step trains; the new one is written beside the old."""
+    width = DTYPES[checked.recipe.dtype].itemsize
+    lora = step.knobs.get("weights") == "lora"
+    trained = _adapters(checked.model.shapes, int(step.knobs["rank"])) if lora else checked.model.parameters
+    return trained * ((4 if lora or width == 4 else width + 4) + 8)
+
+
 def libraries_bytes() -> int:
     """What a run's process holds before any model: this one's libraries, a training's at the least, and its kernels."""
     return max(psutil.Process().memory_info().rss, LIBRARIES_BYTES) + KERNELS_BYTES
@@ -150,13 +164,14 @@ def largest_batch(lengths: Sequence[int], size: int) -> int:
     """Positions in the largest forward among some batches, which are split so that none is padded to twice its length."""
     draw = random.Random(0)
     largest = 1
+    drawn = min(size, MOST_DRAWN)
     for _ in range(DRAWN_BATCHES):
-        batch = sorted(draw.choices(lengths, k=size), reverse=True)
+        batch = sorted(draw.choices(lengths, k=drawn), reverse=True)
         while batch:
             part = [length for length in batch if 2 * length >= batch[0]]
             largest = max(largest, len(part) * part[0])
             batch = batch[len(part) :]
-    return largest
+    return largest * size // drawn
 
 
 @dataclass(frozen=True)

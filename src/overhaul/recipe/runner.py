@@ -26,7 +26,7 @@ from torch import nn
 from overhaul import __version__, models, processes, session
 from overhaul.data.examples import Encoded, Examples
 from overhaul.errors import OverhaulError, RequestError, RunError, writing
-from overhaul.files import write_json, write_text
+from overhaul.files import read_json, write_json, write_text
 from overhaul.judge import cost as costs
 from overhaul.judge import judge as judging
 from overhaul.judge.measure import Measure
@@ -35,6 +35,7 @@ from overhaul.outcome import OutcomeError
 from overhaul.recipe import finished, lineage, machine, products, results, verbs
 from overhaul.recipe.check import Checked, Step, check, encode_made, maker_of
 from overhaul.recipe.materials import Reference
+from overhaul.recipe.plan import disk_bytes
 from overhaul.recipe.spec import Document
 from overhaul.recipe.store import RunFolder, Stage, key_of
 from overhaul.report.html import write_html
@@ -54,7 +55,7 @@ def start(document: Document, root: Path) -> dict[str, Any]:
         raise RequestError("The recipe has nothing but `compare:`, which `overhaul compare` runs.")
     folder = RunFolder(root)
     if processes.is_main():
-        folder = RunFolder.claim(root, document.name, checked.model.bytes * (1 + len(checked.steps)))
+        folder = RunFolder.claim(root, document.name, disk_bytes(checked))
     processes.wait()
     with folder.held(), folder.logged(), session.using(device=checked.recipe.on):
         return Runner(checked, folder).go()
@@ -92,6 +93,7 @@ class Runner:
         """All steps, all judgements and the published model; the report."""
         report = self.walk()[2]
         if processes.is_main():
+            self.folder.tidy()
             finished.remember(self.shown.root, self.checked)
         return report
 
@@ -232,7 +234,7 @@ class Runner:
             session.say(f"{what}, {step.name}")
             self.make(step, stages, key, place)
             processes.wait()
-        record = json.loads((place / "step.json").read_text())
+        record = json.loads((place / "step.json").read_text(encoding="utf-8"))
         record.pop("files", None)
         if not (place / "model").exists():
             return replace(stages[-1], name=step.name, record=record, place=place, step_key=key, changed=False)
@@ -288,7 +290,7 @@ class Runner:
         anchors = {name: self.reference_key(name, []) for name in self.checked.anchors}
         parts = (stage.key, requests, roles, self.code, anchors)
         path = self.folder.judged(key_of(*parts))
-        if processes.is_main() and not path.exists():
+        if processes.is_main() and read_json(path) is None:
             session.say(f"judging {stage.name}" if stage.record else "judging the model as it came")
             anchored = self.anchors()
             model = self.load(stage)
@@ -310,7 +312,7 @@ class Runner:
         digest, sample = self.sample()
         parts = (list(by_key), digest, self.checked.recipe.dtype, self.code, machine.describe())
         path = self.folder.timed(key_of(*parts))
-        if processes.is_main() and not path.exists():
+        if processes.is_main() and read_json(path) is None:
             session.say("timing the models in turn")
             self.model = None
             dtype = models.DTYPES[self.checked.recipe.dtype]

@@ -89,5 +89,5 @@ def _found(tokenizer: Any, written: Sequence[tuple[str, Span]], chats: Sequence[
             made = find(tokenizer, [written[n][0] for n in chosen], [written[n][1] for n in chosen], special=not chat)
         except RowError as error:
             raise RowError(chosen[error.place] // len(SIDES), error.problem) from None
-        found |= zip(chosen, made if chat else [closed(each, tokenizer) for each in made], strict=True)
+        found |= zip(chosen, made if chat else closed(made, tokenizer), strict=True)
     return [found[n] for n in range(len(written))]
