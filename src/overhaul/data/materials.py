@@ -48,6 +48,7 @@ class Source(BaseModel):
         limit: most rows, and most pieces of text.
         length: most tokens of a piece of text; a longer one is cut into several.
         prompt: how a question is put, with `{question}` in its place.
+        chat_template: instead of the tokenizer's own: a Jinja template, or a file that holds one.
         columns: what the file calls a column: `{question: its name}`.
         answers: where a row lists several answers, the `first`, or `all`, which makes a row of each.
         encoding: of files of text that are not UTF-8: `latin-1`, `utf-16`, ...
