@@ -190,6 +190,10 @@ def test_columns_are_mapped_or_refused(tmp_path: Path) -> None:
         read(tmp_path, "a.jsonl", columns={"wrng": "perturbed_answer"})
     with pytest.raises(RequestError, match="no column 'perturbed'. Did you mean 'perturbed_answer'"):
         read(tmp_path, "a.jsonl", columns={"wrong": "perturbed"})
+    with pytest.raises(
+        RequestError, match="no column 'qestion', which `columns:` names for 'question'. Did you mean 'q"
+    ):
+        read(tmp_path, "a.jsonl", columns={"question": "qestion"})
     jsonl(tmp_path, {**row, "perturbed_answer": ["x", None]})
     with pytest.raises(RequestError, match="line 1: 'perturbed_answer' is null"):
         read(tmp_path, "a.jsonl", columns=named)

@@ -168,6 +168,11 @@ def load_rows(
     rows, said = found.rows, [] if said is None else said
     if not len(rows):
         raise RequestError(f"{spec.from_} has no rows.")
+    for name, file in spec.columns.items():
+        if file not in rows[0] and not any(file in row for row in rows):
+            raise RequestError(
+                f"{spec.from_} has no column {file!r}, which `columns:` names for {name!r}.{did_you_mean(file, rows[0])}"
+            )
     read_too = () if spec.verify is None else find_verifier(spec.verify).columns
     form, shape = _form_and_shape(spec, rows[0])
     reader, note = Reader.of(spec, form, shape, read_too, rows, found.classes, labels)
