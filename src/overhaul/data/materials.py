@@ -274,7 +274,7 @@ def form_of(spec: Source, rows: Sequence[Row]) -> str:
     form = told_from(rows[0], spec)
     if form is None:
         raise RequestError(
-            f"{spec.from_}: its columns ({', '.join(rows[0])}) do not tell what it is. Add `as:` and one of "
+            f"{place_of(rows[0], spec.from_)}: its columns ({', '.join(rows[0])}) do not tell what it is. Add `as:` and one of "
             f"{', '.join(sorted(FORMS))}, and `columns: {{question: YOUR_NAME}}` where names differ."
         )
     return form.name
