@@ -273,8 +273,9 @@ def form_of(spec: Source, rows: Sequence[Row]) -> str:
         return spec.as_
     form = told_from(rows[0], spec)
     if form is None:
+        place = place_of(rows[0], spec.from_)
         raise RequestError(
-            f"{place_of(rows[0], spec.from_)}: its columns ({', '.join(rows[0])}) do not tell what it is. Add `as:` and one of "
+            f"{place}: its columns ({', '.join(map(str, rows[0]))}) do not tell what it is. Add `as:` and one of "
             f"{', '.join(sorted(FORMS))}, and `columns: {{question: YOUR_NAME}}` where names differ."
         )
     return form.name
