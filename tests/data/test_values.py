@@ -224,6 +224,20 @@ def test_rows_from_python_are_looked_at_as_files_are(tokenizer: Any) -> None:
         examples(["abc"], tokenizer)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limt": 3}, "The option 'limt' of a material: there is none. Did you mean 'limit'"),
+        ({"limit": 0}, "The option 'limit' of a material: Input should be greater than 0"),
+        ({"answers": "last"}, "The option 'answers' of a material: Input should be 'first' or 'all'"),
+        ({"encoding": "latin-one"}, "The option 'encoding' of a material: there is no encoding 'latin-one'"),
+    ],
+)
+def test_options_from_python_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        examples([{"question": "q", "answer": "a"}], None, **options)
+
+
 def test_paths_from_python_may_climb(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     jsonl(tmp_path, {"question": "q", "answer": "a"})
     (tmp_path / "notebooks").mkdir()

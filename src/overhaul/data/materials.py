@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from overhaul.data.arrow import opened, store
 from overhaul.data.chats import is_template, with_template
@@ -125,8 +125,15 @@ def examples(
         rows = list(map(dict, _mappings(source)))
     try:
         spec = Source.model_validate({"from": given, "as": form, **options})
-    except ValueError as error:
-        raise RequestError(f"These options do not describe a material: {error}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        unknown = problem["type"] == "extra_forbidden"
+        fields = [info.alias or name for name, info in Source.model_fields.items()]
+        reason = (
+            f"there is none.{did_you_mean(where, fields)}" if unknown else problem["msg"].removeprefix("Value error, ")
+        )
+        raise RequestError(f"The option {where!r} of a material: {reason}") from None
     said: list[str] = []
     spec = with_files(spec, base or Path.cwd())
     loaded = load_rows(spec, base or Path.cwd(), rows, labels, said)
