@@ -211,12 +211,15 @@ def closed(found: list[Found], tokenizer: Any) -> list[Found]:
     eos, ends = tokenizer.eos_token_id, (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id)
     if eos is None:
         return found
-    return [
-        each
-        if each.ids[-1] in ends
-        else Found([*each.ids, eos], each.first, each.last, len(each.ids) + 1, each.overlap)
-        for each in found
-    ]
+    whole: list[Found] = []
+    for each in found:
+        ids, first, last, until, overlap = each
+        if ids[-1] in ends:
+            whole.append(each)
+        else:
+            ids.append(eos)
+            whole.append(Found(ids, first, last, until + 1, overlap))
+    return whole
 
 
 def following(tokenizer: Any, text: str) -> list[int]:
