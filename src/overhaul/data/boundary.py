@@ -127,8 +127,8 @@ def _by_offsets(place: int, encoding: Any, text: str, span: Span) -> Found:
     if until < len(text):
         behind = max(last, 1 + (_holding(encoding, range(until - 1, end - 1, -1)) or 0))
     # some tokenizers leave the space that a token holds out of its offsets
-    spaced = before and before[1] < begin <= starts and text[begin - 1].isspace() and not text[begin].isspace()
-    if spaced and str(encoding.tokens[first]).startswith(SPACES):
+    spaced = starts >= begin > 0 and text[begin - 1].isspace() and not text[begin].isspace()
+    if before and before[1] < begin and spaced and str(encoding.tokens[first]).startswith(SPACES):
         starts = before[1]
     return Found(ids, first, last, behind, text[starts:begin])
 
