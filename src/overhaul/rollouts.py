@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from overhaul.data.boundary import without_overlap
-from overhaul.data.examples import CLOSING, IGNORED, Batch, Encoded, Examples
+from overhaul.data.examples import CLOSING, IGNORED, Batch, Encoded, Examples, turn_ends
 from overhaul.errors import RequestError
 from overhaul.judge.generation import generate, stop_tokens
 from overhaul.modes import at_rest
@@ -70,7 +70,7 @@ def rollouts(
     longest = max(len(item["input_ids"]) - len(prompt) for item, prompt in zip(prompts, begun, strict=True))
     if not (limit := new_tokens or longest):
         raise RequestError("No answer is given whose length could be the limit; say how long one may be (new_tokens).")
-    stops = stop_tokens(model, tokenizer)
+    stops = sorted({*stop_tokens(model, tokenizer), *turn_ends(prompts)})
     with torch.random.fork_rng(), at_rest(model):
         torch.manual_seed(torch.initial_seed() if seed is None else seed)
         drawn = generate(

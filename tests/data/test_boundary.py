@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_llama
 from made_tokenizers import KINDS, byte_level, metaspace, word_piece
 from overhaul.data.boundary import following, joined, without_overlap
-from overhaul.data.encode import encode_qa
+from overhaul.data.encode import encode_qa, encode_text
 from overhaul.data.examples import IGNORED, PROMPT_OVERLAP, Examples
 from overhaul.data.materials import Source, encode, examples
 from overhaul.errors import MaterialWarning, RequestError
@@ -94,6 +94,15 @@ def test_special_tokens_are_there_once() -> None:
     bert = word_piece()
     ids = encode_qa([row], bert).items[0]["input_ids"].tolist()
     assert (ids[0], ids[-1]) == (2, 3) and ids.count(2) == ids.count(3) == 1
+
+
+def test_a_text_that_writes_bos_has_it_once() -> None:
+    tokenizer = metaspace("first")
+    for count in (1, 2):
+        plain, written = ([{"text": f"{mark}[INST] hi [/INST] yes"}] * count for mark in ("", "<s>"))
+        ours, theirs = encode_text(plain, tokenizer), encode_text(written, tokenizer)
+        assert ours.rows == theirs.rows and ours.items[0]["input_ids"].tolist().count(1) == 1
+        assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(ours.items, theirs.items, strict=True))
 
 
 def test_a_token_over_the_boundary_is_the_answers_and_is_said() -> None:

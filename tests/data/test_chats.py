@@ -209,9 +209,21 @@ def test_a_chat_is_generated_from_the_tokens_that_it_is_scored_after() -> None:
     model = tiny_llama(vocab_size=len(tokenizer), num_hidden_layers=1)
     torch.manual_seed(0)
     fit(model, [cross_entropy("text")], {"text": chat}, steps=40, batch_size=1, lr=1e-2)
-    assert Evidence(model.eval(), chat, limit=1).answered[0].text == "In Marrowick."
+    evidence = Evidence(model.eval(), chat, limit=1)
+    assert evidence.answered[0].text == "In Marrowick." and evidence.part([0]).texts == evidence.texts
     drawn = rollouts(model, chat, temperature=0.01, seed=0)
     assert CLOSING not in drawn.rows[0] and learnt(drawn.items[0])[-1] == tokenizer.eos_token_id
+
+
+def test_a_turn_ends_where_the_template_ends_it() -> None:
+    tokenizer = talking("chatml", byte_level())
+    chat = encode_chat([{"messages": ASKED}], tokenizer)
+    model = tiny_llama(vocab_size=len(tokenizer), num_hidden_layers=1)
+    torch.manual_seed(0)
+    fit(model, [cross_entropy("text")], {"text": chat}, steps=40, batch_size=1, lr=1e-2)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    said = Evidence(model.eval(), chat, limit=1).answered[0].tokens
+    assert end not in said and learnt(rollouts(model, chat, temperature=0.01, seed=0).items[0]) == [*said, end]
 
 
 @pytest.mark.filterwarnings("ignore::overhaul.errors.MaterialWarning")

@@ -127,8 +127,8 @@ def _by_offsets(place: int, encoding: Any, text: str, span: Span) -> Found:
     if until < len(text):
         behind = max(last, 1 + (_holding(encoding, range(until - 1, end - 1, -1)) or 0))
     # some tokenizers leave the space that a token holds out of its offsets
-    spaced = before and before[1] < begin <= starts and text[begin - 1].isspace() and not text[begin].isspace()
-    if spaced and str(encoding.tokens[first]).startswith(SPACES):
+    spaced = starts >= begin > 0 and text[begin - 1].isspace() and not text[begin].isspace()
+    if before and before[1] < begin and spaced and str(encoding.tokens[first]).startswith(SPACES):
         starts = before[1]
     return Found(ids, first, last, behind, text[starts:begin])
 
@@ -211,12 +211,15 @@ def closed(found: list[Found], tokenizer: Any) -> list[Found]:
     eos, ends = tokenizer.eos_token_id, (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id)
     if eos is None:
         return found
-    return [
-        each
-        if each.ids[-1] in ends
-        else Found([*each.ids, eos], each.first, each.last, len(each.ids) + 1, each.overlap)
-        for each in found
-    ]
+    whole: list[Found] = []
+    for each in found:
+        ids, first, last, until, overlap = each
+        if ids[-1] in ends:
+            whole.append(each)
+        else:
+            ids.append(eos)
+            whole.append(Found(ids, first, last, until + 1, overlap))
+    return whole
 
 
 def following(tokenizer: Any, text: str) -> list[int]:

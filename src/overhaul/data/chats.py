@@ -65,14 +65,15 @@ def turns_of(value: Any, place: int) -> list[Turn]:
 
 def tools_of(row: Mapping[str, Any]) -> list[Turn] | None:
     """The tools that a row offers, as a list of schemas or the same as JSON text."""
-    tools = row.get("tools")
+    tools: Any = row.get("tools")
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except json.JSONDecodeError:
             return None
-    listed = isinstance(tools, Sequence) and not isinstance(tools, str) and len(tools) > 0
-    return list(tools) if listed and all(isinstance(tool, dict) for tool in tools) else None
+    if not isinstance(tools, Sequence) or isinstance(tools, str) or not len(tools):
+        return None
+    return [dict(tool) for tool in tools] if all(isinstance(tool, Mapping) for tool in tools) else None
 
 
 def _turn(turn: Any, n: int, place: int) -> Turn:
@@ -222,11 +223,12 @@ class Writer:
     ) -> tuple[str, list[tuple[int, int]]]:
         """What the template writes, and what of it is the assistant's, where it says so and that is asked for."""
         from jinja2 import TemplateError, TemplateSyntaxError
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils import chat_template_utils
 
+        render: Any = chat_template_utils.render_jinja_template
         template = self._tokenizer.get_chat_template(tools=tools)
         try:
-            written, said = render_jinja_template(
+            written, said = render(
                 [list(turns)],
                 tools=tools,
                 chat_template=template,

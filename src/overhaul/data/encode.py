@@ -39,7 +39,8 @@ T = TypeVar("T")
 def encode_text(rows: Rows, tokenizer: Any, length: int = 256, column: str = "text") -> Examples:
     """Cut each text into pieces of `length` tokens; every piece begins with the tokenizer's BOS where it has one.
 
-    Each row keeps `text_bytes`, the UTF-8 bytes behind the tokens that carry loss, so that bits per byte are exact.
+    A text that writes BOS itself gets no second one. Each row keeps `text_bytes`, the UTF-8 bytes behind the tokens that
+    carry loss, so that bits per byte are exact.
     """
     items: list[Encoded] = []
     kept: list[Mapping[str, Any]] = []
@@ -52,14 +53,16 @@ def encode_text(rows: Rows, tokenizer: Any, length: int = 256, column: str = "te
 def text_parts(rows: Rows, tokenizer: Any, length: int = 256, column: str = "text") -> Iterator[Examples]:
     """`encode_text`, some texts or some windows of a long one at a time."""
     bos = tokenizer.bos_token_id
-    room = length - (bos is not None)
+    room, written = length - (bos is not None), getattr(tokenizer, "bos_token", None) or ""
     for group in _together(rows, column):
         others = [{k: v for k, v in row.items() if k != column} for row in group]
         if len(group) == 1:
-            for pieces in _pieces(_read_on(group[0][column], tokenizer), room):
+            text = group[0][column]
+            text = text if isinstance(text, TextFile) else str(text).removeprefix(written)
+            for pieces in _pieces(_read_on(text, tokenizer), room):
                 yield _examples([(*piece, others[0]) for piece in _sized(pieces, bos)], bos, tokenizer)
         else:
-            texts = [str(row[column]) for row in group]
+            texts = [str(row[column]).removeprefix(written) for row in group]
             cut = zip(others, _cut_each(texts, tokenizer, room, bos), strict=True)
             yield _examples([(*piece, row) for row, pieces in cut for piece in pieces], bos, tokenizer)
 

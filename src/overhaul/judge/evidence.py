@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from overhaul.data.boundary import tokenised, without_overlap
 from overhaul.data.encode import encode_qa
-from overhaul.data.examples import IGNORED, PROMPT_OVERLAP, Examples, answers_alone
+from overhaul.data.examples import IGNORED, PROMPT_OVERLAP, Examples, answers_alone, turn_ends
 from overhaul.errors import RequestError
 from overhaul.judge.generation import generate, stop_tokens
 from overhaul.judge.likelihood import Scored, loss_score, score
@@ -101,6 +101,7 @@ class Evidence:
 
     def __init__(self, model: nn.Module | None, examples: Examples, limit: int) -> None:
         self.examples, self.limit = answers_alone(examples), limit
+        self._ends = turn_ends(examples) if examples.kind == "tokens" else set[int]()
         self.kind = kind_of(examples)
         self._model = model
         self._asked: dict[tuple[str, str], Scored] = {}
@@ -228,13 +229,13 @@ class Evidence:
             drawn = whole.sampled(count, temperature)
             return [replace(one, place=places[one.place]) for one in drawn if one.place in places]
         if (count, temperature) not in self._sampled:
-            tokenizer = tokenizer_of(self.examples, "Sampling answers")
+            tokenizer_of(self.examples, "Sampling answers")
             places = sorted(self.order[: self.limit])
             prompts = [self._split(place)[0] for place in places for _ in range(count)]
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 sampling = {"temperature": temperature, "top_p": 1.0}
-                stops = stop_tokens(self.model, tokenizer)
+                stops = self._stops
                 said = generate(self.model, prompts, self._new_tokens, stops, sampling=sampling)
             self._sampled[count, temperature] = [
                 Sampled(place, [self._text(place, one).strip() for one in tokens], tokens)
@@ -252,8 +253,7 @@ class Evidence:
     def _answer(self, places: list[int]) -> list[Answered]:
         tokenizer = tokenizer_of(self.examples, "Generating answers")
         prompts = [self._split(i) for i in places]
-        stops = stop_tokens(self.model, tokenizer)
-        tokens = generate(self.model, [prompt for prompt, _ in prompts], self._new_tokens, stops)
+        tokens = generate(self.model, [prompt for prompt, _ in prompts], self._new_tokens, self._stops)
         found: list[Answered] = []
         for place, (prompt, rest), said in zip(places, prompts, tokens, strict=True):
             row = self.examples.rows[place]
@@ -264,6 +264,11 @@ class Evidence:
                 before, after = (tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, rest))
                 found.append(Answered(place, before, after, text, said))
         return found
+
+    @property
+    def _stops(self) -> list[int]:
+        """What ends an answer: as the model and its tokenizer have it, and as the role's chats are ended."""
+        return sorted({*stop_tokens(self.model, self.examples.processor), *self._ends})
 
     def _text(self, place: int, tokens: list[int]) -> str:
         tokenizer = tokenizer_of(self.examples, "Reading what was generated")
