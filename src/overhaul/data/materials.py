@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -220,7 +220,7 @@ def encode(rows: Sequence[Row], spec: Source, processor: Any) -> Examples:
     return _with_verifier(Examples(items, kept, processor), spec)
 
 
-def tried(rows: Sequence[Row], spec: Source, processor: Any) -> list[str]:
+def tried(rows: Sequence[Row], spec: Source, processor: Any, used: Collection[str] = ()) -> list[str]:
     """What to say of a material before it is encoded, as `notes`: its first rows are tried, unless they are long texts.
 
     Raises:
@@ -231,7 +231,7 @@ def tried(rows: Sequence[Row], spec: Source, processor: Any) -> list[str]:
     if form.name != "text":
         with _naming(rows, spec):
             made = form.encode(first, spec, with_template(processor, spec.chat_template))
-    return notes(rows, spec, made)
+    return notes(rows, spec, made, used)
 
 
 @contextmanager
