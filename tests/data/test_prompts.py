@@ -146,6 +146,8 @@ def test_notes_stand_in_plan_and_report(folder: Path, tmp_path: Path) -> None:
     (note,) = check(read(recipe(tmp_path, folder))).warnings
     assert note.startswith(str(tmp_path / "a.jsonl")) and "'input' holds text" in note
     assert check(read(recipe(tmp_path, folder, prompt="{question} {input}:"))).warnings == []
+    by = {"kept": {"perplexity": {"on": "text", "by": "input"}}}
+    assert check(read({**recipe(tmp_path, folder), "judge": by})).warnings == []
     assert run(recipe(tmp_path, folder), tmp_path / "out").report["warnings"] == [note]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -320,7 +320,7 @@ def encode(rows: Sequence[Row], spec: Source, processor: Any) -> Examples:
     return _with_verifier(Examples(items, kept, processor), spec)
 
 
-def tried(rows: Sequence[Row], spec: Source, processor: Any) -> list[str]:
+def tried(rows: Sequence[Row], spec: Source, processor: Any, used: Collection[str] = ()) -> list[str]:
     """What to say of a material before it is encoded, as `notes`: its first rows are tried, unless they are long texts.
 
     Raises:
@@ -331,7 +331,7 @@ def tried(rows: Sequence[Row], spec: Source, processor: Any) -> list[str]:
     if form.name != "text":
         with _naming(rows, spec):
             made = form.encode(first, spec, with_template(processor, spec.chat_template))
-    return notes(rows, spec, made)
+    return notes(rows, spec, made, used)
 
 
 @contextmanager

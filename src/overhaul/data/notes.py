@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from overhaul.data.examples import PROMPT_OVERLAP, Examples
@@ -28,23 +28,31 @@ JUDGED = frozenset(
 """Columns that metrics read, whether or not this recipe asks for them."""
 
 
-def notes(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples) -> list[str]:
+def notes(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples, used: Collection[str] = ()) -> list[str]:
     """What to say of a material.
 
     Args:
         rows: of one source.
         spec: the source, a `materials.Source`.
         made: what became of the rows, or of the first of them.
+        used: columns that something beside the material reads.
     """
-    return [*_unread(rows, spec), *_inside(rows, spec, made)]
+    return [*_unread(rows, spec, used), *_inside(rows, spec, made)]
 
 
-def _unread(rows: Sequence[Mapping[str, Any]], spec: Any) -> list[str]:
+def _unread(rows: Sequence[Mapping[str, Any]], spec: Any, used: Collection[str]) -> list[str]:
     """Columns of text that nothing reads, such as Alpaca's `input` where `prompt:` does not name it."""
     form = told_from(rows[0], spec) if spec.as_ is None else find_form(spec.as_)
     if form is None or form.kind not in ("tokens", "pairs") or spec.from_.startswith("starter:"):
         return []
-    read = {*form.reads(spec), *map(spec.column, form.optional), *spec.where, *spec.unless, *spec.columns.values()}
+    read = {
+        *used,
+        *form.reads(spec),
+        *map(spec.column, form.optional),
+        *spec.where,
+        *spec.unless,
+        *spec.columns.values(),
+    }
     read |= JUDGED if spec.verify is None else {*JUDGED, *map(spec.column, find_verifier(spec.verify).columns)}
     first = list(itertools.islice(rows, LOOKED_AT))
     unread = [

@@ -203,6 +203,9 @@ def _notes(checked: Checked) -> list[str]:
     Raises:
         RequestError: one of its first rows cannot be encoded.
     """
+    specs = [spec for parts in checked.rows.values() for spec, _ in parts]
+    used = {column for spec in specs for column in (*spec.where, *spec.unless)}
+    used |= {request.by for request in checked.requests if request.by is not None}
     said: dict[int, list[str]] = checked.loaded.setdefault("notes", {})
     parts = [part for role in checked.used for part in checked.rows[role]]
     parts = [(spec, rows) for spec, rows in parts if find_form(form_of(spec, rows)).kind in ("tokens", "pairs")]
@@ -210,7 +213,7 @@ def _notes(checked: Checked) -> list[str]:
         if id(rows) not in said:
             with warnings.catch_warnings(record=True) as odd:
                 warnings.simplefilter("always", MaterialWarning)
-                found = tried(rows, spec, checked.processor)
+                found = tried(rows, spec, checked.processor, used)
             heard = [str(one.message) for one in odd if issubclass(one.category, MaterialWarning)]
             said[id(rows)] = [*found, *(f"{spec.from_}: {one}" for one in heard)]
     return list(dict.fromkeys(note for _, rows in parts for note in said[id(rows)]))
