@@ -106,6 +106,15 @@ def test_numbers_in_a_table_are_the_models_also_as_text(tmp_path: Path) -> None:
         load(tmp_path, labels=ANIMALS)
 
 
+def test_texts_have_the_classes_of_their_model_too(tokenizer: Any) -> None:
+    rows = [{"text": "it barks", "label": "dog"}, {"text": "it purrs", "label": "cat"}, {"text": "it is", "label": "0"}]
+    made = examples(rows[:2], tokenizer, form="classified", labels=ANIMALS)
+    assert [int(item["labels"]) for item in made] == [1, 2]
+    assert [int(item["labels"]) for item in examples(rows[2:], tokenizer, form="classified", labels=ANIMALS)] == [0]
+    with pytest.raises(RequestError, match="the model has no class frog"):
+        examples([{"text": "it croaks", "label": "frog"}], tokenizer, form="classified", labels=ANIMALS)
+
+
 def test_a_filter_on_a_class_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         save(grey(), tmp_path, "i", name, "a.png")
