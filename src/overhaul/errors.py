@@ -30,6 +30,32 @@ class RequestError(OverhaulError):
     exit_code = 2
 
 
+class RowError(RequestError):
+    """A row of a material is wrong. The material says which file it is from, and as which row of it.
+
+    Attributes:
+        place: the row's index among those that were to be encoded.
+        problem: what is wrong with it.
+    """
+
+    def __init__(self, place: int, problem: str) -> None:
+        super().__init__(f"Row {place + 1}: {problem}")
+        self.place, self.problem = place, problem
+
+
+@contextlib.contextmanager
+def shifted(by: int) -> Iterator[None]:
+    """Rows of a part are so many places further on in the whole."""
+    try:
+        yield
+    except RowError as error:
+        raise RowError(error.place + by, error.problem) from None
+
+
+class MaterialWarning(UserWarning):
+    """What is odd about a material, and no reason to refuse it. `plan` and `run` list it among their notes."""
+
+
 class RunError(OverhaulError):
     """The work was started and could not be finished. What was finished before is kept."""
 

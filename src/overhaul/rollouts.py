@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from overhaul.data.examples import IGNORED, Batch, Encoded, Examples
+from overhaul.data.boundary import without_overlap
+from overhaul.data.examples import CLOSING, IGNORED, Batch, Encoded, Examples, turn_ends
 from overhaul.errors import RequestError
 from overhaul.generation import generate, stop_tokens
 from overhaul.modes import at_rest
@@ -69,7 +70,7 @@ def rollouts(
     longest = max(len(item["input_ids"]) - len(prompt) for item, prompt in zip(prompts, begun, strict=True))
     if not (limit := new_tokens or longest):
         raise RequestError("No answer is given whose length could be the limit; say how long one may be (new_tokens).")
-    stops = stop_tokens(model, tokenizer)
+    stops = sorted({*stop_tokens(model, tokenizer), *turn_ends(prompts)})
     with torch.random.fork_rng(), at_rest(model):
         torch.manual_seed(torch.initial_seed() if seed is None else seed)
         drawn = generate(
@@ -81,7 +82,9 @@ def rollouts(
         prompt, row = begun[n // count], prompts.rows[n // count]
         ended = bool(answer) and answer[-1] in stops
         items.append(_answered(prompt, answer))
-        rows.append({**row, "rollout": tokenizer.decode(answer[:-1] if ended else answer), "ended": ended})
+        said = without_overlap(tokenizer.decode(answer[:-1] if ended else answer), row)
+        own = {name: value for name, value in row.items() if name != CLOSING}  # no template wrote behind what was drawn
+        rows.append({**own, "rollout": said, "ended": ended})
     found = Examples(items, rows, tokenizer)
     return found.with_column(LOGPROB, answer_logprobs(model, found)) if logprobs else found
 

@@ -128,7 +128,7 @@ def test_preferences_that_are_chats_go_through_the_template(talking: Any, tokeni
         examples([row], tokenizer)
     with pytest.raises(RequestError, match="must end with an assistant turn"):
         examples([{**row, "chosen": asked}], talking)
-    with pytest.raises(RequestError, match="lacks an answer"):
+    with pytest.raises(RequestError, match="row 1: .rejected. is empty"):
         examples([{**PAIRS[0], "rejected": " "}], talking)
 
 

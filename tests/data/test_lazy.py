@@ -43,7 +43,7 @@ def same(ours: Examples, theirs: Examples) -> bool:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A cache of its own, and files that count as large from 100 bytes on."""
-    monkeypatch.setattr(materials, "LARGE", 100)
+    monkeypatch.setattr(lazy, "LARGE", 100)
     monkeypatch.setenv("OVERHAUL_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
@@ -112,8 +112,11 @@ def test_large_jsonl_gives_what_small_jsonl_gives(form: str, small: Path, tokeni
         {"question": f"what is {n}?", "answer": f"it is {n}", "n": n, "more": {"a": [n, None, 0.1]}}
         for n in range(2500)
     ]
-    columns = {"prompt": "question", "chosen": "answer", "rejected": "question"}
-    options: dict[str, Any] = {"form": form, "columns": columns if form != "qa" else {}, "unless": {"n": [0, 2]}}
+    columns = {"preference": {"chosen": "answer", "rejected": "question"}, "prompt": {}}
+    named = {"prompt": "question", **columns[form]} if form != "qa" else {}
+    options: dict[str, Any] = {"form": form, "columns": named, "unless": {"n": [0, 2]}}
+    if form == "prompt":
+        options["verify"] = "exact"  # which reads the answers
     (small / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
     read = examples("a.jsonl", tokenizer, base=small, **options)
     held = examples(rows, tokenizer, **options)
@@ -155,12 +158,20 @@ def test_what_was_encoded_is_not_encoded_again(small: Path, tokenizer: Any, monk
 
 
 def test_a_stream_that_was_cut_off_does_not_count(small: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    (small / "a.jsonl").write_text(
-        "\n".join(json.dumps({"question": "a?", "answer": " " * (n == 1999)}) for n in range(2000))
-    )
-    with pytest.raises(RequestError, match="has no answer"):
+    (small / "a.jsonl").write_text("\n".join(json.dumps({"question": "a?", "answer": str(n)}) for n in range(2000)))
+    made = arrow._record_batch
+    written: list[Any] = []
+
+    def fails_at_last(pa: Any, part: Examples) -> Any:
+        if written:
+            raise RequestError("cut off")
+        written.append(part)
+        return made(pa, part)
+
+    monkeypatch.setattr(arrow, "_record_batch", fails_at_last)
+    with pytest.raises(RequestError, match="cut off"):
         examples("a.jsonl", tokenizer, base=small)
-    assert not list((small / "cache" / "encoded").iterdir())
+    assert written and not list((small / "cache" / "encoded").iterdir())
 
 
 def test_datasets_opens_the_stream(small: Path, tokenizer: Any) -> None:
@@ -168,7 +179,7 @@ def test_datasets_opens_the_stream(small: Path, tokenizer: Any) -> None:
 
     (small / "a.txt").write_text(prose(500))
     read = examples("a.txt", tokenizer, base=small, length=32)
-    (path,) = arrow.cache_folder().iterdir()
+    (path,) = lazy.cache_folder().iterdir()
     opened = Dataset.from_file(str(path))
     assert [row["input_ids"] for row in opened] == [item["input_ids"].tolist() for item in read]  # pyright: ignore[reportArgumentType,reportCallIssue]
 
@@ -205,4 +216,3 @@ def test_memory_does_not_grow_with_the_file(small: Path, tokenizer: Any) -> None
 
     few, many = peak(2_000), peak(8_000)
     assert many - few < 100 * 6_000  # what is held per row: the places of its line and its tokens, not the row
-    assert lazy.LARGE == 2**22

@@ -165,6 +165,6 @@ def test_the_text_of_a_csv_file_stays_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("code,dial,share,whole,empty,far\nNA,0044,0.5,1,,nan\nES,0049,2,-3,x,inf\n")
     rows = load_rows(Source.model_validate({"from": "a.csv", "as": "rows"}), tmp_path)
     assert list(rows) == [
-        {"code": "NA", "dial": "0044", "share": 0.5, "whole": 1, "empty": "", "far": "nan"},
-        {"code": "ES", "dial": "0049", "share": 2, "whole": -3, "empty": "x", "far": "inf"},
+        {"code": "NA", "dial": "0044", "share": "0.5", "whole": "1", "empty": "", "far": "nan"},
+        {"code": "ES", "dial": "0049", "share": "2", "whole": "-3", "empty": "x", "far": "inf"},
     ]

@@ -1,7 +1,7 @@
 """Encoded examples in an Arrow stream that is mapped into memory; `datasets.Dataset.from_file` opens it too.
 
-Token ids are 32-bit integers, the place where loss begins stands for the labels, and a row is JSON. A stream lies in the
-cache under the hash of the file, the options and the tokenizer that it was made with: a second run encodes nothing.
+Token ids are 32-bit integers, the places where loss begins and ends stand for the labels, and a row is JSON. A stream lies
+in the cache under the hash of the file, the options and the tokenizer that it was made with: a second run encodes nothing.
 """
 
 from __future__ import annotations
@@ -18,13 +18,6 @@ import torch
 from overhaul.data.examples import IGNORED, SEQUENCES, Encoded, Examples
 from overhaul.data.lazy import View, sha
 from overhaul.errors import RequestError
-
-
-def cache_folder() -> Path:
-    """Where encoded data is kept: OVERHAUL_CACHE, else the user's cache folder."""
-    from platformdirs import user_cache_path
-
-    return Path(os.environ.get("OVERHAUL_CACHE") or user_cache_path("overhaul")) / "encoded"
 
 
 def store(parts: Iterator[Examples], path: Path) -> None:
@@ -57,7 +50,8 @@ def _record_batch(pa: Any, part: Examples) -> Any:
         tokens, targets = (torch.cat([item[name] for item in part.items]).numpy() for name in (ids, labels))
         ends = np.cumsum([0, *(item[ids].shape[0] for item in part.items)], dtype=np.int32)
         columns[ids] = pa.ListArray.from_arrays(ends, tokens.astype(np.int32))
-        columns[f"{labels}_from"] = pa.array(_first(tokens, targets, ends), pa.int32())
+        for name, places in zip(("from", "until"), _bounds(tokens, targets, ends), strict=True):
+            columns[f"{labels}_{name}"] = pa.array(places, pa.int32())
     columns["row"] = pa.array(map(_json, part.rows), pa.large_string())
     return pa.record_batch(columns)
 
@@ -65,17 +59,19 @@ def _record_batch(pa: Any, part: Examples) -> Any:
 _json = json.JSONEncoder(ensure_ascii=False).encode
 
 
-def _first(tokens: np.ndarray, labels: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Where loss begins in each example: labels are the tokens from there on, and ignored before."""
-    lengths = np.diff(ends)
-    before = np.concatenate([[0], np.cumsum(labels == IGNORED)])
-    first = before[ends[1:]] - before[ends[:-1]]
-    ignored = np.arange(len(tokens)) - np.repeat(ends[:-1], lengths) < np.repeat(first, lengths)
+def _bounds(tokens: np.ndarray, labels: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where loss begins and ends in each example: labels are the tokens between, and ignored elsewhere."""
+    lengths, counts = np.diff(ends), np.concatenate([[0], np.cumsum(labels != IGNORED)])
+    learnt = counts[ends[1:]] - counts[ends[:-1]]
+    places = np.concatenate([np.flatnonzero(labels != IGNORED), [len(labels)]])
+    first = np.where(learnt > 0, places[counts[ends[:-1]]] - ends[:-1], lengths)
+    here = np.arange(len(tokens)) - np.repeat(ends[:-1], lengths)
+    ignored = (here < np.repeat(first, lengths)) | (here >= np.repeat(first + learnt, lengths))
     if not np.array_equal(labels, np.where(ignored, IGNORED, tokens)):
         raise RequestError(
-            "A large material can only be of a form in which loss falls on all tokens from some place on."
+            "A large material can only be of a form in which loss falls on tokens that follow each other."
         )
-    return first
+    return first, first + learnt
 
 
 def opened(path: Path, key: str) -> tuple[View[Encoded], View[dict[str, Any]]]:
@@ -91,7 +87,7 @@ def opened(path: Path, key: str) -> tuple[View[Encoded], View[dict[str, Any]]]:
             name: (
                 batch.column(name).values.to_numpy(),
                 batch.column(name).offsets.to_numpy(),
-                batch.column(f"{name.replace('input_ids', 'labels')}_from").to_numpy(),
+                *(batch.column(f"{name.replace('input_ids', 'labels')}_{end}").to_numpy() for end in ("from", "until")),
             )
             for name in names
         }
@@ -105,10 +101,10 @@ def opened(path: Path, key: str) -> tuple[View[Encoded], View[dict[str, Any]]]:
     def item(place: int) -> Encoded:
         batch, n = where(place)
         found: Encoded = {}
-        for name, (values, offsets, starts) in held[batch].items():
+        for name, (values, offsets, starts, stops) in held[batch].items():
             ids = values[offsets[n] : offsets[n + 1]].astype(np.int64)
             labels = ids.copy()
-            labels[: starts[n]] = IGNORED
+            labels[: starts[n]] = labels[stops[n] :] = IGNORED
             found[name], found[name.replace("input_ids", "labels")] = torch.from_numpy(ids), torch.from_numpy(labels)
         return found
 
@@ -116,7 +112,7 @@ def opened(path: Path, key: str) -> tuple[View[Encoded], View[dict[str, Any]]]:
         batch, n = where(place)
         return json.loads(batches[batch].column("row")[n].as_py())
 
-    each = [sum(np.diff(offsets) for _, offsets, _ in columns.values()) for columns in held]
+    each = [sum(np.diff(offsets) for _, offsets, *_ in columns.values()) for columns in held]
     lengths = np.concatenate(each) if each else np.zeros(0, dtype=np.int64)
     places = range(table.num_rows)
     return View(item, places, sha(key, "items"), lengths), View(row, places, sha(key, "rows"))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from overhaul.data.examples import IGNORED, Encoded, Examples
+from overhaul.data.boundary import Found, backend_of, closed, find, joined, learnable
+from overhaul.data.chats import Writer, tools_of, turns_of
+from overhaul.data.examples import CLOSING, PROMPT_OVERLAP, Encoded, Examples
 from overhaul.data.lazy import TextFile
-from overhaul.errors import RequestError
+from overhaul.data.prompts import QUESTION, Prompt
+from overhaul.errors import RequestError, RowError, shifted
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -36,7 +39,8 @@ T = TypeVar("T")
 def encode_text(rows: Rows, tokenizer: Any, length: int = 256, column: str = "text") -> Examples:
     """Cut each text into pieces of `length` tokens; every piece begins with the tokenizer's BOS where it has one.
 
-    Each row keeps `text_bytes`, the UTF-8 bytes behind the tokens that carry loss, so that bits per byte are exact.
+    A text that writes BOS itself gets no second one. Each row keeps `text_bytes`, the UTF-8 bytes behind the tokens that
+    carry loss, so that bits per byte are exact.
     """
     items: list[Encoded] = []
     kept: list[Mapping[str, Any]] = []
@@ -49,14 +53,16 @@ def encode_text(rows: Rows, tokenizer: Any, length: int = 256, column: str = "te
 def text_parts(rows: Rows, tokenizer: Any, length: int = 256, column: str = "text") -> Iterator[Examples]:
     """`encode_text`, some texts or some windows of a long one at a time."""
     bos = tokenizer.bos_token_id
-    room = length - (bos is not None)
+    room, written = length - (bos is not None), getattr(tokenizer, "bos_token", None) or ""
     for group in _together(rows, column):
         others = [{k: v for k, v in row.items() if k != column} for row in group]
         if len(group) == 1:
-            for pieces in _pieces(_read_on(group[0][column], tokenizer), room):
+            text = group[0][column]
+            text = text if isinstance(text, TextFile) else str(text).removeprefix(written)
+            for pieces in _pieces(_read_on(text, tokenizer), room):
                 yield _examples([(*piece, others[0]) for piece in _sized(pieces, bos)], bos, tokenizer)
         else:
-            texts = [str(row[column]) for row in group]
+            texts = [str(row[column]).removeprefix(written) for row in group]
             cut = zip(others, _cut_each(texts, tokenizer, room, bos), strict=True)
             yield _examples([(*piece, row) for row, pieces in cut for piece in pieces], bos, tokenizer)
 
@@ -79,7 +85,7 @@ def _cut_each(
     texts: Sequence[str], tokenizer: Any, room: int, bos: int | None
 ) -> Iterator[list[tuple[np.ndarray, int]]]:
     """The pieces of each text, with the bytes behind what carries loss; only the places at their ends are looked up."""
-    first, backend = int(bos is None), _backend(tokenizer, texts[0], special=False)
+    first, backend = int(bos is None), backend_of(tokenizer, texts[0], special=False)
     if backend is None:
         yield from (_sized(_cut(spans, room)[0], bos) for spans in _spans(texts, tokenizer))
         return
@@ -118,18 +124,6 @@ Spans = tuple[np.ndarray, np.ndarray, np.ndarray]
 def _sized(pieces: Sequence[Spans], bos: int | None) -> list[tuple[np.ndarray, int]]:
     first = int(bos is None)
     return [(ids, max(0, int(ends[-1] - starts[min(first, len(ids) - 1)]))) for ids, starts, ends in pieces]
-
-
-def _backend(tokenizer: Any, text: str, special: bool) -> Any:
-    """The library behind a fast tokenizer, called directly: transformers copies all that it returns.
-
-    None where transformers does more than call it, which is tried on a text.
-    """
-    # this also takes back a truncation or a padding that the library was left with
-    expected = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    same = backend is not None and backend.encode(text, add_special_tokens=special).ids == expected
-    return backend if same else None
 
 
 def _together(rows: Rows, column: str) -> Iterator[list[Mapping[str, Any]]]:
@@ -249,79 +243,91 @@ def _grouped(values: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def encode_qa(
-    rows: Rows, tokenizer: Any, question: str = "question", answer: str = "answer", prompt: str = QA_PROMPT
+    rows: Rows,
+    tokenizer: Any,
+    question: str = "question",
+    answer: str = "answer",
+    prompt: str = QA_PROMPT,
+    named: Callable[[str], str] = str,
 ) -> Examples:
-    """Prompt, a space, the answer, EOS; only the answer and EOS carry loss.
+    """Prompt, a space where neither side has white space, the answer, EOS; only the answer and EOS carry loss.
 
-    Prompt and answer are tokenised apart, so the boundary between them never moves with the answer.
+    Prompt and answer are tokenised as one text (`data.boundary`).
+
+    Args:
+        rows: each with an answer, and with what the prompt names.
+        tokenizer: of transformers.
+        question: the column that the prompt calls {question}.
+        answer: the column of answers.
+        prompt: any column may be named in it (`data.prompts`).
+        named: what the rows call any other column that it names.
+
+    Raises:
+        RowError: a row lacks an answer, or what the prompt names.
     """
-    items: list[Encoded] = []
-    kept: list[Mapping[str, Any]] = []
-    for group in _grouped(rows, BATCH):
-        for row in group:
+    asked, items, kept = Prompt.of(prompt), list[Encoded](), list[Mapping[str, Any]]()
+
+    def column(name: str) -> str:
+        return question if name == QUESTION else named(name)
+
+    for group in _grouped(enumerate(rows), BATCH):
+        for place, row in group:
             if not str(row[answer]).strip():
-                raise RequestError(f"A question has no answer: {dict(row)!r}.")
-        texts = [prompt.format(question=row[question]) for row in group]
-        after = tokenised(tokenizer, [f" {row[answer]}" for row in group], special=False)
-        items += all_answered(before_answers(tokenizer, texts), after, tokenizer.eos_token_id)
-        for row, text in zip(group, texts, strict=True):
-            kept.append({**row, "question": row[question], "answer": row[answer], "prompt": text})
+                raise RowError(place, f"a question has no answer: {dict(row)!r}.")
+        texts = [asked.fill(row, place, column) for place, row in group]
+        with shifted(group[0][0]):
+            made, overlaps = with_answers(tokenizer, texts, [str(row[answer]) for _, row in group])
+        items += made
+        for (_, row), text, overlap in zip(group, texts, overlaps, strict=True):
+            kept.append({**row, "question": row.get(question, text), "answer": row[answer], "prompt": text, **overlap})
     return Examples(items, kept, tokenizer)
 
 
-def tokenised(tokenizer: Any, texts: Sequence[str], special: bool = True) -> list[list[int]]:
-    """The tokens of each text, in one call; `special` adds what the tokenizer puts around a text."""
-    if not texts:
-        return []
-    backend = _backend(tokenizer, texts[0], special)
-    if backend is not None:
-        return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=special)]
-    return tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+def with_answers(
+    tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]
+) -> tuple[list[Encoded], list[dict[str, str]]]:
+    """Examples of prompts with their answers and EOS, and what each row has to say of where the answer begins."""
+    pairs = [joined(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    places = find(tokenizer, [text for text, _ in pairs], [span for _, span in pairs])
+    places = closed(places, tokenizer)
+    return learnable(places), list(map(overlap_of, places))
 
 
-def before_answers(tokenizer: Any, prompts: Sequence[str], special: bool = True) -> list[list[int]]:
-    """The tokens of each prompt, ready to be followed: some tokenizers end every text with EOS."""
-    eos = tokenizer.eos_token_id
-    return [ids[:-1] if ids and ids[-1] == eos else ids for ids in tokenised(tokenizer, prompts, special)]
+def overlap_of(found: Found) -> dict[str, str]:
+    """What a row says where the boundary of its prompt falls inside a token."""
+    return {PROMPT_OVERLAP: found.overlap} if found.overlap else {}
 
 
 def answered(prompt: Sequence[int], answer: Sequence[int], eos: int | None) -> Encoded:
     """One example from token ids: the prompt is read, the answer (and EOS) is learnt."""
-    return all_answered([prompt], [answer], eos)[0]
-
-
-def all_answered(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], eos: int | None) -> list[Encoded]:
-    """`answered` for many: their tensors are parts of one, which is made at once."""
-    end = [] if eos is None else [eos]
-    joined = [[*prompt, *answer, *end] for prompt, answer in zip(prompts, answers, strict=True)]
-    ids = torch.tensor(list(itertools.chain.from_iterable(joined)), dtype=torch.int64)
-    lengths, read = torch.tensor([list(map(len, joined)), list(map(len, prompts))])
-    places = torch.arange(len(ids)) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    labels = ids.masked_fill(places < torch.repeat_interleave(read, lengths), IGNORED)
-    pairs = zip(ids.split(lengths.tolist()), labels.split(lengths.tolist()), strict=True)
-    return [{"input_ids": one, "labels": target} for one, target in pairs]
+    ids = [*prompt, *answer, *([] if eos is None else [eos])]
+    return learnable([Found(ids, len(prompt), len(ids), len(ids), "")])[0]
 
 
 def encode_chat(rows: Rows, tokenizer: Any, column: str = "messages") -> Examples:
-    """The tokenizer's own chat template; only the last assistant turn carries loss."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise RequestError("`as: chat` needs a tokenizer with a chat template; this one has none. Use `as: qa`.")
-    items: list[Encoded] = []
-    kept: list[Mapping[str, Any]] = []
-    for row in rows:
-        *context, last = row[column]
-        if last["role"] != "assistant":
-            raise RequestError(f"A chat must end with an assistant turn to learn from; this one ends with {last!r}.")
-        text = tokenizer.apply_chat_template(context, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(row[column], tokenize=False)
-        if not whole.startswith(text):
-            raise RequestError(
-                "This chat template rewrites earlier turns, so the answer cannot be told from its prompt."
-            )
-        before = tokenizer(text, add_special_tokens=False)["input_ids"]
-        after = tokenizer(whole[len(text) :], add_special_tokens=False)["input_ids"]
-        items.append(answered(before, after, None))
-        kept.append({**row, "question": context[-1]["content"], "answer": last["content"], "prompt": text})
+    """The tokenizer's own chat template; only the last assistant turn, and what the template writes behind it, carry loss.
+
+    A row's `tools`, if it has some, are given to the template. Its `closing_tokens` are how many tokens behind the answer
+    carry loss: they are learnt, and no part of what is measured. `prompt` is what the template writes before the answer.
+
+    Raises:
+        RowError: the messages are no chat that ends with an answer, or the template does not write them.
+    """
+    writer, items, kept = Writer(tokenizer), list[Encoded](), list[Mapping[str, Any]]()
+    for group in _grouped(enumerate(rows), BATCH):
+        chats = [turns_of(row[column], place) for place, row in group]
+        written = [writer.answer(chat, place, tools_of(row)) for chat, (place, row) in zip(chats, group, strict=True)]
+        with shifted(group[0][0]):
+            found = find(tokenizer, [text for text, _ in written], [span for _, span in written], special=False)
+        items += learnable(found)
+        for (_, row), chat, (text, span), each in zip(group, chats, written, found, strict=True):
+            answer, wrote = chat[-1]["content"], text[span.begin : span.end]
+            asked = {
+                "question": chat[-2].get("content", "") if len(chat) > 1 else "",
+                "answer": answer if answer.strip() == wrote.strip() else wrote,
+            }
+            said = {"prompt": text[: span.begin], CLOSING: each.until - each.last, **overlap_of(each)}
+            kept.append({**row, "messages": chat, **asked, **said})
     return Examples(items, kept, tokenizer)
 
 

@@ -25,6 +25,15 @@ from overhaul.files import contents
 IGNORED = -100
 """The label of a position that carries no loss (the convention of `torch.nn.functional.cross_entropy`)."""
 
+CLOSING = "closing_tokens"
+"""The column of a row that says how many of its last tokens with loss a chat template wrote behind the answer."""
+
+TOLD_FROM = 100
+"""Examples from which it is told how a template ends answers."""
+
+PROMPT_OVERLAP = "prompt_overlap"
+"""The column of a row with the characters of its prompt that the answer's first token holds, where there are some."""
+
 Kind = Literal["tokens", "pairs", "images", "image_text", "rows", "tensors"]
 """What a model can read of examples: token sequences, two of them each, images, both, nothing (raw rows), or what else
 their columns hold."""
@@ -148,6 +157,42 @@ def _chosen(values: Sequence[Any], indices: Sequence[int] | np.ndarray) -> Seque
 
 def _bytes(value: Tensor) -> bytes:
     return value.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def answers_alone(examples: Examples) -> Examples:
+    """The same, but what a chat template wrote behind an answer carries no loss, and rows do not tell of it."""
+    if examples.kind != "tokens":
+        return examples
+    if isinstance(examples.items, View):
+        rows = examples.rows
+        items = examples.items.map(lambda i, item: _answer_alone(item, rows[i]), "answers alone", as_long=True)
+        told = rows.map(lambda _, row: _untold(row), "answers alone") if isinstance(rows, View) else map(_untold, rows)
+        return replace(examples, items=items, rows=told if isinstance(told, View) else list(told))
+    if not any(row.get(CLOSING) for row in examples.rows):
+        return examples
+    items = [_answer_alone(*each) for each in zip(examples.items, examples.rows, strict=True)]
+    return replace(examples, items=items, rows=list(map(_untold, examples.rows)))
+
+
+def _answer_alone(item: Encoded, row: Mapping[str, Any]) -> Encoded:
+    closing = row.get(CLOSING, 0)
+    if not closing:
+        return item
+    labels = item["labels"].clone()
+    labels[(labels != IGNORED).nonzero()[-closing:]] = IGNORED
+    return {**item, "labels": labels}
+
+
+def _untold(row: Mapping[str, Any]) -> Row:
+    return {name: value for name, value in row.items() if name != CLOSING}
+
+
+def turn_ends(examples: Examples) -> set[int]:
+    """The tokens of their own with which the chat template ends answers, told from the first examples."""
+    marks = getattr(examples.processor, "added_tokens_decoder", {})
+    pairs = zip(examples.items[:TOLD_FROM], examples.rows[:TOLD_FROM], strict=True)
+    ends = (int(item["labels"][item["labels"] != IGNORED][-row[CLOSING]]) for item, row in pairs if row.get(CLOSING))
+    return {end for end in ends if end in marks}
 
 
 def kind_of_item(item: Encoded) -> Kind:

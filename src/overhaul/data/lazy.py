@@ -5,8 +5,10 @@ JSONL is read through the places where its lines begin, a large text file in str
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import mmap
+import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -19,6 +21,13 @@ T = TypeVar("T")
 
 LARGE = 2**22
 """Bytes from which on a file is read lazily."""
+
+
+def cache_folder(kind: str = "encoded") -> Path:
+    """Where encoded or unpacked data is kept: OVERHAUL_CACHE, else the user's cache folder."""
+    from platformdirs import user_cache_path
+
+    return Path(os.environ.get("OVERHAUL_CACHE") or user_cache_path("overhaul")) / kind
 
 
 class View(Sequence[T], Generic[T]):
@@ -67,9 +76,11 @@ class View(Sequence[T], Generic[T]):
         )
         return View(self._read, places[np.asarray(indices, dtype=np.int64)], self._key, self._lengths)
 
-    def map(self, change: Callable[[int, T], Any], key: str) -> View[Any]:
-        """Every element changed when it is read: `change(index in this view, element)`."""
-        return View(lambda i: change(i, self[i]), range(len(self)), sha(self.key, key))
+    def map(self, change: Callable[[int, T], Any], key: str, *, as_long: bool = False) -> View[Any]:
+        """Every element changed when it is read: `change(index in this view, element)`; `as_long` if lengths stay."""
+        return View(
+            lambda i: change(i, self[i]), range(len(self)), sha(self.key, key), self.lengths if as_long else None
+        )
 
     @property
     def lengths(self) -> np.ndarray | None:
@@ -113,33 +124,35 @@ def file_digest(path: Path) -> str:
 class TextFile:
     """A text file too large to be held. Its length is that of the file, in bytes."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, encoding: str = "utf-8") -> None:
         self.path = path
+        # a byte order mark at the beginning is no part of the text
+        self.encoding = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
 
     def __len__(self) -> int:
         return self.path.stat().st_size
 
     def __str__(self) -> str:
-        return self.path.read_text(encoding="utf-8")
+        return "".join(self.stretches(2**20))
 
     @cached_property
     def key(self) -> str:
         """A hash of what it holds."""
-        return file_digest(self.path)
+        return sha(file_digest(self.path), self.encoding)
 
     def stretches(self, size: int) -> Iterator[str]:
         """The text, `size` characters at a time."""
-        with self.path.open(encoding="utf-8") as file:
+        with self.path.open(encoding=self.encoding) as file:
             while stretch := file.read(size):
                 yield stretch
 
 
-def json_lines(path: Path, parse: Callable[[int, str], dict[str, Any]]) -> View[dict[str, Any]]:
-    """The rows of a JSONL file, each parsed when it is asked for; blank lines are left out.
+def json_lines(path: Path, parse: Callable[[int, bytes], dict[str, Any]]) -> View[dict[str, Any]]:
+    """The rows of a JSON Lines file, each parsed when it is asked for; blank lines are left out.
 
     Args:
         path: of the file.
-        parse: (number of the line, line) -> its row. Every line is parsed once here, so that errors come first.
+        parse: (number of the line, its bytes) -> its row. Every line is parsed once here, so that errors come first.
     """
     with path.open("rb") as file:
         text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -147,12 +160,12 @@ def json_lines(path: Path, parse: Callable[[int, str], dict[str, Any]]) -> View[
     place = 0
     for number, line in enumerate(iter(text.readline, b""), 1):
         if line.strip():
-            parse(number, line.decode("utf-8"))
+            parse(number, line)
             bounds.extend((number, place, place + len(line)))
         place += len(line)
 
     def read(row: int) -> dict[str, Any]:
         number, start, end = bounds[3 * row : 3 * row + 3]
-        return parse(number, text[start:end].decode("utf-8"))
+        return parse(number, text[start:end])
 
     return View(read, range(len(bounds) // 3), file_digest(path))

@@ -1,53 +1,58 @@
-"""Materials: rows from a file, folder, hub dataset or starter, filtered and encoded for one role."""
+"""Materials: rows from files, folders, hub datasets or starters, filtered, checked and encoded for one role."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
-from functools import partial
+import warnings
+from array import array
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any
 
 from annotated_types import Ge, Gt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from overhaul.data import corpora, tasks
-from overhaul.data.arrow import cache_folder, opened, store
+from overhaul.data.arrow import opened, store
+from overhaul.data.chats import is_template, with_template
+from overhaul.data.classes import Labels
 from overhaul.data.encode import QA_PROMPT
 from overhaul.data.examples import Examples, Row
-from overhaul.data.forms import FORMS, find_form, told_from
-from overhaul.data.lazy import LARGE, TextFile, View, json_lines, sha
+from overhaul.data.folders import Found, key_of, large_text
+from overhaul.data.forms import FORMS, Form, find_form, told_from
+from overhaul.data.lazy import View, cache_folder, sha
+from overhaul.data.notes import LOOKED_AT, notes
+from overhaul.data.pictures import Broken
+from overhaul.data.prompts import Prompt
+from overhaul.data.readers import check_encoding
+from overhaul.data.rows import Reader
+from overhaul.data.shapes import Shape, shape_of
+from overhaul.data.sources import inside, read
+from overhaul.data.values import Choice, place_of
 from overhaul.data.verifiers import find_verifier
-from overhaul.errors import RequestError, did_you_mean, reading
+from overhaul.errors import MaterialWarning, RequestError, RowError, did_you_mean, reading
 from overhaul.versions import version_of
-
-STARTER_DATA: Mapping[str, Callable[[tasks.Split], list[Row]]] = {
-    "docs": corpora.docs,
-    "code": corpora.code,
-    "people": tasks.people,
-    "addition": tasks.addition,
-    "brackets": tasks.brackets,
-    "digits": corpora.digits,
-    "digits-32": partial(corpora.digits, enlarge=4),
-}
 
 
 class Source(BaseModel):
     """One source of a material, as a recipe writes it.
 
     Attributes:
-        from_: a file, a folder, a hub name, or `starter:NAME`; relative to the recipe.
+        from_: a file, a folder, a pattern such as `shards/*.jsonl`, a hub name, or `starter:NAME`; relative to the recipe.
         as_: the form of its rows; told from the columns if it is not given.
-        split: of a data set that has several.
-        where: only rows with these values: `{column: value}`, or a list of values of which one must be there.
+        split: of a data set or a folder that has several.
+        where: only rows with these values: `{column: value}`, or a list of values of which one must be there; a class by its
+            name or its number.
         unless: only rows without them.
         limit: most rows, and most pieces of text.
         length: most tokens of a piece of text; a longer one is cut into several.
         prompt: how a question is put, with `{question}` in its place.
+        chat_template: instead of the tokenizer's own: a Jinja template, or a file that holds one.
         columns: what the file calls a column: `{question: its name}`.
+        answers: where a row lists several answers, the `first`, or `all`, which makes a row of each.
+        encoding: of files of text that are not UTF-8: `latin-1`, `utf-16`, ...
+        skip_broken: leave out pictures that cannot be read, and say how many.
         verify: what decides whether an answer is right.
     """
 
@@ -61,7 +66,11 @@ class Source(BaseModel):
     limit: Annotated[int, Gt(0)] | None = None
     length: Annotated[int, Ge(8)] = 256
     prompt: str = QA_PROMPT
+    chat_template: str | None = None
     columns: dict[str, str] = {}
+    answers: Choice = None
+    encoding: Annotated[str, AfterValidator(check_encoding)] = "utf-8"
+    skip_broken: bool = False
     verify: str | None = None
 
     @model_validator(mode="after")
@@ -70,6 +79,7 @@ class Source(BaseModel):
             find_form(self.as_)
         if self.verify is not None:
             find_verifier(self.verify)
+        Prompt.of(self.prompt)
         return self
 
     def column(self, name: str) -> str:
@@ -83,58 +93,185 @@ def examples(
     *,
     form: str | None = None,
     base: Path | None = None,
+    labels: Labels | None = None,
     **options: Any,
 ) -> Examples:
     """Examples for a role, for use from Python.
 
     Args:
-        source: a JSONL, JSON, CSV or Parquet file, an image folder, a saved `datasets` folder, a hub dataset,
-            `starter:NAME`, or rows.
+        source: a file of rows or text, a folder of them or of pictures, a pattern such as `shards/*.jsonl`, a saved
+            `datasets` folder, a hub dataset, `starter:NAME`, or rows.
         processor: the model's tokenizer or image processor.
         form: how rows are read, such as "text", "qa" or "preference"; told from the columns if None.
-        base: where relative paths start.
-        **options: `split`, `where`, `unless`, `limit`, `length`, `prompt`, `columns`, `verify`, as in a recipe.
+        base: where relative paths start, which then may not lead out of it with `..`.
+        labels: `model.config.label2id`, by which classes with names are numbered and numbers are checked.
+        **options: `split`, `where`, `unless`, `limit`, `length`, `prompt`, `chat_template`, `columns`, `answers`,
+            `encoding`, `skip_broken`, `verify`, as in a recipe.
+
+    Warns:
+        MaterialWarning: what is odd about the data: a column of text that nothing reads, a prompt that ends inside a token,
+            pictures that are left out, classes that are numbered in order.
 
     Raises:
         RequestError: the file is missing or malformed, a column is missing, or no row is left.
     """
-    given = source if isinstance(source, str | Path) else "rows"
+    rows: list[Row] | None = None
+    given = "rows"
+    if isinstance(source, str | Path):
+        climbs = base is None and ".." in Path(source).parts
+        with reading(source):
+            given = str(Path(source).expanduser().resolve() if climbs else source)
+    else:
+        rows = list(map(dict, _mappings(source)))
     try:
-        spec = Source.model_validate({"from": str(given), "as": form, **options})
-    except ValueError as error:
-        raise RequestError(f"These options do not describe a material: {error}") from None
-    rows = None if isinstance(source, str | Path) else [dict(row) for row in source]
-    return encode(load_rows(spec, base or Path.cwd(), rows), spec, processor)
-
-
-def load_rows(spec: Source, base: Path, rows: Sequence[Row] | None = None) -> Sequence[Row]:
-    """The rows of one source after `where`, `unless` and `limit`; never empty.
-
-    Those of a large file are read when they are asked for.
-    """
-    if rows is None:
-        rows = _read(spec, base)
-    if not rows:
-        raise RequestError(f"{spec.from_} has no rows.")
-    known = rows[0].keys()
-    read = [] if spec.verify is None else find_verifier(spec.verify).columns
-    form = find_form(form_of(spec, rows))
-    for wanted in [*map(spec.column, [*form.columns, *read]), *spec.where, *spec.unless]:
-        if wanted not in known:
-            raise RequestError(f"{spec.from_} has no column {wanted!r}.{did_you_mean(wanted, known)}")
-    places = range(len(rows))
-    if spec.where or spec.unless:
-        places = [
-            n
-            for n, row in enumerate(rows)
-            if _matches(row, spec.where) and not (spec.unless and _matches(row, spec.unless))
-        ]
-    if not places:
-        raise RequestError(
-            f"{spec.from_}: none of its {len(rows)} rows is left after where={spec.where} unless={spec.unless}. "
-            "Filters compare whole values; a list means any of them."
+        spec = Source.model_validate({"from": given, "as": form, **options})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        unknown = problem["type"] == "extra_forbidden"
+        fields = [info.alias or name for name, info in Source.model_fields.items()]
+        reason = (
+            f"there is none.{did_you_mean(where, fields)}" if unknown else problem["msg"].removeprefix("Value error, ")
         )
-    return rows.select(places[: spec.limit]) if isinstance(rows, View) else [rows[n] for n in places[: spec.limit]]
+        raise RequestError(f"The option {where!r} of a material: {reason}") from None
+    said: list[str] = []
+    spec = with_files(spec, base or Path.cwd())
+    loaded = load_rows(spec, base or Path.cwd(), rows, labels, said)
+    made = encode(loaded, spec, processor)
+    for note in [*said, *notes(loaded, spec, made)]:
+        warnings.warn(note, MaterialWarning, stacklevel=2)
+    return made
+
+
+def _mappings(rows: Sequence[Any]) -> Sequence[Mapping[str, Any]]:
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise RequestError(f"rows, row {number}: {str(row)[:40]!r} is no mapping of columns.")
+    return rows
+
+
+def load_rows(
+    spec: Source,
+    base: Path,
+    rows: Sequence[Row] | None = None,
+    labels: Labels | None = None,
+    said: list[str] | None = None,
+) -> Sequence[Row]:
+    """The rows of one source after `where`, `unless` and `limit`, as their form reads them; never empty.
+
+    Those of a large file are read when they are asked for, and looked at here.
+
+    Args:
+        spec: the source.
+        base: where its path starts.
+        rows: instead of what the source leads to.
+        labels: the names and numbers of the model's classes.
+        said: gets what should be known about the data.
+
+    Raises:
+        RequestError: something cannot be read, a column is missing or holds what it should not, or no row is left.
+    """
+    found = Found(rows) if rows is not None else read(spec.from_, spec.split, spec.encoding, base)
+    rows, said = found.rows, [] if said is None else said
+    if not len(rows):
+        raise RequestError(f"{spec.from_} has no rows.")
+    for name, file in spec.columns.items():
+        if file not in rows[0] and not any(file in row for row in rows):
+            raise RequestError(
+                f"{spec.from_} has no column {file!r}, which `columns:` names for {name!r}.{did_you_mean(file, rows[0])}"
+            )
+    read_too = () if spec.verify is None else find_verifier(spec.verify).columns
+    form, shape = _form_and_shape(spec, rows[0])
+    reader, note = Reader.of(spec, form, shape, read_too, rows, found.classes, labels)
+    said += [*found.said, *([] if note is None else [note])]
+    chosen = _choose(spec, rows, reader, said)
+    if not isinstance(rows, View):
+        return chosen.rows
+    which = chosen.which
+    key = f"{form.name} {spec.columns} {spec.answers} {spec.prompt}"
+    return rows.select(chosen.places).map(lambda i, row: reader.read(row, place_of(row, spec.from_))[0][which[i]], key)
+
+
+@dataclass
+class Taken:
+    """Which rows are taken: by their places and which one of each, for a view; and themselves otherwise."""
+
+    places: array[int] = field(default_factory=lambda: array("q"))
+    which: array[int] = field(default_factory=lambda: array("q"))
+    rows: list[Row] = field(default_factory=list)
+
+
+def _choose(spec: Source, rows: Sequence[Row], reader: Reader, said: list[str]) -> Taken:
+    """Walk through all rows; check those that are taken."""
+    chosen, lazily, known = Taken(), isinstance(rows, View), set[str]()
+    broken: list[str] = []
+    moving = 0
+    for n, row in enumerate(rows):
+        known.update(row)
+        full = spec.limit is not None and len(chosen.places) >= spec.limit
+        if full or not reader.matches(row, spec.where) or (spec.unless and reader.matches(row, spec.unless)):
+            continue
+        place = place_of(row, f"{spec.from_}, row {n + 1}")
+        try:
+            made, frames = reader.read(row, place)
+        except Broken as error:
+            if not spec.skip_broken:
+                raise
+            broken.append(str(error).partition(" is no ")[0])
+            continue
+        moving += frames
+        for k, each in enumerate(made if spec.limit is None else made[: spec.limit - len(chosen.places)]):
+            chosen.places.append(n)
+            chosen.which.append(k)
+            if not lazily:
+                chosen.rows.append(each)
+    for column in (*spec.where, *spec.unless):
+        if column not in known:
+            raise RequestError(f"{spec.from_} has no column {column!r}.{did_you_mean(column, known)}")
+    if broken:
+        listed = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
+        said.append(
+            f"{spec.from_}: {len(broken)} of its {len(rows)} pictures cannot be read and are left out: {listed}."
+        )
+    if moving:
+        said.append(f"{spec.from_}: {moving} of its pictures are of several frames; the first of each is read.")
+    if not chosen.places:
+        named = spec.column("label") in (*spec.where, *spec.unless) and reader.numbers
+        known_as = f" Its classes are {', '.join(list(reader.numbers)[:20])}." if named else ""
+        raise RequestError(
+            f"{spec.from_}: none of its {len(rows)} rows is left after where={spec.where} unless={spec.unless}"
+            f"{' and what is broken' if broken else ''}. Filters compare whole values; a list means any of them.{known_as}"
+        )
+    return chosen
+
+
+def _form_and_shape(spec: Source, row: Row) -> tuple[Form, Shape | None]:
+    """As what rows are read: by their own columns, or by a shape that is turned into them."""
+    form = find_form(spec.as_) if spec.as_ is not None else told_from(row, spec)
+    own = () if form is None else (form.reads(spec), [*map(spec.column, form.columns)])
+    if form is not None and any(all(name in row for name in names) for names in own):
+        return form, None
+    shape = shape_of(row, spec.column, spec.as_)
+    if shape is not None:
+        return find_form(shape.form), shape
+    return form or find_form(form_of(spec, [row])), None
+
+
+def with_files(spec: Source, base: Path) -> Source:
+    """The same source with the text of what it names in files: a chat template that is no template itself.
+
+    Raises:
+        RequestError: the file cannot be read, or holds no template.
+    """
+    named = spec.chat_template
+    if named is None or is_template(named):
+        return spec
+    path = inside(named, base)
+    with reading(f"chat_template: {path}"):
+        text = path.read_text(encoding="utf-8")
+    if not is_template(text):
+        raise RequestError(f"chat_template: {path} holds no Jinja template.")
+    return spec.model_copy(update={"chat_template": text})
 
 
 def form_of(spec: Source, rows: Sequence[Row]) -> str:
@@ -143,8 +280,9 @@ def form_of(spec: Source, rows: Sequence[Row]) -> str:
         return spec.as_
     form = told_from(rows[0], spec)
     if form is None:
+        place = place_of(rows[0], spec.from_)
         raise RequestError(
-            f"{spec.from_}: its columns ({', '.join(rows[0])}) do not tell what it is. Add `as:` and one of "
+            f"{place}: its columns ({', '.join(map(str, rows[0]))}) do not tell what it is. Add `as:` and one of "
             f"{', '.join(sorted(FORMS))}, and `columns: {{question: YOUR_NAME}}` where names differ."
         )
     return form.name
@@ -155,28 +293,62 @@ def positions_of(spec: Source, row: Row) -> list[int]:
     return find_form(form_of(spec, [row])).positions(spec, row)
 
 
-def _matches(row: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    return all(
-        row.get(column) in value if isinstance(value, list) else row.get(column) == value
-        for column, value in wanted.items()
-    )
-
-
 def encode(rows: Sequence[Row], spec: Source, processor: Any) -> Examples:
-    """Encode rows in their form. What comes from a large file is written to the cache and mapped into memory."""
+    """Encode rows in their form. What comes from a large file is written to the cache and mapped into memory.
+
+    Raises:
+        RequestError: a row cannot be encoded; it names the file and the row.
+    """
     form = find_form(form_of(spec, rows))
     if form.needs == "tokenizer" and not hasattr(processor, "encode"):
         raise RequestError(f"{spec.from_} is {form.name}, which needs a tokenizer; the model folder has none.")
+    words_only = hasattr(processor, "encode") and not hasattr(processor, "image_processor")
+    if form.needs == "image processor" and words_only and hasattr(rows[0][spec.column("image")], "convert"):
+        raise RequestError(f"{spec.from_} holds pictures, which need an image processor; the model has a tokenizer.")
+    processor = with_template(processor, spec.chat_template)
     source = _source_of(rows)
     if source is None or form.kind not in ("tokens", "pairs"):
-        return _with_verifier(form.encode(rows, spec, processor), spec)
+        with _naming(rows, spec):
+            return _with_verifier(form.encode(rows, spec, processor), spec)
     options = spec.model_dump_json(exclude={"from_", "split", "where", "unless", "limit", "verify"})
-    key = sha(source, form.name, options, version_of(__name__), processor.backend_tokenizer.to_str(), repr(processor))
+    key = sha(source, form.name, options, version_of(__name__), _written(processor), repr(processor))
     path = cache_folder() / f"{key}.arrow"
     if not path.exists():
-        store(form.parts(rows, spec, processor), path)
+        with _naming(rows, spec):
+            store(form.parts(rows, spec, processor), path)
     items, kept = opened(path, key)
     return _with_verifier(Examples(items, kept, processor), spec)
+
+
+def tried(rows: Sequence[Row], spec: Source, processor: Any, used: Collection[str] = ()) -> list[str]:
+    """What to say of a material before it is encoded, as `notes`: its first rows are tried, unless they are long texts.
+
+    Raises:
+        RequestError: one of them cannot be encoded.
+    """
+    form, first = find_form(form_of(spec, rows)), rows[:LOOKED_AT]
+    made = Examples([], [])
+    if form.name != "text":
+        with _naming(rows, spec):
+            made = form.encode(first, spec, with_template(processor, spec.chat_template))
+    return notes(rows, spec, made, used)
+
+
+@contextmanager
+def _naming(rows: Sequence[Row], spec: Source) -> Iterator[None]:
+    """Say of a row that is wrong where it is from."""
+    try:
+        yield
+    except RowError as error:
+        where = place_of(rows[error.place], f"{spec.from_}, row {error.place + 1}")
+        raise RequestError(f"{where}: {error.problem}") from None
+
+
+def _written(tokenizer: Any) -> str:
+    """All that a tokenizer is, as text: its chat template too."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    return words + str(getattr(tokenizer, "chat_template", None))
 
 
 def _with_verifier(examples: Examples, spec: Source) -> Examples:
@@ -193,141 +365,4 @@ def _source_of(rows: Sequence[Row]) -> str | None:
     """A hash of what rows of a large file were read from; None for rows that are held."""
     if isinstance(rows, View):
         return rows.key
-    files = [value for row in rows[:2] for value in row.values() if isinstance(value, TextFile)]
-    return files[0].key if files else None
-
-
-def _read(spec: Source, base: Path) -> Sequence[Row]:
-    if spec.from_.startswith("starter:"):
-        name = spec.from_.removeprefix("starter:")
-        if name not in STARTER_DATA:
-            raise RequestError(f"There is no starter data {name!r}.{did_you_mean(name, STARTER_DATA)}")
-        if spec.split not in get_args(tasks.Split):
-            raise RequestError(f"starter:{name} has no split {spec.split!r}. Known: train, validation.")
-        return STARTER_DATA[name](spec.split)  # pyright: ignore[reportArgumentType]
-    with reading(spec.from_):
-        path = _inside(spec.from_, base)
-        is_file, is_folder = path.is_file(), path.is_dir()
-    if is_file:
-        with reading(path):
-            return _read_file(path)
-    if is_folder:
-        return _read_folder(path, spec)
-    if spec.from_.count("/") == 1 and not spec.from_.startswith("."):
-        return _read_hub(spec)
-    raise RequestError(f"{spec.from_} does not exist (looked in {base}).")
-
-
-def _inside(source: str, base: Path) -> Path:
-    """A recipe may name files beside it or below it, or an absolute path; not climb out with `..`."""
-    path = Path(source).expanduser()
-    if ".." in path.parts:
-        raise RequestError(
-            f"{source}: a recipe's paths may not climb out of its folder with '..'. Use an absolute path."
-        )
-    return path if path.is_absolute() else base / path
-
-
-def _read_file(path: Path) -> Sequence[Row]:
-    if path.suffix in {".jsonl", ".json"}:
-        return _read_json(path)
-    if path.suffix in {".csv", ".parquet"}:
-        import pandas
-
-        if path.suffix == ".csv":  # as text: "NA" is no gap, and "0044" no 44
-            cells = pandas.read_csv(path, dtype=str, keep_default_na=False, na_filter=False)
-            columns = {str(name): _plain(list(column)) for name, column in cells.items()}
-            return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        frame = pandas.read_parquet(path)
-        return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
-    if path.suffix in {".txt", ".md"}:
-        large = path.stat().st_size > LARGE
-        return [{"title": path.name, "text": TextFile(path) if large else path.read_text(encoding="utf-8")}]
-    raise RequestError(
-        f"{path}: files of kind {path.suffix!r} are not read. Known: .jsonl .json .csv .parquet .txt .md."
-    )
-
-
-def _plain(column: list[str]) -> list[Any]:
-    """A column of a CSV file: numbers or truth values where all its cells would be written just so, else text."""
-    for read in (_truth, _number):
-        values = [read(cell) for cell in column]
-        if all(value is not None and str(value) == cell for value, cell in zip(values, column, strict=True)):
-            return values
-    return column
-
-
-def _truth(cell: str) -> bool | None:
-    return {"True": True, "False": False}.get(cell)
-
-
-def _number(cell: str) -> float | None:
-    for kind in (int, float):
-        with suppress(ValueError):
-            value = kind(cell)
-            return value if math.isfinite(value) else None
-    return None
-
-
-def _read_json(path: Path) -> Sequence[Row]:
-    if path.suffix == ".jsonl" and path.stat().st_size > LARGE:
-        return json_lines(path, partial(_line, path))
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise RequestError(f"{path} is not valid JSON: {error}.") from None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise RequestError(f"{path} must hold a list of objects.")
-        return rows
-    # only "\n" ends a line: JSON may hold the other characters at which `splitlines` breaks
-    return [_line(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-
-
-def _line(path: Path, number: int, line: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RequestError(f"{path}, line {number}: not JSON ({error.msg}). JSONL is one object a line.") from None
-    if not isinstance(row, dict):
-        raise RequestError(f'{path}, line {number}: {line[:40]!r} is not an object like {{"question": ...}}.')
-    return row
-
-
-def _read_folder(path: Path, spec: Source) -> Sequence[Row]:
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        from datasets import DatasetDict, load_from_disk
-
-        loaded = load_from_disk(str(path))
-        if isinstance(loaded, DatasetDict):
-            if spec.split not in loaded:
-                raise RequestError(f"{path} has no split {spec.split!r}.{did_you_mean(spec.split, map(str, loaded))}")
-            loaded = loaded[spec.split]
-        return [dict(row) for row in loaded]  # pyright: ignore[reportArgumentType,reportCallIssue]
-    pictures = sorted(p for p in path.glob("*/*") if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".bmp", ".webp"})
-    if not pictures:
-        raise RequestError(
-            f"{path} is neither a saved `datasets` folder nor a folder of image folders (LABEL/file.png)."
-        )
-    from PIL import Image
-
-    labels = sorted({p.parent.name for p in pictures})
-    numbers: Literal[True] | bool = all(label.isdigit() for label in labels)
-    rows: list[Row] = []
-    for picture in pictures:
-        with Image.open(picture) as image:
-            image.load()
-            name = picture.parent.name
-            label = int(name) if numbers else labels.index(name)
-            rows.append({"image": image.copy(), "label": label, "class": name, "file": picture.name})
-    return rows
-
-
-def _read_hub(spec: Source) -> Sequence[Row]:
-    from datasets import load_dataset
-
-    try:
-        return [dict(row) for row in load_dataset(spec.from_, split=spec.split)]  # pyright: ignore[reportArgumentType,reportCallIssue]
-    except Exception as error:  # the hub client raises many kinds; the user needs one message
-        raise RequestError(f"{spec.from_!r} is no file here, and no dataset could be fetched: {error}") from error
+    return key_of(rows) if large_text(rows) else None

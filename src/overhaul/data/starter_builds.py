@@ -12,7 +12,7 @@ from torch import nn
 from overhaul.data import corpora, tasks
 from overhaul.data.encode import encode_images, encode_qa, encode_text
 from overhaul.data.examples import Examples, join
-from overhaul.data.materials import STARTER_DATA
+from overhaul.data.sources import STARTER_DATA
 from overhaul.fit import adamw, fit
 from overhaul.objectives import cross_entropy
 

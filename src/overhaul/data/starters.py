@@ -11,7 +11,7 @@ from overhaul import models
 from overhaul.data import corpora, tasks
 from overhaul.data.encode import encode_images, encode_qa, encode_text
 from overhaul.data.examples import Examples
-from overhaul.data.materials import STARTER_DATA
+from overhaul.data.sources import STARTER_DATA
 from overhaul.data.starter_builds import BUILDS
 from overhaul.errors import RequestError, did_you_mean
 from overhaul.judge import judge as judging

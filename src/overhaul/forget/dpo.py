@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from annotated_types import Gt, MinLen
 from torch import Tensor, nn
 
-from overhaul.data.encode import answered, encode_chat
+from overhaul.data.boundary import following
+from overhaul.data.encode import answered, encode_chat, with_answers
 from overhaul.data.examples import IGNORED, Batch, Encoded, Examples, collate
 from overhaul.errors import RequestError
 from overhaul.forget._training import Keeping, PerSequence, Training, unlearn
@@ -146,7 +147,9 @@ def _refusal(forget: Examples, place: int, sentence: str) -> Encoded:
             f"forget.dpo answers a question with a refusal, and example {place} of `forget` is a text without a question. "
             "Give questions and answers (as: qa), or use forget.npo."
         )
-    return answered(prompt, tokenizer(f" {sentence}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+    if "prompt" in row:
+        return with_answers(tokenizer, [str(row["prompt"])], [sentence])[0][0]
+    return answered(prompt, following(tokenizer, f" {sentence}"), tokenizer.eos_token_id)
 
 
 def beside(others: Examples) -> dict[str, Tensor]:

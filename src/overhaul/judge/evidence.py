@@ -18,8 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from overhaul.data.encode import encode_qa, tokenised
-from overhaul.data.examples import IGNORED, Examples
+from overhaul.data.boundary import tokenised, without_overlap
+from overhaul.data.encode import encode_qa
+from overhaul.data.examples import IGNORED, PROMPT_OVERLAP, Examples, answers_alone, turn_ends
 from overhaul.errors import RequestError
 from overhaul.generation import generate, stop_tokens
 from overhaul.judge.likelihood import Scored, loss_score, score
@@ -94,12 +95,13 @@ class Evidence:
 
     Args:
         model: in eval mode.
-        examples: the role's data; not empty.
+        examples: the role's data; not empty. What a chat template wrote behind an answer is no part of what is measured.
         limit: most examples that answers are generated for.
     """
 
     def __init__(self, model: nn.Module | None, examples: Examples, limit: int) -> None:
-        self.examples, self.limit = examples, limit
+        self.examples, self.limit = answers_alone(examples), limit
+        self._ends = turn_ends(examples) if examples.kind == "tokens" else set[int]()
         self.kind = kind_of(examples)
         self._model = model
         self._asked: dict[tuple[str, str], Scored] = {}
@@ -188,10 +190,10 @@ class Evidence:
         """
         asked: dict[tuple[str, ...], int] = {}
         for place, row in enumerate(self.examples.rows):
-            if not isinstance(row["wrong"], Sequence) or isinstance(row["wrong"], str) or not row["wrong"]:
-                raise RequestError(
-                    f"`wrong` must be a list of wrong answers; {row['question']!r} has {row['wrong']!r}."
-                )
+            wrong = row["wrong"]
+            told = isinstance(wrong, list | tuple) and all(isinstance(one, str | int | float) for one in wrong)
+            if not told or not wrong:
+                raise RequestError(f"`wrong` must be a list of wrong answers; {row['question']!r} has {wrong!r}.")
             right = row.get("paraphrased_answer") or row["answer"]
             asked.setdefault((str(row["prompt"]), str(right), *map(str, row["wrong"])), place)
         said = iter(self._ask([(prompt, answer) for prompt, *answers in asked for answer in answers]))
@@ -227,16 +229,16 @@ class Evidence:
             drawn = whole.sampled(count, temperature)
             return [replace(one, place=places[one.place]) for one in drawn if one.place in places]
         if (count, temperature) not in self._sampled:
-            tokenizer = tokenizer_of(self.examples, "Sampling answers")
+            tokenizer_of(self.examples, "Sampling answers")
             places = sorted(self.order[: self.limit])
             prompts = [self._split(place)[0] for place in places for _ in range(count)]
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 sampling = {"temperature": temperature, "top_p": 1.0}
-                stops = stop_tokens(self.model, tokenizer)
+                stops = self._stops
                 said = generate(self.model, prompts, self._new_tokens, stops, sampling=sampling)
             self._sampled[count, temperature] = [
-                Sampled(place, [tokenizer.decode(one, skip_special_tokens=True).strip() for one in tokens], tokens)
+                Sampled(place, [self._text(place, one).strip() for one in tokens], tokens)
                 for place, tokens in zip(places, _groups(said, count), strict=True)
             ]
         return self._sampled[count, temperature]
@@ -251,17 +253,26 @@ class Evidence:
     def _answer(self, places: list[int]) -> list[Answered]:
         tokenizer = tokenizer_of(self.examples, "Generating answers")
         prompts = [self._split(i) for i in places]
-        stops = stop_tokens(self.model, tokenizer)
-        tokens = generate(self.model, [prompt for prompt, _ in prompts], self._new_tokens, stops)
+        tokens = generate(self.model, [prompt for prompt, _ in prompts], self._new_tokens, self._stops)
         found: list[Answered] = []
         for place, (prompt, rest), said in zip(places, prompts, tokens, strict=True):
-            row, text = self.examples.rows[place], tokenizer.decode(said, skip_special_tokens=True)
+            row = self.examples.rows[place]
+            text = self._text(place, said)
             if self.kind in ("answers", "prompts"):
                 found.append(Answered(place, str(row["prompt"]), str(row.get("answer", "")), text.strip(), said))
             else:
                 before, after = (tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, rest))
                 found.append(Answered(place, before, after, text, said))
         return found
+
+    @property
+    def _stops(self) -> list[int]:
+        """What ends an answer: as the model and its tokenizer have it, and as the role's chats are ended."""
+        return sorted({*stop_tokens(self.model, self.examples.processor), *self._ends})
+
+    def _text(self, place: int, tokens: list[int]) -> str:
+        tokenizer = tokenizer_of(self.examples, "Reading what was generated")
+        return without_overlap(tokenizer.decode(tokens, skip_special_tokens=True), self.examples.rows[place])
 
     def _split(self, place: int) -> tuple[Tensor, Tensor]:
         """The tokens that are read and the tokens that should follow."""
@@ -299,7 +310,16 @@ def _prompt(row: Mapping[str, Any]) -> str:
 
 
 def prompt_with(row: Mapping[str, Any], question: object) -> str:
-    """The row's prompt with another question in place of its own."""
+    """The row's prompt with another question in place of its own.
+
+    Raises:
+        RequestError: the prompt does not hold the question.
+    """
+    if str(row["question"]) not in str(row["prompt"]):
+        raise RequestError(
+            f"The prompt {str(row['prompt'])[:60]!r} does not hold the question {str(row['question'])[:60]!r}, so no other "
+            "one can be put in its place. Name {question} in the material's `prompt:`."
+        )
     before, _, after = str(row["prompt"]).rpartition(str(row["question"]))
     return f"{before}{question}{after}"
 
@@ -314,9 +334,12 @@ def asked_anew(examples: Examples, rows: Sequence[Mapping[str, Any]]) -> Example
 
     def encoded(rows: Sequence[Mapping[str, Any]]) -> Examples:
         asked = [{"question": row["prompt"], "answer": row["answer"]} for row in rows]
-        return replace(encode_qa(asked, tokenizer, prompt="{question}"), rows=rows)
+        made = encode_qa(asked, tokenizer, prompt="{question}")
+        inside = [{PROMPT_OVERLAP: row.get(PROMPT_OVERLAP, "")} for row in made.rows]
+        return replace(made, rows=[{**row, **overlap} for row, overlap in zip(rows, inside, strict=True)])
 
-    if not torch.equal(encoded(examples.rows[:1]).items[0]["input_ids"], examples.items[0]["input_ids"]):
+    same, own = encoded(examples.rows[:1]).items[0], examples.items[0]
+    if not all(torch.equal(same[name], own[name]) for name in ("input_ids", "labels")):
         raise RequestError(
             "Other words, another language, a wrong answer and shots can only be put to a role that is read `as: qa`."
         )

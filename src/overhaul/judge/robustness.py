@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from overhaul import session
-from overhaul.data.examples import IGNORED, Encoded, Examples
+from overhaul.data.boundary import following, joined, without_overlap
+from overhaul.data.examples import IGNORED, Encoded, Examples, answers_alone
 from overhaul.errors import RequestError
 from overhaul.fit import TrainingState, fit
 from overhaul.generation import generate, generates, stop_tokens
@@ -50,7 +51,7 @@ PerSample = Callable[[nn.Module, Examples], list[float]]
 
 def probabilities(model: nn.Module, examples: Examples) -> list[float]:
     """P(y|x) of every example: the geometric mean of its answer tokens' probabilities."""
-    return [one.probability for one in score(model, examples)]
+    return [one.probability for one in score(model, answers_alone(examples))]
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def prefixed(examples: Examples, prefix: str = PREFIX) -> Examples:
         RequestError: the examples carry no tokenizer, or are no questions with answers.
     """
     tokenizer = _tokenizer(examples)
-    opening = torch.tensor(tokenizer(f" {prefix}", add_special_tokens=False)["input_ids"], dtype=torch.long)
+    opening = torch.tensor(following(tokenizer, f" {prefix}"), dtype=torch.long)
     items: list[Encoded] = []
     for item in examples.items:
         first = _first(item)
@@ -250,7 +251,8 @@ def shown(examples: Examples, shots: Examples, count: int = SHOTS) -> Examples:
     order = torch.randperm(len(shots), generator=torch.Generator().manual_seed(0)).tolist()[:count]
     limit = getattr(examples.processor, "model_max_length", math.inf)
     while order:
-        above = "".join(f"{shots.rows[i]['prompt']} {shots.rows[i]['answer']}\n\n" for i in order)
+        pairs = [joined(str(shots.rows[i]["prompt"]), str(shots.rows[i]["answer"]))[0] for i in order]
+        above = "".join(f"{pair}\n\n" for pair in pairs)
         made = asked_anew(examples, [{**row, "prompt": above + str(row["prompt"])} for row in examples.rows])
         if max(len(item["input_ids"]) for item in made.items) <= limit:
             return made
@@ -290,7 +292,10 @@ def draws(
             stop_tokens(model, tokenizer),
             sampling={"temperature": temperature},
         )
-    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said]
+    texts = [
+        without_overlap(tokenizer.decode(tokens, skip_special_tokens=True), examples.rows[n // count])
+        for n, tokens in enumerate(said)
+    ]
     return [
         [rouge_l(str(row["answer"]), text) for text in texts[i * count : (i + 1) * count]]
         for i, row in enumerate(examples.rows)

@@ -30,7 +30,7 @@ from overhaul.data.examples import Examples, collate
 from overhaul.data.forms import find_form
 from overhaul.data.lazy import TextFile
 from overhaul.data.materials import Row, Source, form_of, positions_of
-from overhaul.errors import OverhaulError, RequestError
+from overhaul.errors import MaterialWarning, OverhaulError, RequestError
 from overhaul.judge import judge as judging
 from overhaul.method import Material, Outcome
 from overhaul.modes import at_rest
@@ -61,7 +61,9 @@ def look_ahead(checked: Checked, data: Mapping[str, Examples] | None = None) -> 
     """
     if data is None:
         some = {role: [(spec, _some(spec, rows)) for spec, rows in checked.rows[role]] for role in checked.used}
-        data = {role: encoded(role, parts, checked.processor) for role, parts in some.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MaterialWarning)  # they are among the notes
+            data = {role: encoded(role, parts, checked.processor) for role, parts in some.items()}
         check_encoded(data, checked.model)
     judging.check_data(checked.requests, data)
     for known in checked.references_read():

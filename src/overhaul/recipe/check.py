@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,10 +13,11 @@ import yaml
 from overhaul import method as methods
 from overhaul import models, processes, session
 from overhaul.conversions.records import bound_together, recorded_by
+from overhaul.data.classes import labels_of
 from overhaul.data.examples import Examples
 from overhaul.data.forms import find_form
-from overhaul.data.materials import Row, Source, encode, form_of, load_rows
-from overhaul.errors import RequestError, did_you_mean
+from overhaul.data.materials import Row, Source, encode, form_of, load_rows, tried
+from overhaul.errors import MaterialWarning, RequestError, did_you_mean
 from overhaul.judge import judge as judging
 from overhaul.method import Step as Step
 from overhaul.recipe import outputs, verbs
@@ -88,7 +90,9 @@ class Checked:
         Raises:
             RequestError: nothing is left to learn from, or a token is not in the model's vocabulary.
         """
-        data = {role: encoded(role, self.rows[role], self.processor) for role in self.used}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MaterialWarning)  # they are among the notes
+            data = {role: encoded(role, self.rows[role], self.processor) for role in self.used}
         check_encoded(data, self.model)
         return data
 
@@ -111,10 +115,10 @@ def check(document: Document) -> Checked:
         processes.device()  # refuses what is not there
     if recipe.track:
         tracker(recipe.track)
-    materials = Materials.of(recipe, document)
+    materials = Materials.of(recipe, document, labels_of(known.config))
     if not recipe.steps and not recipe.compare:
         raise RequestError("The recipe has no steps. `overhaul methods` lists what a step can be.")
-    steps, warnings = _steps(recipe.steps, materials, known)
+    steps, odd = _steps(recipe.steps, materials, known)
     anchors = [name for name, one in materials.references.items() if "model" in one]
     requests = judging.check(recipe.judge, materials.rows, anchors=anchors)
     used = _used(steps, requests, materials)
@@ -134,10 +138,9 @@ def check(document: Document) -> Checked:
                 f"The material {role!r} is text, but {known.source} has no tokenizer. Put its tokenizer.json beside the "
                 "weights (`tokenizer.save_pretrained(folder)`)."
             )
-    warnings += [
-        f"The material {name!r} is read by no step and no metric." for name in _unread(recipe, steps, requests)
-    ]
-    return Checked(document, known, steps, materials, requests, used, warnings)
+    odd += [f"The material {name!r} is read by no step and no metric." for name in _unread(recipe, steps, requests)]
+    checked = Checked(document, known, steps, materials, requests, used)
+    return replace(checked, warnings=[*odd, *_notes(checked)])
 
 
 def _unread(recipe: Recipe, steps: Sequence[Step], requests: Sequence[judging.Request]) -> list[str]:
@@ -161,11 +164,34 @@ def with_steps(checked: Checked, entries: Sequence[Mapping[str, Any]]) -> Checke
         RequestError: as `check`.
     """
     recipe = checked.recipe.model_copy(update={"steps": list(entries)})
-    steps, warnings = _steps(recipe.steps, checked.materials, checked.model)
+    steps, odd = _steps(recipe.steps, checked.materials, checked.model)
     used = _used(steps, checked.requests, checked.materials)
     text = yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False)
     document = replace(checked.document, recipe=recipe, text=text)
-    return replace(checked, document=document, steps=steps, used=used, warnings=warnings)
+    changed = replace(checked, document=document, steps=steps, used=used)
+    return replace(changed, warnings=[*odd, *_notes(changed)])
+
+
+def _notes(checked: Checked) -> list[str]:
+    """What is odd about the data that is read; a material is looked at once.
+
+    Raises:
+        RequestError: one of its first rows cannot be encoded.
+    """
+    specs = [spec for parts in checked.rows.values() for spec, _ in parts]
+    used = {column for spec in specs for column in (*spec.where, *spec.unless)}
+    used |= {request.by for request in checked.requests if request.by is not None}
+    said: dict[int, list[str]] = checked.loaded.setdefault("notes", {})
+    parts = [part for role in checked.used for part in checked.rows[role]]
+    parts = [(spec, rows) for spec, rows in parts if find_form(form_of(spec, rows)).kind in ("tokens", "pairs")]
+    for spec, rows in parts:
+        if id(rows) not in said:
+            with warnings.catch_warnings(record=True) as odd:
+                warnings.simplefilter("always", MaterialWarning)
+                found = tried(rows, spec, checked.processor, used)
+            heard = [str(one.message) for one in odd if issubclass(one.category, MaterialWarning)]
+            said[id(rows)] = [*found, *(f"{spec.from_}: {one}" for one in heard)]
+    return list(dict.fromkeys(note for _, rows in parts for note in said[id(rows)]))
 
 
 def _steps(
@@ -178,7 +204,7 @@ def _steps(
     _check_alone(steps, model)
     if steps:
         _check_after(materials.references, steps)
-    return steps, [warning for step in steps for warning in verbs.ask("check", step, materials.rows)]
+    return steps, [*materials.notes, *(one for step in steps for one in verbs.ask("check", step, materials.rows))]
 
 
 def _check_alone(steps: Sequence[Step], model: models.Checkpoint) -> None:

@@ -40,6 +40,7 @@ def found(root: Path, document: Document) -> dict[str, Any] | None:
 
 def remember(root: Path, checked: Checked) -> None:
     """Write down what the finished run in `root` depended on; not where some of it is no file and no code of ours."""
+    from overhaul.data.chats import is_template
     from overhaul.files import write_json
 
     if any(not step.method.module.startswith("overhaul.") for step in checked.steps):
@@ -57,6 +58,11 @@ def remember(root: Path, checked: Checked) -> None:
             if not place.exists():
                 return
             places.append(place)
+    for value in checked.recipe.materials.values():
+        for part in value if isinstance(value, list) else [value]:
+            template = part.get("chat_template") if isinstance(part, dict) else None
+            if template is not None and not is_template(template):
+                places.append(checked.document.base / template)
     places = [place.absolute() for place in dict.fromkeys(places)]
     text, base = checked.document.text, str(checked.document.base)
     kept = {"recipe": text, "base": base, "code": _code(), "places": list(map(str, places))}

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from overhaul import models
-from overhaul.data.materials import Row, Source, form_of, load_rows
+from overhaul.data.classes import Labels
+from overhaul.data.materials import Row, Source, form_of, load_rows, with_files
 from overhaul.errors import RequestError, did_you_mean, reading
 from overhaul.recipe.spec import Document, Recipe
 
@@ -19,7 +20,9 @@ Reference = dict[str, Any]
 REFERENCES: Mapping[str, frozenset[str]] = {
     "after": frozenset({"after"}),
     "model": frozenset({"model"}),
-    "made": frozenset({"made", "name", "as", "where", "unless", "limit", "length", "prompt", "columns"}),
+    "made": frozenset(
+        {"made", "name", "as", "where", "unless", "limit", "length", "prompt", "chat_template", "columns", "answers"}
+    ),
 }
 """What each kind of reference may say."""
 
@@ -32,15 +35,17 @@ class Materials:
         rows: of data, each source with its rows.
         references: models and products.
         lists: the names of several references under one.
+        notes: what should be said about the data.
     """
 
     rows: Mapping[str, list[tuple[Source, Sequence[Row]]]]
     references: Mapping[str, Reference]
     lists: Mapping[str, tuple[str, ...]]
+    notes: Sequence[str] = ()
 
     @classmethod
-    def of(cls, recipe: Recipe, document: Document) -> Materials:
-        """Read every file of rows and the facts of every model.
+    def of(cls, recipe: Recipe, document: Document, labels: Labels | None = None) -> Materials:
+        """Read every file of rows and the facts of every model; `labels` are the classes of the recipe's model.
 
         Raises:
             RequestError: a material says too little, or its file or model is not there.
@@ -55,7 +60,8 @@ class Materials:
                 lists[role] = tuple(_listed(role, value, references, document))
             else:
                 data[role] = value
-        return cls(_load(data, document), references, lists)
+        notes: list[str] = []
+        return cls(_load(data, document, labels, notes), references, lists, list(dict.fromkeys(notes)))
 
     def names(self, wanted: str) -> tuple[str, ...]:
         """The materials that a name stands for: several where it is a list of models."""
@@ -95,6 +101,9 @@ def _reference(role: str, value: Reference, document: Document) -> Reference:
         )
     if kind == "model":
         return {"model": models.facts(relative(value["model"], document)).source}
+    if kind == "made" and "chat_template" in value:
+        spec = source_of(role, {"from": "rows", "chat_template": value["chat_template"]})
+        return {**value, "chat_template": with_files(spec, document.base).chat_template}
     return dict(value)
 
 
@@ -125,7 +134,9 @@ def relative(source: str, document: Document) -> str:
         return f"{kind}{beside}" if beside.is_dir() else source
 
 
-def _load(data: Mapping[str, Any], document: Document) -> dict[str, list[tuple[Source, Sequence[Row]]]]:
+def _load(
+    data: Mapping[str, Any], document: Document, labels: Labels | None, notes: list[str]
+) -> dict[str, list[tuple[Source, Sequence[Row]]]]:
     """The rows of every material that is data."""
     loaded: dict[str, list[tuple[Source, Sequence[Row]]]] = {}
     for role, value in data.items():
@@ -139,8 +150,8 @@ def _load(data: Mapping[str, Any], document: Document) -> dict[str, list[tuple[S
                     )
                 parts += loaded[part]
                 continue
-            spec = source_of(role, part)
-            rows = load_rows(spec, document.base)
+            spec = with_files(source_of(role, part), document.base)
+            rows = load_rows(spec, document.base, labels=labels, said=notes)
             form_of(spec, rows)
             parts.append((spec, rows))
         if not parts:

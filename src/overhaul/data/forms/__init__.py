@@ -17,7 +17,8 @@ from typing import Any, Literal, Protocol
 
 from overhaul.data.encode import BATCH
 from overhaul.data.examples import Examples, Kind
-from overhaul.errors import RequestError, did_you_mean
+from overhaul.data.prompts import QUESTION, Prompt
+from overhaul.errors import RequestError, did_you_mean, shifted
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
@@ -36,7 +37,7 @@ class Options(Protocol):
 
     @property
     def prompt(self) -> str:
-        """How a question is put, with `{question}` in its place."""
+        """How a question is put: `{question}` stands for what the form asks, any other name for a column."""
         ...
 
     def column(self, name: str, /) -> str:
@@ -61,6 +62,9 @@ class Form:
         needs: what of the model must be there to encode: its tokenizer, its image processor for files of images, both in
             one processor, or nothing.
         told: its turn when the form is told from the columns that rows have; None must be named.
+        asked: which of the columns `{question}` in a prompt stands for; rows lack it where their prompt does not name it.
+            None, and the form reads no prompt, or in a way of its own.
+        optional: columns that it reads where there are some.
         positions: about how many positions the examples made of one row take, one number each: (options, row) -> lengths.
         encode: (rows, options, processor) -> examples; `options` is the material's `Source`.
         parts: the same, some at a time, so that a large material is never held.
@@ -75,6 +79,20 @@ class Form:
     positions: Positions
     encode: Encode
     parts: Parts
+    asked: str | None = None
+    optional: tuple[str, ...] = ()
+
+    def reads(self, options: Options) -> tuple[str, ...]:
+        """The columns that rows must have, under the names that the material gives them.
+
+        Raises:
+            RequestError: the prompt cannot be read.
+        """
+        if self.asked is None:
+            return tuple(map(options.column, self.columns))
+        named = [options.column(self.asked if name == QUESTION else name) for name in Prompt.of(options.prompt).names]
+        own = [options.column(name) for name in self.columns if name != self.asked]
+        return tuple(dict.fromkeys([*named, *own]))
 
 
 FORMS: dict[str, Form] = {}
@@ -88,12 +106,15 @@ def form(
     needs: Literal["tokenizer", "image processor", "processor", "nothing"] = "tokenizer",
     told: int | None = None,
     parts: Parts | None = None,
+    asked: str | None = None,
+    optional: tuple[str, ...] = (),
 ) -> Callable[[Encode], Encode]:
     """Register a function under its own name; see `Form` for the arguments."""
 
     def decorate(function: Encode) -> Encode:
         name, doc = function.__name__, inspect.cleandoc(function.__doc__ or "")
-        FORMS[name] = Form(name, doc, columns, kind, needs, told, positions, function, parts or _by_rows(function))
+        by_rows = parts or _by_rows(function)
+        FORMS[name] = Form(name, doc, columns, kind, needs, told, positions, function, by_rows, asked, optional)
         return function
 
     return decorate
@@ -102,7 +123,8 @@ def form(
 def _by_rows(encode: Encode) -> Parts:
     def parts(rows: Rows, options: Options, processor: Any) -> Iterator[Examples]:
         for start in range(0, len(rows), BATCH):
-            yield encode(list(rows[start : start + BATCH]), options, processor)
+            with shifted(start):
+                yield encode(list(rows[start : start + BATCH]), options, processor)
 
     return parts
 
@@ -122,16 +144,17 @@ def told_from(columns: Mapping[str, Any] | Sequence[str], options: Options) -> F
     """The first form whose columns are all there, under the names that the options give them."""
     turns = sorted((form.told, form.name) for form in FORMS.values() if form.told is not None)
     for _, name in turns:
-        if all(options.column(column) in columns for column in FORMS[name].columns):
+        if all(column in columns for column in FORMS[name].reads(options)):
             return FORMS[name]
     return None
 
 
 def characters(*names: str) -> Positions:
-    """Positions of one sequence made of the prompt around these columns."""
+    """Positions of one sequence made of the prompt around these columns, and of what else the prompt names."""
 
     def positions(options: Options, row: Row) -> list[int]:
-        written = sum(len(str(row[options.column(name)])) for name in names) + len(options.prompt)
+        read = {options.column(name) for name in (*names, *Prompt.of(options.prompt).names)}
+        written = sum(len(str(row.get(column, ""))) for column in read) + len(options.prompt)
         return [written // CHARACTERS_PER_TOKEN + 1]
 
     return positions

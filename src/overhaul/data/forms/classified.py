@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from overhaul.data.encode import tokenised
+from overhaul.data.boundary import tokenised
 from overhaul.data.examples import Encoded, Examples
 from overhaul.data.forms import Options, Rows, characters, form
 from overhaul.errors import RequestError

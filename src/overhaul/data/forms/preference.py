@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from overhaul.data.encode import answered
-from overhaul.data.examples import Encoded, Examples
+from overhaul.data.boundary import Found, Span, closed, find, joined, learnable
+from overhaul.data.chats import Turn, Writer, tools_of, turns_of
+from overhaul.data.encode import overlap_of
+from overhaul.data.examples import CLOSING, Encoded, Examples
 from overhaul.data.forms import CHARACTERS_PER_TOKEN, Options, Row, Rows, form
-from overhaul.data.forms.prompt import prompts
-from overhaul.errors import RequestError
+from overhaul.data.forms.prompt import is_chat, prompts
+from overhaul.errors import RowError
+
+SIDES = ("chosen", "rejected")
 
 
 def two(options: Options, row: Row) -> list[int]:
     """A pair is two sequences, each with the prompt."""
-    prompt, *answers = (len(str(row[options.column(name)])) for name in ("prompt", "chosen", "rejected"))
+    prompt, *answers = (len(str(row.get(options.column(name), ""))) for name in ("prompt", *SIDES))
     return [sum((len(options.prompt) + prompt + each) // CHARACTERS_PER_TOKEN + 1 for each in answers)]
 
 
-@form(columns=("prompt", "chosen", "rejected"), kind="pairs", positions=two, told=60)
+@form(
+    columns=("prompt", *SIDES), kind="pairs", positions=two, told=60, asked="prompt", optional=("tools",)
+)  # fmt: skip
 def preference(rows: Rows, options: Options, processor: Any) -> Examples:
     """The prompt with the chosen answer, and beside it (`other_...`) with the rejected one; answers alone carry loss.
 
@@ -26,36 +32,62 @@ def preference(rows: Rows, options: Options, processor: Any) -> Examples:
     the assistant's: after the prompt's own turns, where they begin with those. Rows keep `prompt` as it was put,
     `answer` and `rejected`.
     """
-    texts, before = prompts([row[options.column("prompt")] for row in rows], options, processor)
-    items: list[Encoded] = []
+    column = options.column("prompt")
+    chats = [is_chat(row.get(column)) for row in rows]
+    texts = prompts(rows, chats, options, processor)
+    writer = Writer(processor) if any(chats) else None
+    said = [[_said(row[options.column(side)], place) for side in SIDES] for place, row in enumerate(rows)]
+    written: list[tuple[str, Span]] = []
+    for place, (row, text, pair) in enumerate(zip(rows, texts, said, strict=True)):
+        for side, answer in zip(SIDES, pair, strict=True):
+            if writer is None or not chats[place]:
+                written.append(joined(text, answer))
+            else:
+                turns = _turns(row[column], row[options.column(side)], place)
+                written.append(writer.answer(turns, place, tools_of(row)))
+    found = _found(processor, written, [chat for chat in chats for _ in SIDES])
+    firsts, others = learnable(found[::2]), learnable(found[1::2])
+    items: list[Encoded] = [
+        {**first, **{f"other_{name}": value for name, value in other.items()}}
+        for first, other in zip(firsts, others, strict=True)
+    ]
     kept: list[Row] = []
-    for row, text, ids in zip(rows, texts, before, strict=True):
-        chat = not isinstance(row[options.column("prompt")], str)
-        sides = {name: _said(row[options.column(name)], row) for name in ("chosen", "rejected")}
-        first, other = (
-            _with_answer(ids, said, row[options.column("prompt")], text, chat, processor) for said in sides.values()
-        )
-        items.append({**first, **{f"other_{name}": value for name, value in other.items()}})
-        answers = {"answer": sides["chosen"], "rejected": sides["rejected"]}
-        kept.append({**row, **answers, "question": row[options.column("prompt")], "prompt": text})
+    for n, (row, text, (chosen, rejected)) in enumerate(zip(rows, texts, said, strict=True)):
+        closing = {CLOSING: found[2 * n].until - found[2 * n].last} if chats[n] else {}
+        asked = {"question": row.get(column, text), "prompt": text, **closing, **overlap_of(found[2 * n])}
+        kept.append({**row, "answer": chosen, "rejected": rejected, **asked})
     return Examples(items, kept, processor)
 
 
-def _said(answer: Any, row: Row) -> str:
+def _said(answer: Any, place: int) -> str:
     """The text of an answer, which may be given as turns."""
-    if isinstance(answer, Sequence) and not isinstance(answer, str):
-        if not answer or answer[-1]["role"] != "assistant":
-            raise RequestError(f"An answer given as a chat must end with an assistant turn; see {dict(row)!r}.")
-        answer = answer[-1]["content"]
-    if not str(answer).strip():
-        raise RequestError(f"A preference lacks an answer: {dict(row)!r}.")
+    if is_chat(answer):
+        last = turns_of(answer, place)[-1]
+        if last["role"] != "assistant":
+            raise RowError(place, f"an answer given as a chat must end with an assistant turn, not {last!r}.")
+        answer = last.get("content", "")
+    if answer is None or not str(answer).strip():
+        raise RowError(place, "a preference lacks an answer.")
     return str(answer)
 
 
-def _with_answer(ids: list[int], said: str, prompt: Any, text: str, chat: bool, tokenizer: Any) -> Encoded:
-    if not chat:
-        return answered(ids, tokenizer(f" {said}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
-    whole = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": said}], tokenize=False)
-    if not whole.startswith(text):
-        raise RequestError("This chat template rewrites earlier turns, so the answer cannot be told from its prompt.")
-    return answered(ids, tokenizer(whole[len(text) :], add_special_tokens=False)["input_ids"], None)
+def _turns(prompt: Any, answer: Any, place: int) -> list[Turn]:
+    """The whole chat: the prompt's turns, and those of the answer that are not among them."""
+    before = turns_of(prompt, place)
+    if not is_chat(answer):
+        return [*before, {"role": "assistant", "content": str(answer)}]
+    turns = turns_of(answer, place)
+    return turns if turns[: len(before)] == before else [*before, *turns]
+
+
+def _found(tokenizer: Any, written: Sequence[tuple[str, Span]], chats: Sequence[bool]) -> list[Found]:
+    """The tokens of every text; those of chats have their special tokens from the template."""
+    places = {chat: [n for n, each in enumerate(chats) if each is chat] for chat in (False, True)}
+    found: dict[int, Found] = {}
+    for chat, chosen in places.items():
+        try:
+            made = find(tokenizer, [written[n][0] for n in chosen], [written[n][1] for n in chosen], special=not chat)
+        except RowError as error:
+            raise RowError(chosen[error.place] // len(SIDES), error.problem) from None
+        found |= zip(chosen, made if chat else closed(made, tokenizer), strict=True)
+    return [found[n] for n in range(len(written))]

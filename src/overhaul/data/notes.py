@@ -1,0 +1,86 @@
+"""What is odd about a material and no reason to refuse it: said once, by `plan`, by `run`, and as a warning from Python."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from overhaul.data.examples import PROMPT_OVERLAP, Examples
+from overhaul.data.forms import find_form, told_from
+from overhaul.data.verifiers import find_verifier
+
+LOOKED_AT = 1000
+"""Rows that are looked at."""
+
+WORDS = 2
+"""Words from which on a value is a text and no name of something."""
+
+SELDOM_TEXT = frozenset(
+    "id uid uuid index idx key hash file filename path url link source origin split title name author person group "
+    "category topic subject class label lang language date time task type version license model".split()
+)
+"""What columns are called that tell a row from others and are not meant to be read."""
+
+JUDGED = frozenset(
+    "paraphrase paraphrased_answer paraphrased_question perturbed_answer translation wrong rejected".split()
+)
+"""Columns that metrics read, whether or not this recipe asks for them."""
+
+
+def notes(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples, used: Collection[str] = ()) -> list[str]:
+    """What to say of a material.
+
+    Args:
+        rows: of one source.
+        spec: the source, a `materials.Source`.
+        made: what became of the rows, or of the first of them.
+        used: columns that something beside the material reads.
+    """
+    return [*_unread(rows, spec, used), *_inside(rows, spec, made)]
+
+
+def _unread(rows: Sequence[Mapping[str, Any]], spec: Any, used: Collection[str]) -> list[str]:
+    """Columns of text that nothing reads, such as Alpaca's `input` where `prompt:` does not name it."""
+    form = told_from(rows[0], spec) if spec.as_ is None else find_form(spec.as_)
+    if form is None or form.kind not in ("tokens", "pairs") or spec.from_.startswith("starter:"):
+        return []
+    read = {
+        *used,
+        *form.reads(spec),
+        *map(spec.column, form.optional),
+        *spec.where,
+        *spec.unless,
+        *spec.columns.values(),
+    }
+    read |= JUDGED if spec.verify is None else {*JUDGED, *map(spec.column, find_verifier(spec.verify).columns)}
+    first = list(itertools.islice(rows, LOOKED_AT))
+    unread = [
+        column
+        for column in first[0]
+        if column not in read
+        and not SELDOM_TEXT & set(str(column).lower().replace("-", "_").split("_"))
+        and any(isinstance(row.get(column), str) and len(row[column].split()) >= WORDS for row in first)
+    ]
+    if not unread:
+        return []
+    told = "the column {} holds text and is" if len(unread) == 1 else "the columns {} hold text and are"
+    way_out = f" Name them in `prompt:`, as in {{{unread[0]}}}, if the model is to see them." if form.asked else ""
+    return [f"{spec.from_}: {told.format(', '.join(map(repr, unread)))} never read.{way_out}"]
+
+
+def _inside(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples) -> list[str]:
+    """Prompts that end inside of a token."""
+    first = list(itertools.islice(made.rows, LOOKED_AT))
+    places = [n for n, row in enumerate(first) if row.get(PROMPT_OVERLAP)]
+    if not places:
+        return []
+    of = str(len(rows)) if len(first) == len(rows) else f"the first {len(first)}"
+    before, answer = first[places[0]][PROMPT_OVERLAP], str(first[places[0]].get("answer", "an answer"))[:20]
+    prompted = not all("messages" in row for row in first)
+    way_out = " Where the prompt ends in a space, leave that out of `prompt:`." if prompted else ""
+    return [
+        f"{spec.from_}: in {len(places)} of {of} rows the boundary between prompt and answer falls inside a token (first: "
+        f"{before!r} before {answer!r}). That token counts as the answer's; answers are generated from those before "
+        f"it.{way_out}"
+    ]

@@ -1,0 +1,76 @@
+"""Where rows come from: what ships with the package, a file, a folder, a pattern of files, or the hub."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import get_args
+
+from overhaul.data import corpora, tasks
+from overhaul.data.examples import Row
+from overhaul.data.folders import Found, from_dataset, read_files, read_folder
+from overhaul.data.readers import read_file
+from overhaul.errors import RequestError, did_you_mean, reading
+
+STARTER_DATA: Mapping[str, Callable[[tasks.Split], list[Row]]] = {
+    "docs": corpora.docs,
+    "code": corpora.code,
+    "people": tasks.people,
+    "addition": tasks.addition,
+    "brackets": tasks.brackets,
+    "digits": corpora.digits,
+    "digits-32": partial(corpora.digits, enlarge=4),
+}
+
+
+def read(source: str, split: str, encoding: str, base: Path) -> Found:
+    """What lies at a source, as its files say it.
+
+    Raises:
+        RequestError: nothing is there, or what is there cannot be read.
+    """
+    if source.startswith("starter:"):
+        name = source.removeprefix("starter:")
+        if name not in STARTER_DATA:
+            raise RequestError(f"There is no starter data {name!r}.{did_you_mean(name, STARTER_DATA)}")
+        if split not in get_args(tasks.Split):
+            raise RequestError(f"starter:{name} has no split {split!r}. Known: train, validation.")
+        return Found(STARTER_DATA[name](split))  # pyright: ignore[reportArgumentType]
+    with reading(source):
+        path = inside(source, base)
+        if path.is_dir():
+            return read_folder(path, split, encoding)
+        several = [] if path.exists() else [Path(each) for each in sorted(glob.glob(str(path), recursive=True))]
+        files = [path] if path.exists() else [each for each in several if not each.is_dir()]
+        if files and split != "train":
+            raise RequestError(
+                f"{source} has no split {split!r}: files are named one by one. Name the file that is meant, or the "
+                "folder of splits."
+            )
+        if files:
+            return Found(read_files(files, encoding, path.parent) if several else read_file(path, encoding))
+    if source.count("/") == 1 and not source.startswith(".") and not glob.has_magic(source):
+        return _read_hub(source, split)
+    raise RequestError(f"{source} does not exist (looked in {base}).")
+
+
+def inside(source: str, base: Path) -> Path:
+    """A recipe may name files beside it or below it, or an absolute path; not climb out with `..`."""
+    path = Path(source).expanduser()
+    if ".." in path.parts:
+        raise RequestError(
+            f"{source}: a recipe's paths may not climb out of its folder with '..'. Use an absolute path."
+        )
+    return path if path.is_absolute() else base / path
+
+
+def _read_hub(source: str, split: str) -> Found:
+    from datasets import load_dataset
+
+    try:
+        loaded = load_dataset(source, split=split)
+    except Exception as error:  # the hub client raises many kinds; the user needs one message
+        raise RequestError(f"{source!r} is no file here, and no dataset could be fetched: {error}") from error
+    return from_dataset(loaded, source)
