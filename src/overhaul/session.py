@@ -31,11 +31,13 @@ class Session:
         scratch: where `fit` keeps its checkpoints, or None for none.
         report: receives progress.
         checkpoint_seconds: how often a long training writes a checkpoint.
+        stack: the path of the stack that counts as the main one of models that have it, see `LayerStack.of`.
     """
 
     scratch: Path | None = None
     report: Report = _quiet
     checkpoint_seconds: float = 30.0
+    stack: str | None = None
 
 
 _OUTSIDE = Session()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from overhaul.stack.discovery import Blocks
+from overhaul.stack.discovery import Blocks, uncompiled
 
 if TYPE_CHECKING:
     from overhaul.stack import LayerStack
@@ -30,6 +30,7 @@ Entry = int | tuple[int, nn.Module]
 """One stop of a path: a block by its place, or (place, module): a module in the place of that block."""
 
 _PER_BLOCK = re.compile(r"layer|block|_types$")
+_LEADING = re.compile(r"^first_k_dense_replace$|^num_dense_layers$")  # how many blocks at the beginning have no experts
 _OF_PREDICTION_HEADS = "mtp_"
 _ONLY_IN_TRAINING = re.compile(r"drop|^p$|^training$")
 
@@ -99,7 +100,7 @@ def _modules(stack: LayerStack, path: Sequence[Entry]) -> list[nn.Module]:
     modules: list[nn.Module] = []
     for entry in path:
         if isinstance(entry, int):
-            modules.append(shell(blocks[entry]) if entry in seen else blocks[entry])
+            modules.append(shell(uncompiled(blocks[entry])) if entry in seen else blocks[entry])
             seen.add(entry)
         elif not has_slots:
             modules.append(entry[1])
@@ -152,7 +153,21 @@ def per_block_values(config: Mapping[str, Any], order: Sequence[int], count: int
             changes[name] = type(value)(place for place, old in enumerate(order) if old in value)
         elif len(value) == count:
             changes[name] = type(value)(value[i] for i in order)
+        elif len(found := _written_out(value)) == count:
+            changes[name] = [[[found[i]], 1] for i in order]
+        elif name.endswith("_types") and all(isinstance(kind, str) for kind in value):  # a pattern that repeats
+            changes[name] = [value[i % len(value)] for i in order]
+    for name in [name for name in config if _LEADING.search(name) and type(config[name]) is int]:
+        changes[name] = sum(place < config[name] for place in order)
     return changes
+
+
+def _written_out(value: Sequence[Any]) -> list[Any]:
+    """The kinds of [[kinds, times], ...], one after the other; nothing where a list says something else."""
+    pairs = [part for part in value if isinstance(part, list | tuple) and len(part) == 2 and type(part[1]) is int]
+    if len(pairs) < len(value) or not all(isinstance(kinds, list | tuple) for kinds, _ in pairs):
+        return []
+    return [kind for kinds, times in pairs for _ in range(times) for kind in kinds]
 
 
 def _is_places(value: Sequence[Any], count: int) -> bool:
@@ -255,7 +270,9 @@ def skeleton(model: nn.Module) -> nn.Module:
     with torch.device("meta"), no_init_weights():
         if isinstance(model.config, dict):
             return kind.from_config(dict(model.config))
-        return kind(copy.deepcopy(model.config))
+        config: Any = model.config  # as it is read from a file: some entries are made of others there
+        options = {"attn_implementation": config._attn_implementation} if config._attn_implementation else {}
+        return kind(type(config).from_dict(config.to_dict(), **options))
 
 
 def faults(stack: LayerStack, origin: Sequence[int]) -> list[str]:
@@ -271,9 +288,10 @@ def faults(stack: LayerStack, origin: Sequence[int]) -> list[str]:
     inside = tuple(f"{path}." for path in stack.lists)
     found = _differences(_shapes(stack.model, inside), _shapes(planned, inside), "the rest of the model")
     twins = type(stack)(planned, stack.path, stack.lists).blocks
+    blocks = map(uncompiled, stack.blocks)
     if len(twins) != len(stack):
         found.append(f"the number of blocks in {stack.path}")
-    for place, block, twin in zip(origin, stack.blocks, twins, strict=False):
+    for place, block, twin in zip(origin, blocks, twins, strict=False):
         found += _differences(_shapes(block), _shapes(twin), f"block {place}")
         found += _differences(_settings(block), _settings(twin), f"block {place}")
     return found
