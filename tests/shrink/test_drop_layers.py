@@ -15,7 +15,7 @@ from contract import Case, some_facts
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
 from overhaul.objectives import forward
-from overhaul.shrink.drop_layers import drop_layers, greedy, influence, lowest
+from overhaul.shrink.drop_layers import Choice, drop_layers, greedy, influence, ranked
 from overhaul.stack import LayerStack
 
 CRITERIA: Any = ["block_influence", "window", "perplexity", "greedy", "reverse"]
@@ -28,6 +28,8 @@ CASE = Case(
     varied={
         "count": (1, 2),
         "criterion": ("block_influence", "reverse"),
+        "drop": ([1], [2]),
+        "keep": ([1, 2], [2, 3]),
         "keep_first": (True, False),
         "skip_first_token": (True, False),
     },
@@ -116,7 +118,7 @@ def test_greedy_with_an_additive_score_equals_exhaustive_search() -> None:
         return sum(harm[i] for i in removed)
 
     best = min(itertools.combinations(harm, 3), key=lambda chosen: loss(list(chosen)))
-    assert sorted(greedy(lambda cuts: list(map(loss, cuts)), list(harm), 3)) == sorted(best)
+    assert sorted(greedy(lambda cuts: list(map(loss, cuts)), Choice(3, (), list(harm)))) == sorted(best)
 
 
 def test_saved_and_loaded_model_equals_the_one_in_memory(family: str, tmp_path: Path) -> None:
@@ -184,8 +186,8 @@ def test_greedy_measures_again_after_each_block() -> None:
     def loss(removed: list[int]) -> float:
         return {1: 0.1, 2: 0.1, 3: 0.2}[removed[-1]] + (5.0 if {1, 2} <= set(removed) else 0.0)
 
-    assert greedy(lambda cuts: list(map(loss, cuts)), [1, 2, 3], 2) == [2, 3]
-    assert lowest({1: 0.1, 2: 0.1, 3: 0.2}, [1, 2, 3], 2) == [2, 1]
+    assert greedy(lambda cuts: list(map(loss, cuts)), Choice(2, (), [1, 2, 3])) == [2, 3]
+    assert ranked({1: 0.1, 2: 0.1, 3: 0.2}, [1, 2, 3]) == [2, 1, 3]
 
 
 def test_reverse_takes_the_last_blocks_and_needs_no_examples() -> None:
@@ -243,7 +245,15 @@ def test_bfloat16_models_are_scored_in_float32() -> None:
         ({"count": -1}, "greater than or equal to 0"),
         ({"count": 1, "criterion": "perplexety"}, "criterion='perplexety' is not possible"),
         ({"count": 1, "kount": 2}, "no knob 'kount'. Did you mean 'count'"),
-        ({}, "needs the knob 'count'"),
+        ({}, r"say how many blocks are to go \(`count: 2`\) or which"),
+        ({"drop": [4]}, "drop names block 4, but the blocks of model.layers are numbered from 0 to 3, the last one"),
+        ({"drop": [-1]}, "drop names block -1, but the blocks"),
+        ({"count": 1, "keep": [-1]}, "keep names block -1"),
+        ({"drop": [2, 2]}, "drop names a block twice"),
+        ({"drop": [1, 2], "keep": [2]}, "drop and keep both name block 2"),
+        ({"drop": [1, 2], "count": 1}, "count=1, but drop names 2 blocks"),
+        ({"drop": [0, 1, 2, 3]}, "at least one must stay"),
+        ({"count": 3, "keep": [2]}, r"only 2 can be dropped \(keep_first holds the first; keep names some"),
         ({"count": 4, "keep_first": False, "criterion": "reverse"}, "at least one must stay"),
     ],
 )
