@@ -1,6 +1,6 @@
 """Let a stack consist of other blocks, in another order, with everything that depends on their places.
 
-What is kept together: the list itself, every `layer_idx` (the slot of a block in the key-value cache), the config's
+What is kept together: the list itself, every `layer_idx` or `layer_id` (the slot of a block in the key-value cache), the config's
 number of blocks and its per-block lists, which follow the block and not its position. A block that is visited again is
 a shell of the first: new module objects over the same tensors, with a slot of its own. A module without attention that
 stands where the cache expects a block writes an empty entry to its slot, since transformers reads the length of what
@@ -78,12 +78,24 @@ def arrange(stack: LayerStack, path: Sequence[Entry]) -> ExitStack:
         undo.callback(fill, blocks, old)
         fill(blocks, [module for place, module in zip(places, modules, strict=True) if 0 <= place - before < len(old)])
         before += len(old)
+    _number(modules, places, undo)
+    return undo
+
+
+def _number(modules: Sequence[nn.Module], places: Sequence[int], undo: ExitStack) -> None:
+    """Tell blocks where they stand now, and those that share parts which part of them is theirs (Zamba 2)."""
+    shared: dict[int, tuple[nn.Module, str, dict[int, Any]]] = {}
     for position, block in enumerate(modules):
         for module in block.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                undo.callback(setattr, module, "layer_idx", module.layer_idx)
-                module.layer_idx = position  # pyright: ignore[reportArgumentType]
-    return undo
+            for name in _slots(module):
+                undo.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, position)
+            for name, value in vars(module).items():
+                if isinstance(value, dict) and value and "layer" in name and all(type(key) is int for key in value):
+                    shared[id(value)] = module, name, value
+    for module, name, value in shared.values():
+        undo.callback(setattr, module, name, value)
+        setattr(module, name, {n: value[place] for n, place in enumerate(places) if place in value})
 
 
 def fill(blocks: Blocks, modules: Sequence[nn.Module]) -> None:
@@ -110,7 +122,12 @@ def _modules(stack: LayerStack, path: Sequence[Entry]) -> list[nn.Module]:
 
 
 def _has_slot(block: nn.Module) -> bool:
-    return any(isinstance(getattr(module, "layer_idx", None), int) for module in block.modules())
+    return any(_slots(module) for module in block.modules())
+
+
+def _slots(module: nn.Module) -> list[str]:
+    """The attributes by which a module knows its slot in the cache; a part of several blocks has none (-1)."""
+    return [name for name in ("layer_idx", "layer_id") if type(held := vars(module).get(name)) is int and held >= 0]
 
 
 def _arrange_config(stack: LayerStack, places: Sequence[int], undo: ExitStack) -> None:
@@ -159,7 +176,18 @@ def per_block_values(config: Mapping[str, Any], order: Sequence[int], count: int
             changes[name] = [value[i % len(value)] for i in order]
     for name in [name for name in config if _LEADING.search(name) and type(config[name]) is int]:
         changes[name] = sum(place < config[name] for place in order)
-    return changes
+    return changes | _outlets(config, order, count)
+
+
+def _outlets(config: Mapping[str, Any], order: Sequence[int], count: int) -> dict[str, Any]:
+    """The blocks after which a backbone hands out what it sees: they follow their blocks, and one is the last."""
+    names, indices = config.get("stage_names"), config.get("_out_indices")
+    if not isinstance(names, list) or len(names) != count + 1 or not indices:
+        return {}
+    names = names[: len(order) + 1]
+    kept = [n for n, old in enumerate([-1, *order]) if old + 1 in [index % (count + 1) for index in indices]]
+    kept = kept or [len(order)]
+    return {"stage_names": names, "_out_indices": kept, "_out_features": [names[n] for n in kept]}
 
 
 def _written_out(value: Sequence[Any]) -> list[Any]:
@@ -253,6 +281,20 @@ def _builds(stack: LayerStack, count: int) -> bool:
 
 def _twin(stack: LayerStack) -> list[nn.Module]:
     return type(stack)(skeleton(stack.model), stack.path, stack.lists).blocks
+
+
+def retie(stack: LayerStack, undo: ExitStack) -> None:
+    """Let the modules around the stack know which tensors are one, by the names that these have now."""
+    if not is_hub_model(stack.model) or isinstance(stack.model.config, dict):
+        return
+    planned, steps = skeleton(stack.model), stack.path.split(".")[:-1]
+    for path in [".".join(steps[:n]) for n in range(len(steps) + 1)]:
+        module, twin = stack.model.get_submodule(path), planned.get_submodule(path)
+        for name in ("_tied_weights_keys", "all_tied_weights_keys"):
+            ours, theirs = vars(module).get(name), vars(twin).get(name)
+            if ours != theirs:
+                undo.callback(setattr, module, name, ours)
+                setattr(module, name, theirs)
 
 
 def is_hub_model(model: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from torch import nn
 from overhaul import session
 from overhaul.errors import RequestError, did_you_mean
 from overhaul.stack import discovery
-from overhaul.stack.arrangement import Entry, arrange, describe, faults
+from overhaul.stack.arrangement import Entry, arrange, describe, faults, retie
 from overhaul.stack.paths import Following
 
 _AFTER = re.compile(r"(^|[._])(final|out|head)([._]|$)")
@@ -60,7 +60,8 @@ class LayerStack:
         if named is not None and named in discovery.lists(model):
             return cls.at(model, named)
         found = cls.find(model)
-        main = [stack for stack in found if stack.declared] if len(found) > 1 else found
+        both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)  # one config counts either of them
+        main = [stack for stack in found if stack.declared] if len(found) > 1 and not both else found
         if len(main) > 1:
             language = discovery.of_language(model, [stack.path for stack in main])
             main = [stack for stack in main if stack.path in language] or main
@@ -197,12 +198,13 @@ class LayerStack:
                 f"{type(self.model).__name__}, so it would not load again: {new[0]} differs. Choose other blocks: where kinds "
                 "of blocks take turns by a rule of the config, whole turns can go."
             )
-        if tried is not None:
-            try:
+        try:
+            retie(self, undo)
+            if tried is not None:
                 tried()
-            except BaseException:
-                undo.close()
-                raise
+        except BaseException:
+            undo.close()
+            raise
 
     def following(self, path: Sequence[Entry]) -> Following:
         """Run along `path` from now on, or inside a `with`; closed, everything is as it was. `overhaul.save` saves the path.
