@@ -251,7 +251,9 @@ class LayerStack:
                 )
 
     def _kinds(self) -> str:
-        return f"{len(self)} x {' / '.join(sorted({type(discovery.uncompiled(block)).__name__ for block in self.blocks}))}"
+        return (
+            f"{len(self)} x {' / '.join(sorted({type(discovery.uncompiled(block)).__name__ for block in self.blocks}))}"
+        )
 
     def _pinned(self) -> dict[int, str]:
         """The blocks that are fixed to their place, with the reason."""
