@@ -16,8 +16,8 @@ How it differs from the released code:
    samples task accuracies with temperature 0.9, which makes its choice a matter of luck with 100 items.
 4. 1 - cos is computed as half the squared distance of unit vectors: exactly 0 where a block does nothing.
 5. Losses without single blocks are taken along paths that share their beginnings (`prefix`), not one forward each.
-6. Blocks can be named: `drop` goes before the criterion, `keep` is passed over by it. Of a hybrid the last block with attention
-   is passed over too.
+6. Blocks can be named: `drop` goes before the criterion, which passes over `keep`, and over the last block of a hybrid that
+   has attention.
 7. The shorter model reads and says a few tokens before it is handed on; if it cannot, the blocks are put back.
 """
 

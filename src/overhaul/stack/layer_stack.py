@@ -177,8 +177,8 @@ class LayerStack:
             )
         if self.with_attention and not set(path) & set(self.with_attention):
             raise RequestError(
-                f"Of {self.path}, only the blocks {self.with_attention} have attention, and {type(self.model).__name__} needs "
-                "one of them to tell positions in its cache. Keep one."
+                f"Of {self.path}, only the blocks {self.with_attention} have attention, and {type(self.model).__name__} "
+                "needs one of them to tell positions in its cache. Keep one."
             )
         known = faults(self, range(len(self)))
         count = len(self)
@@ -195,8 +195,8 @@ class LayerStack:
             undo.close()
             raise RequestError(
                 f"With the blocks {list(path)} in {self.path}, the config would not describe this "
-                f"{type(self.model).__name__}, so it would not load again: {new[0]} differs. Choose other blocks: where kinds "
-                "of blocks take turns by a rule of the config, whole turns can go."
+                f"{type(self.model).__name__}, so it would not load again: {new[0]} differs. Choose other blocks: where "
+                "kinds of blocks take turns by a rule of the config, whole turns can go."
             )
         try:
             retie(self, undo)

@@ -1,8 +1,8 @@
 """Whether checkpoints mean the same by the same numbers: names of tensors, words, and what their configs say.
 
 1. Names are compared as the class reads them: with or without the prefix before a model's body, as older and newer versions
-   of the library write them, and with a tied tensor stored once or twice. Where they differ, buffers that the class no longer
-   stores are left out, as the library leaves them out on loading.
+   of the library write them, and with a tied tensor stored once or twice. Where they differ, buffers that the class no
+   longer stores are left out, as the library leaves them out on loading.
 2. A word's embedding is a row. Where two tokenizers give one row to different words, a blend of the rows means nothing.
 3. What else the configs say differently (the base of rotary positions, head counts, the class) changes no shape, so only the
    user can tell whether it matters: it is said.
