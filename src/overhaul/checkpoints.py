@@ -29,6 +29,8 @@ from overhaul.errors import RequestError, did_you_mean, reading
 STARTERS = Path(__file__).parent / "data" / "starters"
 NEW = "new:"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LINEAGE, MADE_OF = "lineage.json", "made_of"
+"""What a folder says of its making, and where it names the folders whose tensors it was made of."""
 CONVERTED = "converted"
 """The variant under which the weights of a converted model are stored, so that no class opens half of them."""
 
@@ -375,6 +377,11 @@ def _named_files(index: Path, held: Sequence[Path]) -> list[Path]:
             "different models or states: fetch or save the checkpoint again."
         )
     return named
+
+
+def saved_from_memory(folder: Path) -> bool:
+    """Whether Overhaul saved a model here, with what its class has; what is made of files holds all that they held."""
+    return (folder / LINEAGE).exists() and MADE_OF not in _read_json(folder / LINEAGE)
 
 
 def listed(names: Sequence[str]) -> str:

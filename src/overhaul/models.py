@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from overhaul.checkpoints import ADAPTER_CONFIG, Checkpoint, facts, listed
+from overhaul.checkpoints import ADAPTER_CONFIG, Checkpoint, facts, listed, saved_from_memory
 from overhaul.checkpoints import locate as locate
 from overhaul.checkpoints import starters as starters
 from overhaul.conversions.classes import CONVERTED, apply_late, class_in, marked_with
@@ -89,7 +89,7 @@ def load_weights(known: Checkpoint, dtype: str, trust_remote_code: bool = False)
 
 def _check_unexpected(known: Checkpoint, model: Any, names: list[str]) -> None:
     """Refuse tensors that the class has no place for, but for the heads of other tasks; transformers left out its own."""
-    ours = bool(records(model)) or (known.folder / "lineage.json").exists()
+    ours = bool(records(model)) or saved_from_memory(known.folder)
     modules = {name for name, _ in model.named_modules()}
     prefix = getattr(model, "base_model_prefix", "")
 

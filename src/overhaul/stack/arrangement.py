@@ -1,9 +1,9 @@
 """Let a stack consist of other blocks, in another order, with everything that depends on their places.
 
 What is kept together: the list itself, every `layer_idx` or `layer_id` (the slot of a block in the key-value cache), the
-config's number of blocks and its per-block lists, which follow the block and not its position. A block that is visited again is
-a shell of the first: new module objects over the same tensors, with a slot of its own. A module without attention that
-stands where the cache expects a block writes an empty entry to its slot, since transformers reads the length of what
+config's number of blocks and its per-block lists, which follow the block and not its position. A block that is visited
+again is a shell of the first: new module objects over the same tensors, with a slot of its own. A module without attention
+that stands where the cache expects a block writes an empty entry to its slot, since transformers reads the length of what
 was said from there.
 
 Every change is registered with an `ExitStack`: closing it takes all of them back, dropping it keeps them.
