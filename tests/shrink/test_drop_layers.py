@@ -10,8 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from conftest import FAMILIES, examples_for, hidden_states, mean_loss, tiny_llama, tiny_resnet, tiny_vit
+from conftest import (
+    FAMILIES,
+    examples_for,
+    hidden_states,
+    mean_loss,
+    tiny_gemma3,
+    tiny_llama,
+    tiny_resnet,
+    tiny_vit,
+)
 from contract import Case, some_facts
+from more_families import MORE
+from overhaul import models, session
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
 from overhaul.objectives import forward
@@ -232,6 +243,124 @@ def test_bfloat16_models_are_scored_in_float32() -> None:
     model = wild("llama").to(torch.bfloat16)
     scores = drop_layers(model, examples_for("llama", 4), count=1).layers["block influence"]
     assert all(0 < score < 2 for score in scores.values())
+
+
+# blocks that are named
+
+
+def test_named_blocks_go_without_examples_and_the_first_too() -> None:
+    model: Any = tiny_llama()
+    blocks = list(model.model.layers)
+    assert facts(model, None, drop=[3, 0])["removed"] == [3, 0]
+    assert list(model.model.layers) == [blocks[1], blocks[2]]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_named_blocks_go_first_and_others_stay_whatever_the_criterion(criterion: Any) -> None:
+    examples = examples_for("llama", 4)
+    found = facts(wild("llama"), examples, count=2, drop=[2], keep=[3], criterion=criterion)["removed"]
+    assert (sorted(found) if criterion == "window" else found) == ([1, 2] if criterion == "window" else [2, 1])
+
+
+def test_kept_blocks_are_passed_over() -> None:
+    model, examples = wild("llama"), examples_for("llama", 4)
+    scores = influence(LayerStack.of(model), examples, 1, True, 16)
+    order = ranked(scores, [1, 2, 3])
+    assert facts(model, examples, count=1, keep=order[:1])["removed"] == order[1:2]
+
+
+# kinds of blocks and models
+
+
+def hybrid() -> nn.Module:
+    """Its blocks 1 and 3 have attention, 0 and 2 none."""
+    return MORE["Bamba"].build()
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_hybrid_keeps_a_block_with_attention(criterion: Any) -> None:
+    examples = examples_for("llama", 4)
+    assert LayerStack.of(hybrid()).with_attention == [1, 3]
+    count = 2 if criterion == "window" else 3
+    removed = facts(hybrid(), examples, count=count, criterion=criterion, keep_first=False)["removed"]
+    assert len(removed) == count and not {1, 3} <= set(removed)
+    with pytest.raises(RequestError, match=r"only 3 can be dropped \(one with attention must stay\)"):
+        drop_layers(hybrid(), examples, count=4, criterion=criterion, keep_first=False)
+    with pytest.raises(RequestError, match=r"only the blocks \[1, 3\] have attention"):
+        drop_layers(hybrid(), None, drop=[1, 3])
+
+
+@pytest.mark.parametrize("name", ["Gemma 3, with images", "Qwen2.5-VL", "Llava", "Mistral 3"])
+def test_the_blocks_of_a_model_that_sees_are_those_of_its_language_model(name: str) -> None:
+    model, examples = MORE[name].build(), examples_for("llama", 4)
+    before = {s.path: len(s) for s in LayerStack.find(model)}
+    facts(model, examples, count=1)
+    after = {s.path: len(s) for s in LayerStack.find(model)}
+    assert {path: count - after[path] for path, count in before.items() if count != after[path]} == {
+        MORE[name].stack: 1
+    }
+
+
+def test_another_stack_is_named() -> None:
+    model = MORE["Llava"].build()
+    with session.using(stack="model.vision_tower.encoder.layers"):
+        facts(model, None, drop=[1])
+    lengths = {stack.path: len(stack) for stack in LayerStack.find(model)}
+    assert lengths == {"model.vision_tower.encoder.layers": 2, "model.language_model.layers": 4}
+
+
+@pytest.mark.parametrize("where", ["forward", "generate"])
+def test_a_shorter_model_that_no_longer_runs_is_refused_and_is_as_it_was(where: str) -> None:
+    model: Any = tiny_llama()
+    examples = examples_for("llama", 2)
+    said = logits(model, examples)
+
+    def needs_four(*_: Any, **__: Any) -> None:
+        if len(model.model.layers) < 4:
+            raise ValueError("four blocks are needed")
+
+    if where == "forward":
+        hook: Any = model.register_forward_pre_hook(needs_four)
+    else:
+        model.prepare_inputs_for_generation = lambda *a, **k: (
+            needs_four() or type(model).prepare_inputs_for_generation(model, *a, **k)
+        )
+    with pytest.raises(RequestError, match=r"no longer runs \(ValueError: four blocks are needed\)\. Choose others"):
+        drop_layers(model, examples, count=1)
+    assert model.config.num_hidden_layers == 4 and torch.equal(logits(model, examples), said)
+    if where == "forward":
+        hook.remove()
+
+
+@pytest.mark.parametrize("compiled", [range(4), (1, 2)])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gemma3])
+def test_blocks_that_were_compiled_one_by_one_are_saved_under_plain_names(
+    make: Any, compiled: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    plain = make()
+    drop_layers(plain, None, drop=[1])
+    torch.manual_seed(0)
+    model = make()
+    for place in compiled:
+        model.model.layers[place] = torch.compile(model.model.layers[place], backend="eager")
+    drop_layers(model, None, drop=[1])
+    again, _ = models.open_model(models.save(model, None, tmp_path / "m"))
+    expected = plain.state_dict()
+    assert again.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
+    assert hasattr(model.model.layers[1], "_orig_mod")
+
+
+def test_a_block_that_is_compiled_and_repeated_has_a_slot_of_its_own() -> None:
+    model: Any = tiny_llama()
+    ids = torch.arange(3, 12)[None]
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}
+    with LayerStack.of(model).following([0, 1, 1, 2]):
+        expected = model.generate(ids, **options)
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    with LayerStack.of(model).following([0, 1, 1, 2]):
+        assert torch.equal(model.generate(ids, **options), expected)
 
 
 # bad requests
