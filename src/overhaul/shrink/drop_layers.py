@@ -36,7 +36,7 @@ from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
 from overhaul.judge.generation import generate, generates
 from overhaul.method import Outcome, method
-from overhaul.modes import at_rest
+from overhaul.modes import at_rest, uncompiled
 from overhaul.objectives import read_by
 from overhaul.prefix import path_losses
 from overhaul.stack import LayerStack
@@ -193,7 +193,7 @@ def _trial(model: nn.Module, text: Examples | None) -> Callable[[], None] | None
 
     @torch.no_grad()
     def runs() -> None:
-        with at_rest(model), torch.random.fork_rng(devices=[]):
+        with at_rest(model), uncompiled(), torch.random.fork_rng(devices=[]):
             model(**read_by(model, batch))
             if generates(model) and "input_ids" in batch:
                 generate(model, [batch["input_ids"][0]], 2, [])

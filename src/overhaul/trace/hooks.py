@@ -30,7 +30,6 @@ finds the modules whose outputs are the contributions of attention and MLP.
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -41,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from overhaul.errors import RequestError, RunError, did_you_mean
-from overhaul.modes import at_rest
+from overhaul.modes import at_rest, uncompiled
 from overhaul.stack import LayerStack
 from overhaul.stack.calls import invoke, map_tensors
 from overhaul.trace import edits as primitives
@@ -90,7 +89,7 @@ def capture(
     """
     watch = Watch(reduce, skip_first, list(dict.fromkeys(_expanded(stack, sites))), Shape(mask=mask))
     with ExitStack() as undo:
-        _run_uncompiled(undo)
+        undo.enter_context(uncompiled())
         for module in _around(stack):
             _hook(undo, module.register_forward_pre_hook, watch.note_mask)
         for block in stack.blocks:
@@ -180,7 +179,7 @@ def intervene(
     reached, shape = set[tuple[str, int]](), Shape()
     install = partial(_install, stack, stream, chains, reached)
     with ExitStack() as undo:
-        _run_uncompiled(undo)
+        undo.enter_context(uncompiled())
         undo.enter_context(_recomputed_alike(stack.model, shape, install))
         install(undo, shape)
         yield stack
@@ -313,12 +312,6 @@ def _around(stack: LayerStack) -> list[nn.Module]:
 
 def _hook(undo: ExitStack, register: Callable[..., Any], hook: Callable[..., Any]) -> None:
     undo.callback(register(hook, with_kwargs=True).remove)
-
-
-def _run_uncompiled(undo: ExitStack) -> None:
-    # nothing can have been compiled where dynamo was never imported, and importing it takes seconds
-    if "torch._dynamo" in sys.modules:
-        undo.enter_context(torch.compiler.set_stance("force_eager"))
 
 
 def _call(note: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> None:
