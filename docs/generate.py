@@ -1,5 +1,5 @@
 """Write the generated pages: docs/claims.md and docs/forgetting.md from stored results, docs/methods/ from the methods
-themselves, and docs/families.md from what the tests verify.
+themselves, docs/families.md from what the tests verify, and the reference in docs/recipes.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ Every other method was first tried at three to eight settings on a fourth seed, 
 much as the retrained model (the first column, to 0.05), the one that kept most of the rest was taken; where none did, the
 one that forgot most. So a row shows a method near its best, not at somebody's rate. `docs/compare.py` has all settings.
 """.strip()
-sys.path.append(str(HERE.parent / "tests"))
+sys.path += [str(HERE), str(HERE.parent / "tests")]
+
+from reference import recipes_page  # noqa: E402
 
 from families import FAMILIES, Family  # noqa: E402
 from guarantees import GUARANTEES, Guarantee, a_shorter_model_is_plain  # noqa: E402
@@ -161,6 +163,7 @@ def pages() -> dict[Path, str]:
     """Every generated page by its place."""
     written = {HERE / "methods" / f"{name}.md": method_page(method) for name, method in methods().items()}
     pages = {"claims": claims_page(), "families": families_page(), "forgetting": forgetting_page()}
+    pages["recipes"] = recipes_page()
     return written | {HERE / f"{name}.md": page for name, page in pages.items()}
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from overhaul import cli
 from overhaul.claims import _claim
+from overhaul.recipe.begin import packaged
 
 COMMAND = [str(Path(sys.executable).parent / "overhaul")]
 
@@ -93,7 +94,7 @@ def test_plan_reads_no_weights_and_lists_every_step(
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(models, "load_weights", never)
-    assert call(monkeypatch, "plan", str(cli.recipe_path("forget-and-shrink"))) == 0
+    assert call(monkeypatch, "plan", str(packaged("forget-and-shrink"))) == 0
     shown = capsys.readouterr().out
     for step in ("forget.npo", "shrink.drop_layers", "shrink.heal"):
         assert step in shown
@@ -102,3 +103,24 @@ def test_plan_reads_no_weights_and_lists_every_step(
 
 def test_every_claim_has_a_stored_result_or_can_be_found() -> None:
     assert {claim.slug for claim in _claim.find(["all"])} >= {"ssd", "retrain-equivalence", "layer-pruning-limits"}
+
+
+def test_a_docstring_is_wrapped_once_by_whoever_shows_it() -> None:
+    doc = """Do it: this
+and that.
+
+    x_i = a    if b
+
+1. First: one
+   goes on.
+2. Second.
+
+Args:
+    a: what
+        it is: so.
+    b, c: both.
+"""
+    assert [part for part in cli.paragraphs(doc) if part[1]] == [
+        (0, "Do it: this and that."), (4, "x_i = a    if b"), (0, "1. First: one goes on."), (0, "2. Second."),
+        (0, "Args:"), (4, "a: what it is: so."), (4, "b, c: both."),
+    ]  # fmt: skip

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from overhaul import cli, models
+from overhaul import models
 from overhaul.data.starters import QUALITY, Quality, build
 from overhaul.errors import RequestError
+from overhaul.recipe.begin import packaged
 from overhaul.recipe.check import check
 from overhaul.recipe.spec import read
 
@@ -56,7 +57,7 @@ def test_a_starter_trained_again_is_as_good_as_the_one_that_ships(name: str, tmp
 
 
 def test_the_demo_recipe_is_in_order() -> None:
-    checked = check(read(cli.recipe_path("forget-and-shrink")))
+    checked = check(read(packaged("forget-and-shrink")))
     assert [step.name for step in checked.steps] == ["forget.npo", "shrink.drop_layers", "shrink.heal"]
 
 

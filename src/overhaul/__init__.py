@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     from overhaul.models import save as save
     from overhaul.outcome import Outcome as Outcome
     from overhaul.outcome import Table as Table
+    from overhaul.recipe import plan as _plan
     from overhaul.recipe.compare import compare as compare
     from overhaul.recipe.run import run as run
     from overhaul.stack import LayerStack as LayerStack
 
     open = _models.open_model
+    plan = _plan.planned
 
 _PUBLIC = {
     "Attacks": "overhaul.judge.robustness:Attacks",
@@ -47,6 +49,7 @@ _PUBLIC = {
     "compare": "overhaul.recipe.compare:compare",
     "examples": "overhaul.data.materials:examples",
     "open": "overhaul.models:open_model",
+    "plan": "overhaul.recipe.plan:planned",
     "retain_only": "overhaul.forget._null:retain_only",
     "run": "overhaul.recipe.run:run",
     "save": "overhaul.models:save",
@@ -71,6 +74,10 @@ def __getattr__(name: str) -> Any:
     value = getattr(found, attribute) if attribute else found
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted(name for name in __all__ if name not in _VERBS or importlib.util.find_spec(f"overhaul.{name}"))
 
 
 _auto.register()

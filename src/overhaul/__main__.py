@@ -28,7 +28,7 @@ def main() -> None:
         cli.main()
         return
     said = io.StringIO()
-    cli.console.quiet = os.environ.get("RANK", "0") != "0"
+    cli.console.quiet = cli.notes.quiet = os.environ.get("RANK", "0") != "0"
     cli.errors = Console(file=said, force_terminal=sys.stderr.isatty())
     try:
         cli.main()

@@ -6,7 +6,11 @@ Exit codes: 0 done, 1 the run failed, 2 the request was wrong.
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,42 +28,68 @@ app = typer.Typer(
     help="Change a trained network, layer by layer, without training it again, and prove what the change did.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 starters_app = typer.Typer(help="Small trained models and data that ship with Overhaul.", invoke_without_command=True)
 app.add_typer(starters_app, name="starters")
 
 console = Console(width=None if sys.stdout.isatty() else 110)
 errors = Console(stderr=True)
+notes = Console(stderr=True)
 
 INTERRUPTED = 130
 """What the command line parser makes of Ctrl-C."""
 
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="The run folder; runs/NAME if not given.")]
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
+Device = Annotated[
+    str | None, typer.Option("--device", help="In place of the recipe's: cpu, cuda, cuda:1, mps.", show_default=False)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
+_interrupted = False
+
+
+def _interrupt(*_: object) -> None:
+    """Stop the work: also where a library catches it, at the next sign of progress."""
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
+
+
+def _go_on() -> None:
+    if _interrupted:
+        raise KeyboardInterrupt
+
+
 def main() -> None:
-    """Run the command; turn errors into one paragraph and an exit code."""
+    """Run the command; turn errors into one paragraph and an exit code. SIGTERM ends it as Ctrl-C does."""
+    if threading.current_thread() is threading.main_thread() and "LOCAL_RANK" not in os.environ:
+        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGTERM, _interrupt)  # a launcher of several processes has its own use for it
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         code = app(arguments, prog_name="overhaul", standalone_mode=False)
-        if code == INTERRUPTED:
-            _fail("Stopped. Finished steps are kept; the same command goes on from there.", debug)
-            code = 1
-    except OverhaulError as error:
-        _fail(str(error), debug)
-        code = error.exit_code
     except Exception as error:
-        if not hasattr(error, "format_message"):  # not one of the command line parser's own
-            _fail(f"{type(error).__name__}: {error}. `--debug` shows where.", debug)
-            code = 1
-        else:
-            errors.print(f"[bold red]Error[/] {escape(error.format_message())}")  # pyright: ignore[reportAttributeAccessIssue]
-            code = 2
+        # what is said of work that was broken off, in the middle of an import for one, is not the reason
+        code = INTERRUPTED if _interrupted else _said(error, debug)
+    if code == INTERRUPTED:
+        _fail("Stopped. Finished steps are kept; the same command goes on from there.", debug)
+        code = 1
     sys.exit(code or 0)
+
+
+def _said(error: Exception, debug: bool) -> int:
+    """Say what went wrong; the exit code."""
+    if isinstance(error, OverhaulError):
+        _fail(str(error), debug)
+        return error.exit_code
+    if hasattr(error, "format_message"):  # one of the command line parser's own
+        _fail(error.format_message(), debug=False)  # pyright: ignore[reportAttributeAccessIssue]
+        return 2
+    _fail(f"{type(error).__name__}: {error}. `--debug` shows where.", debug)
+    return 1
 
 
 def _fail(message: str, debug: bool) -> None:
@@ -86,51 +116,67 @@ def _options(
 
 @contextmanager
 def _progress() -> Iterator[None]:
-    """Show what the running step reports, one line at a time."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+    """Show what the running step reports: bars on a terminal, else a line for each step and each minute."""
     from overhaul import session
+
+    if not console.is_terminal:
+        lines = session.Lines(lambda text: notes.print(text, highlight=False, markup=False, soft_wrap=True))
+
+        def line(what: str, done: int, total: int, detail: str) -> None:
+            _go_on()
+            lines.report(what, done, total, detail)
+
+        with session.using(report=line, say=lines.say):
+            yield
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = [TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     with Progress(*columns, TextColumn("{task.fields[detail]}"), console=console, transient=True) as bar:
-        lines: dict[str, Any] = {}
+        shown: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int, detail: str) -> None:
-            if what not in lines or bar.tasks[lines[what]].finished:
-                for other in lines.values():
+            _go_on()
+            if what not in shown or bar.tasks[shown[what]].finished:
+                for other in shown.values():
                     bar.update(other, visible=False)
-                lines[what] = bar.add_task(what, total=total, detail=detail)
-            bar.update(lines[what], completed=done, total=total, detail=detail, visible=True)
+                shown[what] = bar.add_task(what, total=total, detail=detail)
+            bar.update(shown[what], completed=done, total=total, detail=detail, visible=True)
 
-        with session.using(report=report):
+        with session.using(report=report, say=lambda text: console.print(text, highlight=False, markup=False)):
             yield
 
 
-def recipe_path(name: str) -> Path:
-    """A recipe that comes with the package: in the installed package, or beside it in a checkout."""
-    here = Path(__file__).parent
-    places = [here / "recipes" / f"{name}.yaml", here.parents[1] / "recipes" / f"{name}.yaml"]
-    return next((place for place in places if place.exists()), places[0])
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)]) -> None:
+    """Write a first recipe, commented, and the data it reads into a new folder."""
+    from overhaul.recipe.begin import begin
+
+    for path in begin(folder):
+        console.print(str(path), soft_wrap=True)
+    console.print(f"\nNext: cd {folder}; overhaul plan recipe.yaml; overhaul run recipe.yaml -o out", soft_wrap=True)
 
 
 @app.command()
-def demo(out: Out = None) -> None:
+def demo(out: Out = None, device: Device = None) -> None:
     """Forget four people, drop a quarter of the layers, heal, and judge: on the starter language model."""
-    _run(recipe_path("forget-and-shrink"), out)
+    from overhaul.recipe.begin import packaged
+
+    _run(packaged("forget-and-shrink"), out, device)
 
 
 @app.command()
-def run(recipe: RecipeFile, out: Out = None) -> None:
+def run(recipe: RecipeFile, out: Out = None, device: Device = None) -> None:
     """Run a recipe, or go on with it where it stopped."""
-    _run(recipe, out)
+    _run(recipe, out, device)
 
 
-def _run(recipe: Path, out: Path | None) -> None:
+def _run(recipe: Path, out: Path | None, device: str | None) -> None:
     from overhaul.recipe.run import run as run_recipe
     from overhaul.report.terminal import print_table
 
     with _progress():
-        done = run_recipe(recipe, out)
+        done = run_recipe(recipe, out, device=device)
     print_table(done.report, console)
     console.print(f"\nreport  {done.folder / 'report.html'}\nmodel   {done.folder / 'model'}", soft_wrap=True)
 
@@ -158,29 +204,9 @@ def compare(
 @app.command()
 def plan(recipe: RecipeFile) -> None:
     """Check a recipe and print its steps, peak memory and time, before any weight is read."""
-    from rich.table import Table
+    from overhaul.recipe.plan import planned
 
-    from overhaul.recipe.check import check
-    from overhaul.recipe.plan import libraries_bytes
-    from overhaul.recipe.plan import plan as plan_recipe
-    from overhaul.recipe.spec import read
-    from overhaul.report.numbers import humanise
-
-    checked = check(read(recipe))
-    table = Table("step", "reads", "peak memory", "at least", box=None, pad_edge=False)
-    for step in plan_recipe(checked):
-        reads = [f"{role} ({count})" for role, count in step.reads.items()]
-        reads += [role if names == (role,) else f"{role}: {' '.join(names)}" for role, names in step.others.items()]
-        table.add_row(step.name, escape(", ".join(reads)), humanise(step.peak_bytes, "bytes"), f"{step.seconds:.0f} s")
-    facts = checked.model
-    console.print(
-        f"{facts.source}: {facts.architecture}, {humanise(facts.parameters, 'parameters')} parameters in {facts.dtype}, "
-        f"{humanise(facts.bytes, 'bytes')} on disk"
-    )
-    console.print(table)
-    console.print(f"Beside each peak, the interpreter and its libraries take {humanise(libraries_bytes(), 'bytes')}.")
-    for warning in checked.warnings:
-        console.print(f"[yellow]Note:[/] {escape(warning)}")
+    planned(recipe).print(console)
     console.print("The recipe is in order; nothing was written.")
 
 
@@ -201,11 +227,34 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.", show_def
 
 
 @app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="The repository: owner/name.", show_default=False)],
+    yes: Annotated[bool, typer.Option("--yes", help="Upload; else only say what would go up.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+) -> None:
+    """Put a run's model, with its card and lineage, on the Hugging Face hub."""
+    from overhaul.recipe.push import push as upload
+    from overhaul.report.numbers import humanise
+
+    done = upload(run, name, dry_run=not yes, public=public)
+    for file, size in done.files.items():
+        console.print(f"  {file}  {humanise(size, 'bytes')}", highlight=False, markup=False)
+    said = (
+        f"pushed  {done.url}"
+        if yes
+        else f"Nothing was uploaded. `--yes` puts these {len(done.files)} files into {name}."
+    )
+    console.print(said, soft_wrap=True)
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, in full.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the methods, or describe one: what it reads, its knobs and their defaults."""
+    from rich.padding import Padding
     from rich.table import Table
 
     from overhaul.listing import entries, entry
@@ -222,7 +271,11 @@ def methods(
         console.print(table)
         return
     (one,) = chosen
-    console.print(f"[bold]{one['name']}[/]  {one['paper'] or ''}\n\n{escape(one['doc'])}\n", highlight=False)
+    console.print(f"[bold]{one['name']}[/]  {one['paper'] or ''}\n", highlight=False)
+    for indent, text in paragraphs(one["doc"]):
+        shown = Padding(text, (0, 0, 0, indent), expand=False) if text else ""
+        console.print(shown, markup=False, highlight=False)
+    console.print()
     table = Table("reads", "kind", "", box=None, pad_edge=False)
     for material in one["materials"]:
         kind = f"several: {material['kind']}" if material["many"] else material["kind"]
@@ -233,6 +286,26 @@ def methods(
         default = "required" if knob["required"] else knob["shown"]
         knobs.add_row(knob["name"], escape(knob["type"]), escape(default), escape(knob["doc"]))
     console.print(knobs)
+
+
+def paragraphs(doc: str) -> Iterator[tuple[int, str]]:
+    """The parts of a docstring as they are to be wrapped: how far each is indented, and its text in one line.
+
+    What is set off by four spaces after an empty line is a formula, and stays in its lines.
+    """
+    held: list[str] = []
+    for line in [*doc.splitlines(), ""]:
+        indent, text = len(line) - len(line.lstrip()), line.strip()
+        begins, header = bool(re.match(r"(\d+\.|-|[\w, ]+:) ", text)), bool(re.fullmatch(r"\w+:", text))
+        formula = indent >= 4 and not held and not begins
+        deeper = bool(held) and indent > len(held[0]) - len(held[0].lstrip())
+        if held and (not text or formula or header or (begins and not deeper)):
+            yield len(held[0]) - len(held[0].lstrip()), " ".join(part.strip() for part in held)
+            held = []
+        if not text or formula or header:
+            yield indent, text
+        else:
+            held.append(line)
 
 
 @app.command()

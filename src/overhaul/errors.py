@@ -68,6 +68,8 @@ def writing(place: Path) -> Iterator[None]:
             errno.EPERM: "permission was denied",
             errno.ENOTDIR: "part of the path is a file, not a folder",
             errno.EEXIST: "a file lies where a folder should be",
+            errno.EISDIR: "a folder lies where a file should be",
+            errno.ELOOP: "it is a link, which is not followed",
         }
         full = "No space left" in str(error)
         reason = reasons.get(errno.ENOSPC if full else error.errno or 0)

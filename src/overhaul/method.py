@@ -224,6 +224,9 @@ class _Shelf(types.ModuleType):
         importlib.import_module(f"{self.__name__}.{name}")
         return vars(self)[name]
 
+    def __dir__(self) -> list[str]:
+        return sorted(self.__all__)
+
     def __setattr__(self, name: str, value: Any) -> None:
         is_method = isinstance(value, types.ModuleType) and name in self.__all__
         super().__setattr__(name, getattr(value, name) if is_method else value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy
@@ -92,6 +93,15 @@ class Outcome:
     curves: dict[str, list[float]] = field(default_factory=dict)
     tables: dict[str, Table] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """What was made in a line, each fact in one, and the names of the rest."""
+        made = "no model" if self.model is None else str(self.model) if isinstance(self.model, Path) else ""
+        lines = [f"Outcome: {made or type(self.model).__name__}"]
+        for name, value in self.facts.items():
+            lines.append(f"  {name}: {value:.4g}" if isinstance(value, float) else f"  {name}: {value}")
+        rest = {"layers": self.layers, "curves": self.curves, "tables": self.tables, "made": self.made}
+        return "\n".join([*lines, *(f"  {name} of {', '.join(map(str, held))}" for name, held in rest.items() if held)])
 
 
 class OutcomeError(RunError):

@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from overhaul import session
+from overhaul.errors import RequestError
+
 PATIENCE = timedelta(days=1)
 """How long a process waits for another, which may be judging a large model or saving it."""
 
@@ -36,6 +39,28 @@ def leave() -> None:
     if _together():
         wait()
         dist.destroy_process_group()
+
+
+def device() -> torch.device:
+    """Where models are worked on: what the session names, else the accelerator, else the processor.
+
+    Raises:
+        RequestError: torch sees no such device.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    here = torch.device("cpu") if found is None else found
+    wanted = session.current().device
+    if wanted is None:
+        return here
+    try:
+        named = torch.device(wanted)
+    except RuntimeError:
+        raise RequestError(f"`device: {wanted}` is no device. Write cpu, cuda, cuda:1, mps, or auto.") from None
+    there = named.type in ("cpu", here.type) and (named.index or 0) < max(1, torch.accelerator.device_count())
+    if not there:
+        seen = "the processor alone (cpu)" if found is None else f"cpu and {torch.accelerator.device_count()} of {here}"
+        raise RequestError(f"`device: {wanted}` is not there: torch sees {seen}.")
+    return named
 
 
 def _together() -> bool:

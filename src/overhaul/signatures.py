@@ -85,7 +85,7 @@ class Signature:
             TypeError: an argument is not documented, or a material is of no kind that a recipe can give.
         """
         hints = typing.get_type_hints(function, include_extras=True)
-        docs = _argument_docs(function.__doc__ or "")
+        docs = argument_docs(function.__doc__ or "")
         materials: list[Material] = []
         knobs: list[Knob] = []
         typed: dict[str, Any] = {}
@@ -107,7 +107,7 @@ class Signature:
                     typed[knob.name] = (type_, ... if knob.required else knob.default)
             else:
                 default = None if required else parameter.default
-                knobs.append(Knob(name, _type_text(hint), default, docs[name], required))
+                knobs.append(Knob(name, type_text(hint), default, docs[name], required))
                 typed[name] = (hint, ... if required else default)
         checks = create_model(
             function.__name__,
@@ -139,17 +139,17 @@ def _material(method: str, name: str, hint: Any, required: bool, doc: str) -> Ma
 def _fields(group: str, kind: Any, default: Any) -> list[tuple[Knob, Any]]:
     """The knobs that a dataclass stands for, each with its type."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    docs = _argument_docs(kind.__doc__ or "", "Attributes")
+    docs = argument_docs(kind.__doc__ or "", "Attributes")
     found = []
     for one in fields(kind):
         if one.name not in docs:
             raise TypeError(f"{kind.__name__}: the docstring's Attributes does not mention {one.name!r}")
         value = getattr(default, one.name)
-        found.append((Knob(one.name, _type_text(hints[one.name]), value, docs[one.name], group=group), hints[one.name]))
+        found.append((Knob(one.name, type_text(hints[one.name]), value, docs[one.name], group=group), hints[one.name]))
     return found
 
 
-def _argument_docs(doc: str, section_name: str = "Args") -> dict[str, str]:
+def argument_docs(doc: str, section_name: str = "Args") -> dict[str, str]:
     """The `Args:` section of a Google-style docstring; `a, b: text` documents both."""
     section = re.search(rf"^{section_name}:\n(.*?)(?=^\S|\Z)", inspect.cleandoc(doc), re.M | re.S)
     found: dict[str, str] = {}
@@ -161,19 +161,19 @@ def _argument_docs(doc: str, section_name: str = "Args") -> dict[str, str]:
     return found
 
 
-def _type_text(hint: Any) -> str:
+def type_text(hint: Any) -> str:
     """A type as a reader would write it: `float > 0`, `"batch" | "sample"`, `int | None`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return " | ".join(repr(choice) for choice in arguments)
     if origin in (typing.Union, types.UnionType):
-        return " | ".join(_type_text(argument) for argument in arguments)
+        return " | ".join(type_text(argument) for argument in arguments)
     if origin is typing.Annotated:
         signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
         bounds = [f"{s} {getattr(mark, k)}" for mark in arguments[1:] for k, s in signs.items() if hasattr(mark, k)]
-        return f"{_type_text(arguments[0])} {' and '.join(bounds)}".strip()
+        return f"{type_text(arguments[0])} {' and '.join(bounds)}".strip()
     if hint is type(None):
         return "None"
     if origin is not None:
-        return f"{origin.__name__}[{', '.join(_type_text(argument) for argument in arguments)}]"
+        return f"{origin.__name__}[{', '.join(type_text(argument) for argument in arguments)}]"
     return getattr(hint, "__name__", str(hint))

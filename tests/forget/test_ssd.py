@@ -35,7 +35,7 @@ from overhaul.stack import LayerStack
 CASE = Case(
     method=ssd,
     materials=lambda: {"model": tiny_vit(), "forget": pictures([3] * 4), "full": pictures([3] * 4 + [1, 2] * 6)},
-    knobs={"alpha": 1.5},
+    knobs={"alpha": 1.5, "importance": "batch"},
     varied={
         "alpha": (1.5, "adaptive"),
         "lam": (1.0, 0.0),
@@ -235,11 +235,23 @@ def test_with_retain_the_adaptive_rule_is_that_of_assd() -> None:
         for name, p in expected.named_parameters():
             chosen = on_forget[name] > threshold * on_retain[name]
             p.copy_(torch.where(chosen, p * (on_retain[name] / on_forget[name]).clamp(max=1), p))
-    outcome = ssd(model, forget, retain=retain, batch_size=12)
+    outcome = ssd(model, forget, retain=retain, importance="batch", batch_size=12)
     assert outcome.facts["alpha"] == pytest.approx(threshold, rel=1e-5)
     assert outcome.facts["held_against"] == "retain"
     for new, by_hand in zip(weights(model), weights(expected), strict=True):
         assert torch.allclose(new, by_hand, rtol=1e-3, atol=1e-5)
+
+
+def test_few_batches_are_no_estimate_so_samples_are_taken() -> None:
+    def found(importance: Any, batch_size: int) -> tuple[Any, list[Tensor]]:
+        torch.manual_seed(0)
+        model = two_layers()
+        outcome = ssd(model, vectors(20), vectors(60), alpha=1.5, importance=importance, batch_size=batch_size)
+        return outcome.facts["importance"], weights(model)
+
+    for size, taken in ((1, "batch"), (2, "sample"), (64, "sample")):
+        (said, ours), (_, named) = found("auto", size), found(taken, size)
+        assert said == taken and same(ours, named)
 
 
 def test_without_full_a_fixed_alpha_reads_forget_and_retain_together() -> None:

@@ -62,6 +62,13 @@ class Examples(Sequence[Encoded]):
         if len(self.items) != len(self.rows):
             raise ValueError(f"{len(self.items)} items but {len(self.rows)} rows")
 
+    def __repr__(self) -> str:
+        if not len(self):
+            return "Examples: none"
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in self.items[0].items())
+        first = f"{len(self)}, {self.kind}\n  first: {shapes or 'nothing encoded'}"
+        return f"Examples: {first}\n  rows: {', '.join(self.rows[0])}"
+
     def __len__(self) -> int:
         return len(self.items)
 

@@ -36,7 +36,20 @@ STARTER_DATA: Mapping[str, Callable[[tasks.Split], list[Row]]] = {
 
 
 class Source(BaseModel):
-    """One source of a material, as a recipe writes it."""
+    """One source of a material, as a recipe writes it.
+
+    Attributes:
+        from_: a file, a folder, a hub name, or `starter:NAME`; relative to the recipe.
+        as_: the form of its rows; told from the columns if it is not given.
+        split: of a data set that has several.
+        where: only rows with these values: `{column: value}`, or a list of values of which one must be there.
+        unless: only rows without them.
+        limit: most rows, and most pieces of text.
+        length: most tokens of a piece of text; a longer one is cut into several.
+        prompt: how a question is put, with `{question}` in its place.
+        columns: what the file calls a column: `{question: its name}`.
+        verify: what decides whether an answer is right.
+    """
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from overhaul import processes, session
-from overhaul.errors import RequestError
+from overhaul.errors import RequestError, writing
 
 if TYPE_CHECKING:
     from overhaul.fit.parallel import Workers
@@ -214,10 +214,11 @@ class TrainingCheckpoint:
         told = {"counters": counters, "optimizer": plain, "belongs": self.belongs}
         told["kept"] = _without_tensors(dict(kept), tensors)
         if processes.is_main():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(".partial")
-            save_file(tensors, partial, {key: json.dumps(value) for key, value in told.items()})
-            os.replace(partial, self.path)
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                partial = self.path.with_suffix(".partial")
+                save_file(tensors, partial, {key: json.dumps(value) for key, value in told.items()})
+                os.replace(partial, self.path)
         self.written = time.monotonic()
 
     def check(self) -> None:
@@ -226,8 +227,11 @@ class TrainingCheckpoint:
         Raises:
             RequestError: it belongs to a training with other steps, rates, data or parameters.
         """
-        with safe_open(str(self.path), framework="pt") as file:
-            theirs = json.loads(file.metadata().get("belongs", "{}"))
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                theirs = json.loads(file.metadata()["belongs"])
+        except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+            raise RequestError(f"The checkpoint {self.path} is damaged ({error}); delete it to begin anew.") from None
         for key in self.belongs | theirs:
             if self.belongs.get(key) != theirs.get(key):
                 raise RequestError(

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
@@ -266,7 +267,14 @@ def _float16_widened(model: nn.Module) -> Iterator[None]:
 
 def _accelerator() -> Accelerator:
     processes.start()
-    accelerator = Accelerator(mixed_precision="bf16" if _has_fast_bf16() else "no")
+    home = processes.device()
+    if processes.count() == 1:
+        if AcceleratorState._shared_state and AcceleratorState().device.type != home.type:
+            AcceleratorState._reset_state(reset_partial_state=True)  # an earlier training was somewhere else
+        if home.index is not None:
+            torch.accelerator.set_device_index(home.index)
+    on_cpu = home.type == "cpu"
+    accelerator = Accelerator(mixed_precision="bf16" if not on_cpu and _has_fast_bf16() else "no", cpu=on_cpu)
     wants_shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if wants_shards and accelerator.distributed_type is DistributedType.MULTI_CPU:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()

@@ -14,7 +14,8 @@ How it differs from the paper:
    alone. Without it, and with a fixed alpha, it is the paper's: all data, `forget` included (`full`, or `forget` with
    `retain`). All data hides in the denominator what only `forget` needs, so the ratios lie closer together.
 3. `importance="batch"` squares the gradient of each batch's mean, as the released code does and not as the paper writes;
-   it needs batches of mixed examples, so both sets are shuffled. `importance="sample"` is the paper's formula.
+   it needs batches of mixed examples, so both sets are shuffled. `importance="sample"` is the paper's formula. The
+   default takes batches where both sets have at least 20 of them: four squared means are no estimate of a diagonal.
 4. Importance is accumulated in float32 whatever the model's dtype. Frozen parameters are skipped, tied ones counted once.
 5. For a language model the loss is the mean over the answer tokens of a batch, and "logits" the mean of their squared
    norms there.
@@ -44,6 +45,9 @@ from overhaul.importance import (
 from overhaul.method import Outcome, method
 from overhaul.stack import LayerStack
 
+FEWEST_BATCHES = 20
+"""With fewer of them, the squared gradients of batch means say little about single examples."""
+
 
 @method(verb="forget", paper="2308.07707", changes="weights", memory="gradient")
 def ssd(
@@ -54,7 +58,7 @@ def ssd(
     *,
     alpha: Annotated[float, Gt(0)] | Literal["adaptive"] = "adaptive",
     lam: Annotated[float, Ge(0)] = 1.0,
-    importance: Literal["batch", "sample"] = "batch",
+    importance: Literal["auto", "batch", "sample"] = "auto",
     batch_size: Annotated[int, Ge(1)] = 64,
     signal: Literal["loss", "logits"] = "loss",
 ) -> Outcome:
@@ -68,7 +72,8 @@ def ssd(
         alpha: how many times as important to `forget` as to the rest a weight must be to be selected; "adaptive" takes the
             percentile that the share of `forget` in all data asks for.
         lam: dampening constant: a selected weight keeps lam / ratio of itself; 0 prunes it.
-        importance: squared gradient of batch means ("batch"), or mean of the examples' squared gradients ("sample").
+        importance: squared gradient of batch means ("batch"), or mean of the examples' squared gradients ("sample"); "auto"
+            is "sample" where `forget` or what it is held against has fewer than 20 batches.
         batch_size: examples in a batch: with "batch" it is part of the definition, with "sample" it is not used.
         signal: the gradient of what: "loss" (with true labels), or "logits" (squared norm of the outputs, no labels).
 
@@ -82,6 +87,9 @@ def ssd(
     _check_roles(forget, full, retain)
     name, against = _against(forget, full, retain, alpha == "adaptive")
     share = len(forget) / (len(against) + (len(forget) if name == "retain" else 0))
+    if importance == "auto":
+        few = min(len(forget), len(against)) < FEWEST_BATCHES * batch_size
+        importance = "sample" if few else "batch"
     seed = torch.initial_seed()
     gradients = "of batches"
     measured: list[PerParameter] = []
@@ -102,6 +110,7 @@ def ssd(
         "selected": selected,
         "selected_share": selected / sum(values.numel() for values in ratio.values()),
         "mean_factor": done.mean_factor,
+        "importance": importance,
         "gradients": gradients,
         "held_against": name,
     }

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from overhaul import method as methods
-from overhaul import models
+from overhaul import models, processes, session
 from overhaul.data.examples import Examples, join
 from overhaul.data.forms import find_form
 from overhaul.data.materials import Row, Source, encode, form_of, load_rows
@@ -152,6 +152,8 @@ def check(document: Document) -> Checked:
     known = models.facts(relative(recipe.model, document), seed=recipe.seed)
     if recipe.dtype not in models.DTYPES:
         raise RequestError(f"dtype {recipe.dtype!r} is not possible.{did_you_mean(recipe.dtype, models.DTYPES)}")
+    with session.using(device=recipe.on):
+        processes.device()  # refuses what is not there
     materials = Materials.of(recipe, document)
     if not recipe.steps and not recipe.compare:
         raise RequestError("The recipe has no steps. `overhaul methods` lists what a step can be.")

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overhaul import __version__, method, models, processes
+from overhaul import __version__, method, models, processes, session
 from overhaul.errors import OverhaulError, RequestError
 from overhaul.recipe import machine
 from overhaul.recipe.check import RETRAINED, Checked, check, with_steps
+from overhaul.recipe.plan import disk_bytes
 from overhaul.recipe.run import Run
 from overhaul.recipe.runner import Runner
 from overhaul.recipe.spec import read
@@ -78,12 +79,12 @@ def compare(
         _seeded(variant, base.recipe.seed + n, seeds > 1) for variant in _variants(base, names) for n in range(seeds)
     ]
     root = Path(out) if out is not None else Path("runs") / f"{document.folder_name}-compared"
-    needed = base.model.bytes * sum(1 + len(variant.checked.steps) for variant in variants)
+    needed = sum(disk_bytes(variant.checked) for variant in variants)
     folder = RunFolder(root)
     if processes.is_main():
         folder = RunFolder.claim(root, f"{document.name} (compared)", needed)
     processes.wait()
-    with folder.held():
+    with folder.held(), folder.logged(), session.using(device=base.recipe.on):
         return _Comparison(base, variants, folder).go()
 
 
@@ -152,7 +153,8 @@ class _Comparison:
         anchored: dict[str, Any] = {}
         failed: list[tuple[str, OverhaulError]] = []
         walked: Runner | None = None
-        for variant in self.variants:
+        for n, variant in enumerate(self.variants, 1):
+            session.say(f"{variant.label}, {n} of {len(self.variants)}, seed {variant.checked.recipe.seed}")
             runner = Runner(variant.checked, self.folder, self.data, RunFolder(self.folder.root / variant.folder))
             runner.anchored = anchored
             try:
@@ -181,6 +183,7 @@ class _Comparison:
         measures = [{k: v for k, v in one.items() if k not in ("value", "runs")} for one in first]
         found = self.comparison(measures, rows, [f"{label} is missing: {error}" for label, error in failed])
         if processes.is_main():
+            self.folder.tidy()
             found.write(self.folder.root)
         processes.wait()
         return Run(self.folder.root, found.to_json())

@@ -1,6 +1,7 @@
 """What a recipe will take, from configs, headers and data alone: steps, peak memory, time.
 
-1. The time is a floor: arithmetic at the speed of a short matrix multiplication on this machine, in the dtype of the run.
+1. The time is a range. Its floor is arithmetic at the speed of a short matrix multiplication on this machine, in the
+   dtype of the run.
 2. Memory counts weights, gradients, optimizer state, the activations of the largest of some batches, and outputs that are
    cached. In a training, activations and gradients take turns: one grows as the other falls. With AdamW a trained parameter
    takes 16 bytes (weight, gradient, two moments, all in float32); of bfloat16 18, with a float32 master beside the weight.
@@ -10,25 +11,34 @@
 
 from __future__ import annotations
 
+import io
 import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from overhaul.data.materials import positions_of
 from overhaul.models import DTYPES, Checkpoint, facts
-from overhaul.recipe.check import Checked, Step
+from overhaul.recipe.check import Checked, Step, check
+from overhaul.recipe.spec import read
+from overhaul.report.numbers import humanise
 
-DRAWN_BATCHES = 32
+DRAWN_BATCHES, MOST_DRAWN = 32, 4096  # examples of a batch; a larger one is as many times as large
 STREAMED_BYTES_PER_SECOND = 1e9  # from and to a local disk that has them at hand
 STREAMED_BYTES = 300_000_000  # pieces of tensors and the pages of their files, whatever the size of the models
 LIBRARIES_BYTES = (
     350_000_000  # after importing torch, transformers' generation, accelerate and what runs a recipe: 351 MB
 )
+SLOWER, SETUP_SECONDS = 5, 5.0
+"""How many times its floor a step may take, as small matrices leave a processor waiting; what comes before its work."""
 KERNELS_BYTES = 40_000_000  # code of kernels and libraries that only the first steps page in, seen over several runs
 
 
@@ -50,11 +60,87 @@ class Planned:
     peak_bytes: int
     seconds: float
 
+    @property
+    def said_time(self) -> str:
+        """The floor, and what small matrices and a busy machine make of it."""
+        return f"{duration(self.seconds)} to {duration(SLOWER * self.seconds + SETUP_SECONDS)}"
+
+
+def duration(seconds: float) -> str:
+    """In the unit that a person would say it in."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe that is in order: what it starts from, an estimate for each step, and what is odd about it.
+
+    Attributes:
+        model: what it starts from.
+        steps: the estimates.
+        warnings: what is no error.
+    """
+
+    model: Checkpoint
+    steps: list[Planned]
+    warnings: list[str]
+
+    def print(self, console: Console) -> None:
+        """As `overhaul plan` prints it."""
+        table = Table("step", "reads", "peak memory", "time, estimated", box=None, pad_edge=False)
+        for step in self.steps:
+            reads = [f"{role} ({count})" for role, count in step.reads.items()]
+            reads += [role if names == (role,) else f"{role}: {' '.join(names)}" for role, names in step.others.items()]
+            peak = humanise(step.peak_bytes, "bytes")
+            table.add_row(step.name, escape(", ".join(reads)), peak, step.said_time)
+        facts = self.model
+        console.print(
+            f"{escape(facts.source)}: {facts.architecture}, {humanise(facts.parameters, 'parameters')} parameters in "
+            f"{facts.dtype}, {humanise(facts.bytes, 'bytes')} on disk"
+        )
+        console.print(table)
+        console.print(
+            f"Beside each peak, the interpreter and its libraries take {humanise(libraries_bytes(), 'bytes')}."
+        )
+        for warning in self.warnings:
+            console.print(f"[yellow]Note:[/] {escape(warning)}")
+
+    def __repr__(self) -> str:
+        console = Console(width=110, file=io.StringIO())
+        self.print(console)
+        return console.file.getvalue().rstrip()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def planned(source: str | Path | Mapping[str, Any]) -> Plan:
+    """Check a recipe and estimate its steps, before any weight is read: `overhaul plan` from Python.
+
+    Raises:
+        RequestError: the recipe or its data is wrong; the message says what to write instead.
+    """
+    checked = check(read(source))
+    return Plan(checked.model, plan(checked), checked.warnings)
+
 
 def plan(checked: Checked, flops_per_second: float | None = None) -> list[Planned]:
     """Estimate every step. `flops_per_second` is measured in a fraction of a second if not given."""
     speed = flops_per_second or matmul_speed(dtype=DTYPES[checked.recipe.dtype])
     return [_estimate(step, checked, speed) for step in checked.steps]
+
+
+def disk_bytes(checked: Checked) -> int:
+    """What a run of the recipe writes: a model for each step and one more, two checkpoints of the largest training."""
+    checkpoints = [_checkpoint_bytes(step, checked) for step in checked.steps if step.method.memory == "training"]
+    return checked.model.bytes * (1 + len(checked.steps)) + 2 * max([0, *checkpoints])
+
+
+def _checkpoint_bytes(step: Step, checked: Checked) -> int:
+    """Weights, two moments and, below float32, masters of what a step trains; the new one is written beside the old."""
+    width = DTYPES[checked.recipe.dtype].itemsize
+    lora = step.knobs.get("weights") == "lora"
+    trained = _adapters(checked.model.shapes, int(step.knobs["rank"])) if lora else checked.model.parameters
+    return trained * ((4 if lora or width == 4 else width + 4) + 8)
 
 
 def libraries_bytes() -> int:
@@ -78,13 +164,14 @@ def largest_batch(lengths: Sequence[int], size: int) -> int:
     """Positions in the largest forward among some batches, which are split so that none is padded to twice its length."""
     draw = random.Random(0)
     largest = 1
+    drawn = min(size, MOST_DRAWN)
     for _ in range(DRAWN_BATCHES):
-        batch = sorted(draw.choices(lengths, k=size), reverse=True)
+        batch = sorted(draw.choices(lengths, k=drawn), reverse=True)
         while batch:
             part = [length for length in batch if 2 * length >= batch[0]]
             largest = max(largest, len(part) * part[0])
             batch = batch[len(part) :]
-    return largest
+    return largest * size // drawn
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ A run that is finished is known by its stored stamps, before anything heavy is i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,21 @@ class Run:
     report: dict[str, Any]
 
 
-def run(source: str | Path | Mapping[str, Any], out: str | Path | None = None) -> Run:
+def run(source: str | Path | Mapping[str, Any], out: str | Path | None = None, *, device: str | None = None) -> Run:
     """Run a recipe, or go on with it where it stopped.
 
     Args:
         source: a recipe file, or the same as a mapping.
         out: the run folder; `runs/NAME` if None.
+        device: in place of the recipe's.
 
     Raises:
         RequestError: the recipe, its data or the folder is wrong; nothing was started.
         RunError: a step failed; the steps before it are kept.
     """
     document = read(source)
+    if device is not None:
+        document = replace(document, recipe=document.recipe.model_copy(update={"device": device}))
     root = Path(out) if out is not None else Path("runs") / document.folder_name
     report = finished.found(root, document)
     if report is None:

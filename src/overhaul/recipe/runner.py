@@ -26,7 +26,7 @@ from torch import nn
 from overhaul import __version__, models, processes, session
 from overhaul.data.examples import Encoded, Examples
 from overhaul.errors import OverhaulError, RequestError, RunError, writing
-from overhaul.files import write_json, write_text
+from overhaul.files import read_json, write_json, write_text
 from overhaul.judge import cost as costs
 from overhaul.judge import judge as judging
 from overhaul.judge.measure import Measure
@@ -35,6 +35,7 @@ from overhaul.outcome import OutcomeError
 from overhaul.recipe import finished, lineage, machine, products, results, verbs
 from overhaul.recipe.check import Checked, Step, check, encode_made, maker_of
 from overhaul.recipe.materials import Reference
+from overhaul.recipe.plan import disk_bytes
 from overhaul.recipe.spec import Document
 from overhaul.recipe.store import RunFolder, Stage, key_of
 from overhaul.report.html import write_html
@@ -54,9 +55,9 @@ def start(document: Document, root: Path) -> dict[str, Any]:
         raise RequestError("The recipe has nothing but `compare:`, which `overhaul compare` runs.")
     folder = RunFolder(root)
     if processes.is_main():
-        folder = RunFolder.claim(root, document.name, checked.model.bytes * (1 + len(checked.steps)))
+        folder = RunFolder.claim(root, document.name, disk_bytes(checked))
     processes.wait()
-    with folder.held():
+    with folder.held(), folder.logged(), session.using(device=checked.recipe.on):
         return Runner(checked, folder).go()
 
 
@@ -92,6 +93,7 @@ class Runner:
         """All steps, all judgements and the published model; the report."""
         report = self.walk()[2]
         if processes.is_main():
+            self.folder.tidy()
             finished.remember(self.shown.root, self.checked)
         return report
 
@@ -161,7 +163,7 @@ class Runner:
         """A checkpoint's model, on the device that the run uses."""
         torch.manual_seed(self.checked.recipe.seed)  # a start without weights draws them
         model = models.load_weights(facts, self.checked.recipe.dtype, self.checked.recipe.trust_remote_code)
-        return model.to("cuda") if torch.cuda.is_available() else model
+        return model.to(processes.device())
 
     def key(self, step: Step, stages: list[Stage]) -> str:
         """All that a step's result depends on."""
@@ -225,11 +227,14 @@ class Runner:
     def step(self, step: Step, stages: list[Stage]) -> Stage:
         """The stage after a step: found where it was done before, else made."""
         key = self.key(step, stages)
-        place = self.folder.step(step.number, step.name, key)
-        if not processes.agreed(processes.is_main() and self.folder.finished_step(place)):
+        place, what = self.folder.step(step.number, step.name, key), f"step {step.number} of {len(self.checked.steps)}"
+        if processes.agreed(processes.is_main() and self.folder.finished_step(place)):
+            session.say(f"{what}, {step.name}, was done before")
+        else:
+            session.say(f"{what}, {step.name}")
             self.make(step, stages, key, place)
             processes.wait()
-        record = json.loads((place / "step.json").read_text())
+        record = json.loads((place / "step.json").read_text(encoding="utf-8"))
         record.pop("files", None)
         if not (place / "model").exists():
             return replace(stages[-1], name=step.name, record=record, place=place, step_key=key, changed=False)
@@ -270,6 +275,7 @@ class Runner:
                 ) from error
         if processes.is_main():
             record = results.save(step, stages[-1].facts, outcome, partial, self.checked)
+            session.say(f"  took {cost.seconds:.1f} s")
             record |= {"seconds": cost.seconds, "peak_bytes": cost.peak_bytes, "roles": self.sizes(step)}
             self.folder.finish_step(place, partial, record, key)
 
@@ -284,7 +290,8 @@ class Runner:
         anchors = {name: self.reference_key(name, []) for name in self.checked.anchors}
         parts = (stage.key, requests, roles, self.code, anchors)
         path = self.folder.judged(key_of(*parts))
-        if processes.is_main() and not path.exists():
+        if processes.is_main() and read_json(path) is None:
+            session.say(f"judging {stage.name}" if stage.record else "judging the model as it came")
             anchored = self.anchors()
             model = self.load(stage)
             torch.manual_seed(self.checked.recipe.seed)
@@ -305,8 +312,8 @@ class Runner:
         digest, sample = self.sample()
         parts = (list(by_key), digest, self.checked.recipe.dtype, self.code, machine.describe())
         path = self.folder.timed(key_of(*parts))
-        if processes.is_main() and not path.exists():
-            session.current().report("timing", 0, 1, "")
+        if processes.is_main() and read_json(path) is None:
+            session.say("timing the models in turn")
             self.model = None
             dtype = models.DTYPES[self.checked.recipe.dtype]
             needed = dtype.itemsize * sum(stage.facts.parameters for stage in by_key.values())

@@ -24,6 +24,7 @@ class Recipe(BaseModel):
         title: for the report.
         seed: every step starts from it.
         dtype: how weights are held while they are worked on; the saved model keeps the dtype it came with.
+        device: where it is worked on: `cpu`, `cuda`, `cuda:1`, `mps`; `auto` is the accelerator if there is one.
         trust_remote_code: run Python code that comes with the model.
         materials: data by role, `{from: ...}` or a list of such; models, `{after: STEP}`, `{model: SOURCE}` or a list of
             such; and what a step makes beside the model, `{made: STEP, name: PRODUCT}`.
@@ -38,11 +39,17 @@ class Recipe(BaseModel):
     title: str = ""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     dtype: str = "float32"
+    device: str = "auto"
     trust_remote_code: bool = False
     materials: dict[str, Any] = {}
     steps: list[Any] = []
     compare: list[Any] = []
     judge: dict[str, dict[str, Any]] = {}
+
+    @property
+    def on(self) -> str | None:
+        """The device, None where the recipe leaves it open."""
+        return None if self.device == "auto" else self.device
 
     @field_validator("steps", "compare")
     @classmethod
@@ -84,7 +91,7 @@ MOST_NESTED = 50
 
 
 def read(source: str | Path | Mapping[str, Any]) -> Document:
-    """Read a recipe from a YAML file, a packaged name ("demo"), or a mapping.
+    """Read a recipe from a YAML file or a mapping.
 
     Raises:
         RequestError: no such file, not YAML, or a field that no recipe has.

@@ -5,6 +5,8 @@ OUT/steps/01-forget.npo-KEY/    model/ and step.json, renamed into place when co
 OUT/judged/KEY.json             what the judge measured of one model
 OUT/timed/KEY.json              how long models took that were timed in turn
 OUT/model, report.html, report.json, recipe.yaml, lineage.json
+OUT/published.json              the names of what was put into OUT/model
+OUT/run.log                     what was said while it ran, with the time of day
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from overhaul import processes, session
 from overhaul.errors import RequestError, writing
-from overhaul.files import contents, write_json, write_text
+from overhaul.files import contents, read_json, write_json, write_text
 from overhaul.models import Checkpoint
 
 
@@ -62,12 +65,26 @@ def _stamps(folder: Path) -> list[list[Any]]:
 
 def _check_room(root: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(root).free
-    needed_bytes -= sum(path.stat().st_size for path in root.glob("steps/[!.]*/model/*.safetensors"))  # done already
+    needed_bytes -= sum(path.stat().st_size for path in root.glob("steps/**/*") if path.is_file())  # done already
     if free < needed_bytes:
         raise RequestError(
-            f"{root} lies on a disk with {free / 1e9:.1f} GB free; this run writes at least {needed_bytes / 1e9:.1f} GB "
-            "(one model per step). Choose another folder with -o."
+            f"{root} lies on a disk with {free / 1e9:.1f} GB free; this run writes about {needed_bytes / 1e9:.1f} GB "
+            "(a model per step, and checkpoints of the training under way). Choose another folder with -o."
         )
+
+
+def _refuse_links(root: Path) -> None:
+    for path in root.glob("*"):
+        if path.is_symlink():
+            raise RequestError(
+                f"{path} is a link; a run folder holds what it wrote itself. Remove it, or choose another."
+            )
+
+
+def _tidy(root: Path) -> None:
+    """Take away what a killed run left half-written."""
+    for stale in [*root.glob(".*.partial"), *root.glob("steps/.*.partial")]:
+        stale.unlink() if stale.is_symlink() or stale.is_file() else shutil.rmtree(stale)
 
 
 def _lock(root: Path) -> int | None:
@@ -108,6 +125,15 @@ class RunFolder:
         finally:
             self.release()
 
+    @contextmanager
+    def logged(self) -> Iterator[None]:
+        """Keep what is said inside in the folder."""
+        if not processes.is_main():
+            yield
+            return
+        with session.logged(self.root / "run.log"):
+            yield
+
     def release(self) -> None:
         """Let other processes in."""
         if self.lock is not None:
@@ -130,8 +156,9 @@ class RunFolder:
         marker = root / "run.json"
         if root.is_file():
             raise RequestError(f"{root} is a file; -o names a folder.")
-        if marker.exists():
-            holds = json.loads(marker.read_text())["recipe"]
+        if os.path.lexists(marker):
+            _refuse_links(root)
+            holds = (read_json(marker) or {}).get("recipe", owner)
             if holds != owner:
                 raise RequestError(
                     f"{root} holds the run of another recipe ({holds!r}, not {owner!r}). Choose another folder with -o."
@@ -144,8 +171,8 @@ class RunFolder:
             claimed.lock = _lock(root)
         try:
             with writing(root):
-                if not marker.exists():
-                    write_json(marker, {"recipe": owner})
+                _tidy(root)
+                write_json(marker, {"recipe": owner})
                 (root / ".writable").touch()
                 (root / ".writable").unlink()
             _check_room(root, needed_bytes)
@@ -164,14 +191,16 @@ class RunFolder:
         The published model shares its files with the last step's, where the file system has hard links: what is written
         over the one in place is in the other.
         """
-        if not (place / "step.json").exists():
+        if not place.exists():
             return False
-        kept = json.loads((place / "step.json").read_text(encoding="utf-8")).get("files")
-        if kept is None or kept == _stamps(place / "model"):
-            return True
-        warnings.warn(
-            f"{place / 'model'} was changed after its step was finished; the step is done again.", stacklevel=2
-        )
+        record = read_json(place / "step.json")
+        if record is not None:
+            kept = record.get("files")
+            if kept is None or kept == _stamps(place / "model"):
+                return True
+            warnings.warn(
+                f"{place / 'model'} was changed after its step was finished; the step is done again.", stacklevel=2
+            )
         with writing(place):
             shutil.rmtree(place)
         return False
@@ -195,21 +224,45 @@ class RunFolder:
         """Where the times of several models lie."""
         return self.root / "timed" / f"{key}.json"
 
+    def tidy(self) -> None:
+        """Take away the checkpoints of steps that are no longer under way, nor part of the recipe."""
+        for stale in self.root.glob("steps/.*.working"):
+            shutil.rmtree(stale, ignore_errors=True)
+
     def publish(self, source: Path, texts: Mapping[str, str]) -> None:
-        """Put the last step's model, with its papers, at OUT/model; the old one is replaced only when it is complete."""
+        """Put the last step's model, with its papers, at OUT/model; the old one is replaced only when it is complete.
+
+        What somebody else put beside the old one stays: `published.json` says what was ours.
+        """
         target, partial, old = self.root / "model", self.root / ".model.partial", self.root / ".model.old"
+        listed = self.root / "published.json"
+        ours = read_json(listed, list) or [path.name for path in target.glob("*")]
         with writing(target):
             for stale in (partial, old):
                 shutil.rmtree(stale, ignore_errors=True)
             partial.mkdir(parents=True)
             for file in sorted(source.iterdir()):
-                try:
-                    os.link(file, partial / file.name)
-                except OSError:  # a file system without hard links
-                    shutil.copy2(file, partial / file.name)
+                _put(file, partial)
             for name, text in texts.items():
                 write_text(partial / name, text)
+            names = sorted(path.name for path in partial.iterdir())
+            for file in target.glob("*"):
+                if file.name not in ours and file.name not in names:
+                    _put(file, partial)
             if target.exists():
                 os.replace(target, old)
             os.replace(partial, target)
             shutil.rmtree(old, ignore_errors=True)
+        write_json(listed, names)
+
+
+def _put(file: Path, folder: Path) -> None:
+    """A file or folder under its own name in another folder: a second name where the file system has them, else a copy."""
+    place = folder / file.name
+    if file.is_dir() and not file.is_symlink():
+        shutil.copytree(file, place, symlinks=True)
+        return
+    try:
+        os.link(file, place, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(file, place, follow_symlinks=False)

@@ -90,6 +90,9 @@ class LayerStack:
             raise RequestError(f"{type(model).__name__} has no list of modules at {path!r}.{did_you_mean(path, lists)}")
         return cls(model, path, discovery.lists_of(model, path))
 
+    def __repr__(self) -> str:
+        return f"LayerStack of {type(self.model).__name__} at {self.path}: {self._kinds()}"
+
     def __len__(self) -> int:
         return len(self.blocks)
 
