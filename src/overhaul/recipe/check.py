@@ -19,6 +19,7 @@ from overhaul.judge import judge as judging
 from overhaul.recipe import verbs
 from overhaul.recipe.materials import Materials, Reference, relative, source_of
 from overhaul.recipe.spec import Document, Recipe
+from overhaul.stack import LayerStack
 
 RETRAINED = "retrained"
 """The material that is a model trained without what is to be forgotten."""
@@ -163,6 +164,8 @@ def check(document: Document) -> Checked:
     used = _used(steps, requests, materials)
     if not recipe.model.startswith("starter:"):  # what ships has been built; building takes seconds of imports
         models.check_shapes(known)
+    if recipe.stack is not None and (network := models.planned(known)) is not None:
+        LayerStack.at(network, recipe.stack)  # refuses what is not there
     words = models.count_tokens(known)
     for role in used:
         read = any(find_form(form_of(*source)).needs == "tokenizer" for source in materials.rows[role])

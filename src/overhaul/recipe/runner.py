@@ -99,7 +99,13 @@ class Runner:
 
     def walk(self) -> tuple[list[Stage], list[dict[str, Any]], dict[str, Any]]:
         """As `go`; the stages, what the judge said of each, without times, and the report."""
-        start = Stage("before", key_of(self.checked.model.digest(), self.checked.recipe.dtype), self.checked.model)
+        with session.using(stack=self.checked.recipe.stack):
+            return self._walk()
+
+    def _walk(self) -> tuple[list[Stage], list[dict[str, Any]], dict[str, Any]]:
+        recipe = self.checked.recipe
+        named = [recipe.stack] if recipe.stack is not None else []
+        start = Stage("before", key_of(self.checked.model.digest(), recipe.dtype, *named), self.checked.model)
         stages = [start]
         judged = [self.judge(start)]
         for step in self.checked.steps:
