@@ -292,6 +292,23 @@ def test_a_hybrid_keeps_a_block_with_attention(criterion: Any) -> None:
         drop_layers(hybrid(), None, drop=[1, 3])
 
 
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize(("name", "allowed"), [("Zamba2", {2}), ("DeepSeek-V3", {1, 2, 3}), ("GPT-Neo", {1, 2, 3})])
+def test_the_criterion_chooses_among_what_the_config_can_do_without(
+    name: str, allowed: set[int], criterion: Any, tmp_path: Path
+) -> None:
+    model = MORE[name].build()
+    assert set(facts(model, examples_for("llama", 2), count=1, criterion=criterion)["removed"]) <= allowed
+    models.open_model(models.save(model, None, tmp_path / "m"))
+
+
+def test_blocks_that_go_only_together_are_said_to_be_that_and_can_be_named() -> None:
+    model, examples = MORE["Jamba"].build(), examples_for("llama", 2)
+    with pytest.raises(RequestError, match=r"only 1 can be dropped \(keep_first.*2 only together with others.*name them"):
+        drop_layers(model, examples, count=2)
+    assert facts(model, None, drop=[2, 3])["removed"] == [2, 3]
+
+
 @pytest.mark.parametrize("name", ["Gemma 3, with images", "Qwen2.5-VL", "Llava", "Mistral 3"])
 def test_the_blocks_of_a_model_that_sees_are_those_of_its_language_model(name: str) -> None:
     model, examples = MORE[name].build(), examples_for("llama", 4)

@@ -154,10 +154,17 @@ class Choice:
             raise RequestError(f"{what}: count={count}, but drop names {len(drop)} blocks. Leave `count` out.")
         stack.check([place for place in range(len(stack)) if place not in drop])
         free = [i for i in stack.droppable if i not in {*drop, *keep} and (i or not keep_first)]
+        single = free
+        if stack.kinds > 1 and count > len(
+            drop
+        ):  # a config may tell kinds of blocks apart by rules that tie some together
+            single = [i for i in free if stack.can_drop([*drop, i])]
+        tied, free = len(free) - len(single), single
         choice = cls(count, drop, free, stack.with_attention)
         most = len(choice.first(free, len(stack)))
         if count > most:
             held = ["keep_first holds the first"] * keep_first + ["keep names some"] * bool(keep)
+            held += [f"{tied} only together with others, by its config: name them all, `drop: [...]`"] * bool(tied)
             held += ["one with attention must stay"] * (most < len(free) + len(drop))
             reasons = f" ({'; '.join(held)})" if held else ""
             raise RequestError(

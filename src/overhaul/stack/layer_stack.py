@@ -27,6 +27,10 @@ from overhaul.stack.paths import Following
 _AFTER = re.compile(r"(^|[._])(final|out|head)([._]|$)")
 
 
+class _Enough(Exception):
+    """What was to be found out is known."""
+
+
 @dataclass(frozen=True)
 class LayerStack:
     """One stack of a model. Create it with `find`, `of` or `at`; it always shows the model as it is now.
@@ -123,6 +127,11 @@ class LayerStack:
         return [i for i in range(len(self)) if i not in fixed]
 
     @property
+    def kinds(self) -> int:
+        """How many kinds of blocks there are, by the names of their parameters."""
+        return len({tuple(name for name, _ in discovery.uncompiled(b).named_parameters()) for b in self.blocks})
+
+    @property
     def with_attention(self) -> list[int]:
         """The blocks that have attention in a hybrid whose others have none; empty in any other stack.
 
@@ -157,6 +166,20 @@ class LayerStack:
     def drop(self, indices: Collection[int], tried: Callable[[], None] | None = None) -> None:
         """Take blocks out, in place: the model is then a plain, shorter model of its class. See `take`."""
         self.take(self._without(indices), tried)
+
+    def can_drop(self, indices: Collection[int]) -> bool:
+        """Whether `drop` would take these blocks out; nothing is changed."""
+
+        def enough() -> None:
+            raise _Enough
+
+        try:
+            self.drop(indices, enough)
+        except _Enough:
+            return True
+        except RequestError:
+            return False
+        return True
 
     def take(self, path: Sequence[int], tried: Callable[[], None] | None = None) -> None:
         """Keep only the blocks along `path`, in that order, for good: a plain model of its class that loads anywhere.
