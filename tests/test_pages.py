@@ -71,7 +71,9 @@ def command(line: str, here: Path) -> None:
 def test_the_readme_does_what_it_says(tmp_path: Path) -> None:
     done = play(ROOT / "README.md", tmp_path)
     assert done.count("yaml") == 2 and done.count("python") >= 3
+    assert play(ROOT / "docs" / "evaluating.md", tmp_path / "ada")
     assert {path.name for path in (tmp_path / "ada").iterdir()} >= {
+        "evaluation",
         "forgot-ada",
         "forgot-late",
         "soup",

@@ -146,7 +146,8 @@ def test_an_interrupt_at_any_time_ends_the_run_and_the_same_command_goes_on(
             continue  # it had ended by then
         ended += 1
         assert b"the same command goes on" in said and b"Traceback" not in said, said.decode()
-        assert process.returncode == 1
+        # Python ends itself by SIGINT if it was interrupted in source that was being executed, of a dataclass for one
+        assert process.returncode in (1, -signal.SIGINT)
         assert subprocess.run([*command, "out"], cwd=tmp_path, capture_output=True).returncode == 0
         assert (tmp_path / "out" / "model" / "model.safetensors").read_bytes() == whole
     assert ended >= 5

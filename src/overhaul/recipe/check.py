@@ -19,6 +19,7 @@ from overhaul.judge import judge as judging
 from overhaul.recipe import verbs
 from overhaul.recipe.materials import Materials, Reference, relative, source_of
 from overhaul.recipe.spec import Document, Recipe
+from overhaul.recipe.track import tracker
 from overhaul.stack import LayerStack
 
 RETRAINED = "retrained"
@@ -155,6 +156,8 @@ def check(document: Document) -> Checked:
         raise RequestError(f"dtype {recipe.dtype!r} is not possible.{did_you_mean(recipe.dtype, models.DTYPES)}")
     with session.using(device=recipe.on):
         processes.device()  # refuses what is not there
+    if recipe.track:
+        tracker(recipe.track)
     materials = Materials.of(recipe, document)
     if not recipe.steps and not recipe.compare:
         raise RequestError("The recipe has no steps. `overhaul methods` lists what a step can be.")

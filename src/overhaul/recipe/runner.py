@@ -38,6 +38,7 @@ from overhaul.recipe.materials import Reference
 from overhaul.recipe.plan import disk_bytes
 from overhaul.recipe.spec import Document
 from overhaul.recipe.store import RunFolder, Stage, key_of
+from overhaul.recipe.track import track
 from overhaul.report.html import write_html
 from overhaul.versions import version_of
 
@@ -94,6 +95,8 @@ class Runner:
         report = self.walk()[2]
         if processes.is_main():
             self.folder.tidy()
+            if self.checked.recipe.track:
+                track(self.checked.recipe.track, report)
             finished.remember(self.shown.root, self.checked)
         return report
 

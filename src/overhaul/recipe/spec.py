@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from annotated_types import Ge, Lt
@@ -25,6 +25,7 @@ class Recipe(BaseModel):
         seed: every step starts from it.
         dtype: how weights are held while they are worked on; the saved model keeps the dtype it came with.
         device: where it is worked on: `cpu`, `cuda`, `cuda:1`, `mps`; `auto` is the accelerator if there is one.
+        track: where curves and measures also go when the run is done: `trackio` or `wandb`.
         trust_remote_code: run Python code that comes with the model.
         stack: the path of the blocks that steps and judge mean, where the model has several lists of them and no main one
             (`model.decoder.layers`), or where another than the main one is meant.
@@ -42,6 +43,7 @@ class Recipe(BaseModel):
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     dtype: str = "float32"
     device: str = "auto"
+    track: Literal["trackio", "wandb"] | None = None
     trust_remote_code: bool = False
     stack: str | None = None
     materials: dict[str, Any] = {}
