@@ -304,7 +304,9 @@ def test_the_criterion_chooses_among_what_the_config_can_do_without(
 
 def test_blocks_that_go_only_together_are_said_to_be_that_and_can_be_named() -> None:
     model, examples = MORE["Jamba"].build(), examples_for("llama", 2)
-    with pytest.raises(RequestError, match=r"only 1 can be dropped \(keep_first.*2 only together with others.*name them"):
+    with pytest.raises(
+        RequestError, match=r"only 1 can be dropped \(keep_first.*2 only together with others.*name them"
+    ):
         drop_layers(model, examples, count=2)
     assert facts(model, None, drop=[2, 3])["removed"] == [2, 3]
 
@@ -348,6 +350,19 @@ def test_a_shorter_model_that_no_longer_runs_is_refused_and_is_as_it_was(where: 
     assert model.config.num_hidden_layers == 4 and torch.equal(logits(model, examples), said)
     if where == "forward":
         hook.remove()
+
+
+def test_an_encoder_shorter_than_its_decoder_is_refused_where_the_library_cannot_generate_with_it() -> None:
+    """It sizes the decoder's cache by the encoder."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes: dict[str, Any] = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_heads": 2, "num_layers": 3}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    with session.using(stack="encoder.block"), pytest.raises(RequestError, match="no longer runs"):
+        drop_layers(model, None, drop=[1])
+    assert len(LayerStack.at(model, "encoder.block")) == 3
+    with session.using(stack="decoder.block"):
+        assert facts(model, None, drop=[1])["blocks_after"] == 2
 
 
 @pytest.mark.parametrize("compiled", [range(4), (1, 2)])

@@ -25,16 +25,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge
-from torch import nn
+from torch import Tensor, nn
 
 from overhaul import session
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
-from overhaul.judge.generation import generate, generates
 from overhaul.method import Outcome, method
 from overhaul.modes import at_rest, uncompiled
 from overhaul.objectives import read_by
@@ -186,7 +185,7 @@ class Choice:
 
 
 def _trial(model: nn.Module, text: Examples | None) -> Callable[[], None] | None:
-    """Whether a model still runs: it reads one example and goes on from its first tokens. None where it never did."""
+    """Whether a model still reads one example and still goes on from its first tokens, if it does so now."""
     if text is not None and len(text):
         batch = collate([text[0]])
     elif getattr(model, "main_input_name", None) == "input_ids":
@@ -199,30 +198,42 @@ def _trial(model: nn.Module, text: Examples | None) -> Callable[[], None] | None
     batch = {name: value.to(device) for name, value in batch.items()}
 
     @torch.no_grad()
-    def runs() -> None:
-        with at_rest(model), uncompiled(), torch.random.fork_rng(devices=[]):
-            model(**read_by(model, batch))
-            if generates(model) and "input_ids" in batch:
-                generate(model, [batch["input_ids"][0]], 2, [])
+    def fails(says: bool) -> Exception | None:
+        try:
+            with at_rest(model), uncompiled(), torch.random.fork_rng(devices=[]):
+                _say(model, batch["input_ids"][:1]) if says else model(**read_by(model, batch))
+        except Exception as error:
+            return error
+        return None
+
+    # what the whole model does not do, because it takes something else besides, is not asked of the shorter one
+    asked = [says for says in (False, True) if fails(says) is None]
 
     def tried() -> None:
-        try:
-            runs()
-        except Exception as error:
+        for error in filter(None, map(fails, asked)):
             raise RequestError(
                 f"shrink.drop_layers: without these blocks, {type(model).__name__} no longer runs "
                 f"({type(error).__name__}: {error}). Choose others: `keep: [...]` holds some, `drop: [...]` names them."
             ) from error
 
-    try:
-        runs()
-    except Exception:  # it takes something else beside
-        return None
     return tried
 
 
 TRIED = 8
 """Tokens that a shortened model is tried on."""
+
+
+def _say(model: Any, ids: Tensor) -> None:
+    """Two tokens with the cache, under a configuration of its own, so that the checkpoint's raises no warnings."""
+    from transformers import GenerationConfig
+
+    kept = model.generation_config
+    starts = {name: getattr(kept, name) for name in ("bos_token_id", "decoder_start_token_id")}
+    model.generation_config = GenerationConfig(max_new_tokens=2, use_cache=True, pad_token_id=0, **starts)
+    try:
+        model.generate(ids, attention_mask=torch.ones_like(ids))
+    finally:
+        model.generation_config = kept
 
 
 def influence(stack: LayerStack, examples: Examples, width: int, skip_first_token: bool, batch_size: int) -> Scores:
