@@ -184,7 +184,7 @@ def _outlets(config: Mapping[str, Any], order: Sequence[int], count: int) -> dic
     names, indices = config.get("stage_names"), config.get("_out_indices")
     if not isinstance(names, list) or len(names) != count + 1 or not indices:
         return {}
-    names = names[: len(order) + 1]
+    names = [names[0], *(f"stage{n}" for n in range(1, len(order) + 1))]
     kept = [n for n, old in enumerate([-1, *order]) if old + 1 in [index % (count + 1) for index in indices]]
     kept = kept or [len(order)]
     return {"stage_names": names, "_out_indices": kept, "_out_features": [names[n] for n in kept]}
