@@ -10,8 +10,20 @@ SMALL = {**NAMED, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_head
 GPT = {**NAMED, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128}
 STATES = {**NAMED, "hidden_size": 32, "num_hidden_layers": 4, "state_size": 8}
 WINDOWS: dict[str, Any] = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
-MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
-ROUTED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16, "n_shared_experts": 1}
+MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+}
+ROUTED: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+}
 LATENT = {
     **MOE, **ROUTED, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
     "qk_nope_head_dim": 4, "v_head_dim": 8, "first_k_dense_replace": 2,

@@ -305,7 +305,7 @@ def test_an_output_by_names_gives_its_first_tensor_and_one_without_tensors_is_re
     stack, inputs = llama(), batch()
     whole, last = (measure(stack, [inputs], [site], keep)[site][0][0] for site in ("model", "model.norm"))
     assert torch.equal(whole, last)
-    stack.blocks[1].mlp.register_forward_hook(lambda *_: {"state": None, "number": 3})
+    stack.model.get_submodule("model.layers.1.mlp").register_forward_hook(lambda *_: {"state": None, "number": 3})
     with pytest.raises(RequestError, match=r"model\.layers\.1\.mlp returned no tensor \(NoneType, int\)"):
         measure(stack, [inputs], ["model.layers.1.mlp"], keep)
 

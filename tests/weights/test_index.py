@@ -152,7 +152,7 @@ def test_scaling_by_depth_leaves_the_final_norm_of_the_text_at_the_end(family: s
         seen[tensor.name] = tensor.share
         return tensor.share
 
-    weights.scale_by_depth(*folders, ramp, tmp_path / "out")
+    weights.scale_by_depth(folders[0], folders[1], ramp, tmp_path / "out")
     (final,) = [
         name for name in seen if name.endswith("model.norm.weight") or name.endswith("language_model.norm.weight")
     ]

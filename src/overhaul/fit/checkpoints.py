@@ -247,7 +247,7 @@ class TrainingCheckpoint:
         self._compare(self.belongs, theirs)
 
     def _compare(self, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-        for key in ours | theirs:
+        for key in {**ours, **theirs}:
             if ours.get(key) != theirs.get(key):
                 raise RequestError(
                     f"The checkpoint {self.path} was left by another training: its {key} is {theirs.get(key)}, here it "
