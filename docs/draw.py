@@ -33,7 +33,10 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "parties weights trace objectives references selectors parts _batching",
     ),
     "data": ("data",),
-    "models": ("_auto checkpoints models processor conversions stack modes outcome",),
+    "models": (
+        "_auto checkpoints models processor conversions stack modes outcome",
+        "weight_files architectures quantised companions recomputed",
+    ),
     "ground": ("errors session processes files versions",),
 }
 """The layers from the door to the ground, each of one row of rooms or several. A verb without methods has no room yet."""

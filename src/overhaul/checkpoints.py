@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,19 +24,17 @@ import torch
 from torch import nn
 
 from overhaul.errors import RequestError, did_you_mean, reading
+from overhaul.weight_files import CONVERTED as CONVERTED
+from overhaul.weight_files import NEW, STEMS, header, read_json, weight_files
+from overhaul.weight_files import listed as listed
 
 STARTERS = Path(__file__).parent / "data" / "starters"
-NEW = "new:"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LINEAGE, MADE_OF = "lineage.json", "made_of"
 """What a folder says of its making, and where it names the folders whose tensors it was made of."""
-CONVERTED = "converted"
-"""The variant under which the weights of a converted model are stored, so that no class opens half of them."""
 
 _NOT_BUILT = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "_diffusers_version"}
 _HEADER_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-_ANOTHER_COPY = re.compile(r"consolidated|adapter_model|[^.]+\.[^.]+\.safetensors$")
-_STEMS = ("model", "diffusion_pytorch_model")
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,7 @@ class Checkpoint:
         weight_files: the safetensors files that count, in order; none of a model that does not exist yet.
         base: what an adapter belongs to; None where the folder holds a model.
         seed: from which a model that does not exist yet is drawn.
+        trusted: whether Python code that comes with it may run.
     """
 
     source: str
@@ -65,11 +63,14 @@ class Checkpoint:
     weight_files: tuple[Path, ...] = ()
     base: Checkpoint | None = None
     seed: int = 0
+    trusted: bool = False
 
     @property
     def architecture(self) -> str:
-        """The model class that config.json names: as transformers writes it, or as diffusers does."""
-        return self.config["architectures"][0] if self.config.get("architectures") else self.config["_class_name"]
+        """The model class that config.json names: as transformers writes it, as diffusers does, or in `auto_map` alone."""
+        if self.config.get("architectures"):
+            return self.config["architectures"][0]
+        return self.config.get("_class_name") or _class_in_map(self.config) or ""
 
     @property
     def library(self) -> Literal["transformers", "diffusers"]:
@@ -105,7 +106,8 @@ class Checkpoint:
 
     def digest(self) -> str:
         """SHA-256 of config and weights; of an adapter, also of its base's; of what is new, of config and seed."""
-        files = (self.folder / (ADAPTER_CONFIG if self.base else "config.json"), *self.weight_files)
+        code = sorted(self.folder.rglob("*.py")) if self.trusted else []
+        files = (self.folder / (ADAPTER_CONFIG if self.base else "config.json"), *self.weight_files, *code)
         own = _digest(tuple((path, path.stat().st_mtime_ns) for path in files))
         if self.base is None and not self.is_new:
             return own
@@ -129,12 +131,13 @@ def starters() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(STARTERS.glob("*/config.json"))}
 
 
-def locate(source: str | Path, *, weights: bool = True) -> Path:
+def locate(source: str | Path, *, weights: bool = True, code: bool = False) -> Path:
     """The folder behind a path, `starter:NAME`, or a hub name (which is fetched: config, tokenizer and safetensors).
 
     Args:
         source: as the user wrote it.
         weights: fetch safetensors too.
+        code: fetch Python files too.
 
     Raises:
         RequestError: there is none, or it could not be fetched.
@@ -158,19 +161,20 @@ def locate(source: str | Path, *, weights: bool = True) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    allowed = ["*.json", "*.model", "*.txt", "*.jinja", *["*.safetensors"] * weights]
+    allowed = ["*.json", "*.model", "*.txt", "*.jinja", *["*.safetensors"] * weights, *["*.py"] * code]
     try:
         return Path(snapshot_download(text, allow_patterns=allowed, ignore_patterns=["consolidated*.safetensors"]))
     except Exception as error:  # the hub client raises many kinds; the user needs one message
         raise RequestError(f"{text!r} is no folder here, and it could not be fetched from the hub: {error}") from error
 
 
-def facts(source: str | Path, *, seed: int = 0) -> Checkpoint:
+def facts(source: str | Path, *, seed: int = 0, trust_remote_code: bool = False) -> Checkpoint:
     """Read config and safetensors headers; refuse what could not be opened later.
 
     Args:
         source: a folder with a model or an adapter, a hub name, `starter:NAME`, or `new:` before one of these.
         seed: from which `new:` is drawn.
+        trust_remote_code: Python code that comes with the model may be fetched, and run when it is opened.
 
     Raises:
         RequestError: no config.json, pickle-only weights, no weights, weights that could be read in two ways, a damaged
@@ -178,46 +182,70 @@ def facts(source: str | Path, *, seed: int = 0) -> Checkpoint:
     """
     text = str(source)
     if text.startswith(NEW):
-        return _facts_of_new(text, seed)
-    folder = locate(source)
-    if (folder / ADAPTER_CONFIG).exists() and not any((folder / f"{stem}.safetensors").exists() for stem in _STEMS):
-        return _facts_of_adapter(text, folder)
+        return _facts_of_new(text, seed, trust_remote_code)
+    folder = locate(source, code=trust_remote_code)
+    _check_plain(folder)
+    if (folder / ADAPTER_CONFIG).exists() and not any((folder / f"{stem}.safetensors").exists() for stem in STEMS):
+        return _facts_of_adapter(text, folder, trust_remote_code)
     config = _config(folder)
     files = weight_files(folder)
     shapes, dtype = _shapes(files)
-    return Checkpoint(text, folder, config, shapes, dtype, _size(files), tuple(files))
+    if config.get("quantization_config"):  # it is opened, and saved again, in the dtype that was quantised
+        dtype = _dtype_in(config, "bfloat16")
+    return Checkpoint(text, folder, config, shapes, dtype, _size(files), tuple(files), trusted=trust_remote_code)
 
 
-def _facts_of_new(source: str, seed: int) -> Checkpoint:
+def _check_plain(folder: Path) -> None:
+    """Refuse what is neither file nor folder: reading a pipe would wait for ever."""
+    with reading(folder):
+        odd = [path for path in folder.iterdir() if path.exists() and not (path.is_file() or path.is_dir())]
+    if odd:
+        raise RequestError(f"{odd[0]} is no plain file, so the folder cannot be read. Remove it.")
+
+
+def _dtype_in(config: Mapping[str, Any], otherwise: str) -> str:
+    """The dtype that a config names, as torch names it."""
+    named = config.get("dtype") or config.get("torch_dtype") or otherwise
+    return named if named in _HEADER_NAMES.values() else otherwise
+
+
+def _facts_of_new(source: str, seed: int, trusted: bool) -> Checkpoint:
     """A model that does not exist yet: its tensors are those that the class builds from the config, tied ones once."""
     from overhaul import models
 
-    folder = locate(source.removeprefix(NEW), weights=False)
-    empty = Checkpoint(source, folder, _config(folder), {}, "float32", 0, seed=seed)
+    folder = locate(source.removeprefix(NEW), weights=False, code=trusted)
+    _check_plain(folder)
+    empty = Checkpoint(source, folder, _config(folder), {}, "float32", 0, seed=seed, trusted=trusted)
     built = models.planned(empty)
     if built is None:
-        raise RequestError(f"{source}: the {empty.library} that is installed has no class {empty.architecture!r}.")
+        raise models.refusal(empty)
     tied = getattr(built, "all_tied_weights_keys", None) or {}
     shapes = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items() if name not in tied}
-    dtype = empty.config.get("dtype") or empty.config.get("torch_dtype") or "float32"
+    dtype = _dtype_in(empty.config, "float32")
     size = getattr(torch, dtype).itemsize * sum(math.prod(shape) for shape in shapes.values())
-    return Checkpoint(source, folder, empty.config, shapes, dtype, size, seed=seed)
+    return replace(empty, shapes=shapes, dtype=dtype, bytes=size)
 
 
-def _facts_of_adapter(source: str, folder: Path) -> Checkpoint:
+def _facts_of_adapter(source: str, folder: Path, trusted: bool) -> Checkpoint:
     """An adapter, with its base's config, since what it opens as is a model of the base's class."""
-    options = _read_json(folder / ADAPTER_CONFIG)
+    options = read_json(folder / ADAPTER_CONFIG)
     weights = folder / ADAPTER_WEIGHTS
     if not weights.exists():
         raise RequestError(
             f"{folder} holds {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}; save the adapter as safetensors."
+        )
+    if options.get("megatron_config") and not trusted:
+        raise RequestError(
+            f"{folder / ADAPTER_CONFIG}: `megatron_config` lets peft import the module {options.get('megatron_core')!r}. "
+            "Remove the entry, or say `trust_remote_code: true` if you trust it."
         )
     named = options.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise RequestError(f"{folder / ADAPTER_CONFIG} does not name its base: write base_model_name_or_path.")
     beside = folder / named
     try:
-        base = facts(beside if not Path(named).is_dir() and beside.is_dir() else named)
+        place = beside if not Path(named).is_dir() and beside.is_dir() else named
+        base = facts(place, trust_remote_code=trusted)
     except RequestError as error:
         raise RequestError(
             f"{source} is an adapter for {named!r} (base_model_name_or_path in {ADAPTER_CONFIG}), which cannot be opened: "
@@ -225,31 +253,44 @@ def _facts_of_adapter(source: str, folder: Path) -> Checkpoint:
         ) from error
     shapes, _ = _shapes([weights])
     return Checkpoint(
-        source, folder, base.config, shapes, base.dtype, base.bytes + _size([weights]), (weights,), base, base.seed
+        source,
+        folder,
+        base.config,
+        shapes,
+        base.dtype,
+        base.bytes + _size([weights]),
+        (weights,),
+        base,
+        base.seed,
+        trusted,
     )
 
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
-        raise RequestError(f"{folder} has no config.json, so it is not a Hugging Face checkpoint.")
-    config = _read_json(path)
+        inside = next(
+            (f" {one.parent} has one: open that." for one in sorted(folder.glob("*Transformer/config.json"))), ""
+        )
+        raise RequestError(f"{folder} has no config.json, so it is not a Hugging Face checkpoint.{inside}")
+    config = read_json(path)
     named = config.get("architectures")
-    if not named and "_class_name" not in config:
+    if not named and "_class_name" not in config and _class_in_map(config) is None:
         raise RequestError(f"{path} names no `architectures`, so the model class is not known.")
     if named and not (isinstance(named, list) and isinstance(named[0], str)):
         raise RequestError(f"{path}: `architectures` must be a list with the name of a class, not {named!r}.")
+    if not isinstance(config.get("_class_name", ""), str):
+        raise RequestError(f"{path}: `_class_name` must be the name of a class, not {config['_class_name']!r}.")
     return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no text
-        raise RequestError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise RequestError(f"{path} is not valid JSON: it holds a {type(found).__name__}, not an object.")
-    return found
+def _class_in_map(config: Mapping[str, Any]) -> str | None:
+    """A class of the folder's own, where `auto_map` alone names it."""
+    given = config.get("auto_map")
+    entries = given.items() if isinstance(given, Mapping) else ()
+    named = {name: ref for name, ref in entries if name.startswith("AutoModel") and isinstance(ref, str)}
+    found = named.get("AutoModelForCausalLM") or next(iter(named.values()), None)
+    return found and found.rpartition(".")[2]
 
 
 def _size(files: Sequence[Path]) -> int:
@@ -268,123 +309,6 @@ def _shapes(files: Sequence[Path]) -> tuple[dict[str, tuple[int, ...]], str]:
     return shapes, _HEADER_NAMES.get(main, main.lower())
 
 
-def header(path: Path) -> dict[str, Any]:
-    """Names, dtypes and shapes of one safetensors file: 8 bytes of length, then JSON.
-
-    Raises:
-        RequestError: the file is damaged, cut short or empty.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= size - 8:
-            raise RequestError(f"{path} is damaged or cut short: its header says {length} bytes, the file has {size}.")
-        try:
-            found = json.loads(file.read(length))
-        except ValueError as error:  # no JSON, or no text
-            raise RequestError(
-                f"{path} is damaged: its header is not JSON ({error}). Fetch or save it again."
-            ) from None
-    try:
-        found.pop("__metadata__", None)
-        if not found:
-            raise RequestError(f"{path} holds no tensors.")
-        end = max(entry["data_offsets"][1] for entry in found.values())
-        _ = [(entry["dtype"], math.prod(entry["shape"])) for entry in found.values()]
-    except (TypeError, KeyError, AttributeError, IndexError):
-        raise RequestError(f"{path} is damaged: its header describes no tensors. Fetch or save it again.") from None
-    if 8 + length + end != size:
-        raise RequestError(f"{path} is cut short: its header promises {8 + length + end} bytes, the file has {size}.")
-    return found
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that make up the model: those that `from_pretrained` would read, if that is certain.
-
-    Raises:
-        RequestError: there are none, only pickled ones, or it is not certain.
-    """
-    held = sorted(folder.glob("*.safetensors"))
-    found = [(folder / single, folder / index) for single, index in _names()]
-    present = [(single, index) for single, index in found if single.exists() or index.exists()]
-    if not present:
-        raise RequestError(_none(folder, held))
-    if len(present) > 1:
-        names = [next(path.name for path in pair if path.exists()) for pair in present]
-        raise RequestError(f"{folder} holds {' and '.join(names)}, and it is not certain which one counts. Remove one.")
-    single, index = present[0]
-    named = _named_files(index, held) if index.exists() else [single]
-    if single.exists() and named != [single]:
-        raise RequestError(
-            f"{folder} holds {single.name} and {index.name}, which names other files, so it is not certain which ones "
-            "count. Remove what does not belong to the model."
-        )
-    owner: dict[str, Path] = {}
-    for path in held:  # a shard may be one that an earlier save left behind
-        if path not in named and _ANOTHER_COPY.match(path.name):
-            continue
-        for name in sorted(header(path)):
-            if name in owner:
-                raise RequestError(
-                    f"{folder}: {name} lies in both {owner[name].name} and {path.name}, so it is not certain which "
-                    "one counts. Remove the file that does not belong to the model."
-                )
-            owner[name] = path
-    return named
-
-
-def _names() -> list[tuple[str, str]]:
-    """What a file of all weights, and the index of several, may be called."""
-    plain = [(f"{stem}.safetensors", f"{stem}.safetensors.index.json") for stem in _STEMS]
-    ours = [(f"{s}.{CONVERTED}.safetensors", f"{s}.safetensors.index.{CONVERTED}.json") for s in _STEMS]
-    return plain + ours
-
-
-def _none(folder: Path, held: Sequence[Path]) -> str:
-    """Why a folder has no weights to read."""
-    if held:
-        return (
-            f"{folder} holds {', '.join(path.name for path in held[:3])}, but neither model.safetensors nor its index, "
-            "which are what is read. Save the model with `save_pretrained`, or fetch those files too."
-        )
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-    if pickles:
-        return (
-            f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which can run code when opened. Convert "
-            "them once with `model.save_pretrained(folder)` in an environment you trust, which writes safetensors."
-        )
-    return f"{folder} holds no *.safetensors weights. {NEW}{folder} starts from its config alone."
-
-
-def _named_files(index: Path, held: Sequence[Path]) -> list[Path]:
-    """The files that an index names, if it tells the truth."""
-    where: Any = _read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
-        raise RequestError(f"{index} is no index of weights: it has no `weight_map`. Save the model again.")
-    names = sorted(set(where.values()))
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise RequestError(f"{index} names {listed(outside)}, which lies outside of the folder. Save the model again.")
-    named = [index.parent / file for file in names]
-    missing = [path.name for path in named if path not in held]
-    if missing:
-        raise RequestError(f"{index} names {listed(missing)}, which the folder lacks. Fetch the checkpoint again.")
-    holds = {path.name: header(path) for path in named}
-    wrong = [name for name, file in where.items() if name not in holds[file]]
-    if wrong:
-        raise RequestError(
-            f"{index} says that {where[wrong[0]]} holds {listed(wrong)}, which it does not. Index and files are of "
-            "different models or states: fetch or save the checkpoint again."
-        )
-    return named
-
-
 def saved_from_memory(folder: Path) -> bool:
     """Whether Overhaul saved a model here, with what its class has; what is made of files holds all that they held."""
-    return (folder / LINEAGE).exists() and MADE_OF not in _read_json(folder / LINEAGE)
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first four names and how many more there are."""
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
+    return (folder / LINEAGE).exists() and MADE_OF not in read_json(folder / LINEAGE)

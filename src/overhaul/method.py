@@ -52,6 +52,7 @@ class Method:
     paper: str
     changes: Changes
     memory: Memory
+    headless: Callable[[Mapping[str, Any]], bool] = field(repr=False)
     summary: str
     doc: str
     materials: tuple[Material, ...]
@@ -141,6 +142,7 @@ def method(
     changes: Changes,
     memory: Memory = "training",
     makes: Mapping[str, Product] | None = None,
+    headless: Callable[[Mapping[str, Any]], bool] = lambda knobs: False,
 ) -> Callable[[Callable[..., Outcome]], Callable[..., Outcome]]:
     """Make a function a method.
 
@@ -152,6 +154,7 @@ def method(
             ("forward"), gradients and one float32 accumulator or two ("gradient"), or gradients and optimizer state
             ("training").
         makes: the products in `Outcome.made` and what they are, so that a recipe's later steps can be checked beforehand.
+        headless: of its knobs, whether with these it reads examples through a model without a head, which gives no logits.
 
     Raises:
         TypeError: an argument is not documented, or a material is of no kind that a recipe can give.
@@ -166,6 +169,7 @@ def method(
             paper=paper,
             changes=changes,
             memory=memory,
+            headless=headless,
             summary=doc.partition("\n\n")[0].replace("\n", " "),
             doc=inspect.cleandoc(sys.modules[function.__module__].__doc__ or "") + "\n\n" + doc,
             makes=dict(makes or {}),

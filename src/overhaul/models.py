@@ -7,28 +7,33 @@ when it is opened and before it is saved. No code that comes with a model is run
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from importlib import import_module
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from overhaul.checkpoints import ADAPTER_CONFIG, Checkpoint, facts, listed, saved_from_memory
+from overhaul import quantised
+from overhaul.architectures import build, check_code, check_counts, class_of, in_words, own_class, planned
+from overhaul.architectures import refusal as refusal
+from overhaul.checkpoints import ADAPTER_CONFIG, Checkpoint, facts, listed, read_json, saved_from_memory
 from overhaul.checkpoints import locate as locate
 from overhaul.checkpoints import starters as starters
-from overhaul.conversions.classes import CONVERTED, apply_late, class_in, marked_with
+from overhaul.companions import copy_companions, largest_file, module_folders
+from overhaul.conversions.classes import CONVERTED, apply_late, marked_with
 from overhaul.conversions.records import records
 from overhaul.errors import RequestError, RunError, did_you_mean, writing
 from overhaul.processor import count_tokens as count_tokens
 from overhaul.processor import load_processor as load_processor
 from overhaul.processor import quiet_transformers
+from overhaul.recomputed import check_recomputed
 from overhaul.stack.arrangement import is_hub_model, skeleton, unlike_its_class
 from overhaul.stack.paths import records_of, set_aside
 
@@ -46,8 +51,8 @@ def open_model(source: str | Path, *, dtype: str = "float32", trust_remote_code:
     Returns:
         The model in eval mode, and its tokenizer or image processor (None where the folder has none).
     """
-    known = facts(source)
-    return load_weights(known, dtype, trust_remote_code), load_processor(known)
+    known = facts(source, trust_remote_code=trust_remote_code)
+    return load_weights(known, dtype), load_processor(known)
 
 
 def load_weights(known: Checkpoint, dtype: str, trust_remote_code: bool = False) -> nn.Module:
@@ -59,32 +64,45 @@ def load_weights(known: Checkpoint, dtype: str, trust_remote_code: bool = False)
     """
     if dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is not possible.{did_you_mean(dtype, DTYPES)}")
+    if trust_remote_code:
+        known = replace(known, trusted=True)
     if known.base is not None:
         return _merged(known, known.base.open(dtype, trust_remote_code=trust_remote_code))
+    options = _options(known, dtype)
     kind = class_of(known)
-    if kind is not None and known.is_new:
-        return _drawn(known, kind).to(DTYPES[dtype]).eval()
-    _refuse_what_lies_beside(known)
-    options: dict[str, Any] = {"dtype": DTYPES[dtype], "use_safetensors": True, "output_loading_info": True}
-    if known.library == "diffusers":
-        options["torch_dtype"] = options.pop("dtype")
+    if known.is_new:
+        return _drawn(known).to(DTYPES[dtype]).eval()
     if kind is None:
-        if not trust_remote_code:
-            raise RequestError(
-                f"{known.source}: the {known.library} that is installed has no class {known.architecture!r}. If the folder "
-                "brings its own code and you trust it, say `trust_remote_code: true`."
-            )
-        from transformers import AutoModel
-
-        kind, options["trust_remote_code"] = AutoModel, True
-    with quiet_transformers():
+        kind, _ = own_class(known)
+    with quiet_transformers(), in_words(known, "the weights cannot be read"):
         model, loading = kind.from_pretrained(known.folder, **options)
     missing = sorted(loading["missing_keys"])
     if missing:
         raise RequestError(f"{known.source}: the weights lack {len(missing)} tensors, such as {missing[0]!r}.")
     _check_unexpected(known, model, sorted(loading["unexpected_keys"]))
+    if "quantization_config" in options:
+        model = quantised.forget_quantisation(model).to(DTYPES[dtype])
+    if class_of(known) is not None and known.library == "transformers":
+        vars(model.config).pop("auto_map", None)  # of code that was not run and is not saved
     # nn.Dropout and the like must be off until a training turns them on
     return model.eval()
+
+
+def _options(known: Checkpoint, dtype: str) -> dict[str, Any]:
+    """How `from_pretrained` is called, if the checkpoint can be opened at all.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    check_code(known)
+    check_counts(known)
+    if not known.is_new:
+        _refuse_what_lies_beside(known)
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
+    if known.library == "diffusers":
+        return {**options, "torch_dtype": DTYPES[dtype]}
+    options |= {"dtype": DTYPES[dtype], "trust_remote_code": known.trusted}
+    return options | quantised.loading(known)
 
 
 def _check_unexpected(known: Checkpoint, model: Any, names: list[str]) -> None:
@@ -114,7 +132,10 @@ def _check_unexpected(known: Checkpoint, model: Any, names: list[str]) -> None:
 
 
 def _refuse_what_lies_beside(known: Checkpoint) -> None:
-    """An adapter, which transformers would add on opening without merging it, and a path as it was recorded once."""
+    """An adapter, which transformers would add without merging it, a path as it was recorded once, and modules of
+    sentence-transformers that are not there.
+    """
+    module_folders(known.folder)
     if (known.folder / "overhaul_path.json").exists():
         raise RequestError(
             f"{known.folder} holds overhaul_path.json, in which paths are no longer kept. Without that file it opens as the "
@@ -127,11 +148,12 @@ def _refuse_what_lies_beside(known: Checkpoint) -> None:
         )
 
 
-def _drawn(known: Checkpoint, kind: Any) -> nn.Module:
+def _drawn(known: Checkpoint) -> nn.Module:
     """A model with the weights that its library gives to a new one, drawn from the checkpoint's seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(known.seed)
-        model = _built(known, kind)
+        with in_words(known, f"no {known.architecture} can be built from config.json"):
+            model = build(known)
     apply_late(model)
     return model
 
@@ -162,76 +184,24 @@ def _merged(known: Checkpoint, base: nn.Module) -> nn.Module:
     return wrapped.merge_and_unload(safe_merge=True).requires_grad_(True).eval()
 
 
-def class_of(known: Checkpoint) -> Any:
-    """The class that config.json names, or None where its library has none of that name.
-
-    A model that modules were built onto is of a class derived from that one (`conversions`). One that no library can hold
-    (an ensemble, a bank of prompts) is a `PreTrainedModel` of ours: its config names the module under `overhaul`.
-
-    Raises:
-        RequestError: the class belongs to diffusers, which is not installed.
-    """
-    if known.library == "diffusers" and find_spec("diffusers") is None:
-        raise RequestError(
-            f"{known.source} is a diffusers model ({known.architecture}); install it with `pip install overhaul[diffusion]`."
-        )
-    if (converted := class_in(known.config)) is not None:
-        return converted
-    if str(known.config.get("overhaul")).startswith("overhaul."):
-        try:
-            return getattr(import_module(known.config["overhaul"]), known.architecture, None)
-        except ModuleNotFoundError:
-            raise RequestError(
-                f"{known.source}: config.json names {known.config['overhaul']}, which this Overhaul has not; another "
-                "version made this folder."
-            ) from None
-    return getattr(import_module(known.library), known.architecture, None)
-
-
-def planned(known: Checkpoint) -> nn.Module | None:
-    """What config.json describes, built without memory on torch's meta device; None where the folder brings its own code.
-
-    Raises:
-        RequestError: nothing can be built from the config.
-    """
-    kind = class_of(known)
-    if kind is None:
-        return None
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers.initialization import no_init_weights
-
-    try:
-        with torch.device("meta"), no_init_weights():
-            return _built(known, kind)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise RequestError(
-            f"{known.source}: no {known.architecture} can be built from config.json: {error}. Correct config.json; "
-            "`overhaul plan` checks it without reading weights."
-        ) from error
-
-
-def _built(known: Checkpoint, kind: Any) -> nn.Module:
-    """What the class makes of config.json."""
-    if known.library == "diffusers":
-        return kind.from_config(kind.load_config(known.folder))
-    if hasattr(kind, "plain_config"):  # a converted class
-        return kind(kind.plain_config(known.folder))
-    return kind(kind.config_class.from_pretrained(known.folder))
-
-
-def check_shapes(known: Checkpoint) -> None:
+def check_shapes(known: Checkpoint) -> nn.Module:
     """Compare the headers with the model that config.json describes, built without memory on torch's meta device.
 
     Names may differ (transformers renames tensors of older checkpoints); a shape or a number of blocks may not.
+
+    Returns:
+        That model.
 
     Raises:
         RequestError: a tensor has another shape than the config says, a block is one too many, or an adapter lies beside.
     """
     if known.base is not None:
         return check_shapes(known.base)
-    if known.is_new or (model := planned(known)) is None:
-        return
-    _refuse_what_lies_beside(known)
+    _options(known, "float32")
+    if (model := planned(known)) is None:
+        raise refusal(known)
+    if known.is_new:
+        return model
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, shape in known.shapes.items():
         if expected.get(name, shape) != shape:
@@ -248,6 +218,7 @@ def check_shapes(known: Checkpoint) -> None:
                 f"{known.source}: the weights hold {name}, but config.json describes a model without that block, which "
                 "would be lost. Config and weights do not belong together."
             )
+    return model
 
 
 _NUMBERS = re.compile(r"\.\d+\.")
@@ -303,6 +274,11 @@ def _check_finite(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 def _check_loads_back(model: nn.Module) -> None:
     """Refuse what the class would drop or fill at random when it is loaded."""
+    if hasattr(model, "merge_and_unload"):
+        raise RunError(
+            f"{type(model).__name__} is an adapter around a model, of which the adapter alone would be saved. Merge it "
+            "first (`model = model.merge_and_unload()`), or keep it with peft's own `save_pretrained`; nothing was saved."
+        )
     if not is_hub_model(model):
         raise RunError(
             f"{type(model).__name__} is no model of transformers or diffusers, so no `from_pretrained` would load it; "
@@ -321,6 +297,8 @@ def _check_loads_back(model: nn.Module) -> None:
             f"config describes, such as {wrong[0]!r}; nothing was saved. Merge adapters first; build other modules as a "
             "conversion (overhaul.conversions), which is recorded and loads again."
         )
+    if not hasattr(model, "register_to_config"):
+        check_recomputed(model)
 
 
 def _stored_once(model: Any) -> tuple[str, str] | None:
@@ -360,7 +338,7 @@ def write_checkpoint(model: Any, processor: Any, folder: Path, dtype: str | None
     """`save_pretrained` in `dtype` without changing the model that is held."""
     if (wanted := DTYPES.get(dtype or "")) is None:
         with quiet_transformers():
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, **_sized(model))
     elif hasattr(model, "register_to_config"):  # diffusers saves only what the model holds
         from huggingface_hub import save_torch_state_dict
 
@@ -370,14 +348,27 @@ def write_checkpoint(model: Any, processor: Any, folder: Path, dtype: str | None
         pattern = f"diffusion_pytorch_model{variant}{{suffix}}.safetensors"
         save_torch_state_dict(_cast(model, wanted), folder, filename_pattern=pattern, max_shard_size=size)
     else:
-        config_dtype, model.config.dtype = model.config.dtype, wanted
-        try:
-            with quiet_transformers():
-                model.save_pretrained(folder, state_dict=_cast(model, wanted))
-        finally:
-            model.config.dtype = config_dtype
+        with quiet_transformers():
+            model.save_pretrained(folder, state_dict=_cast(model, wanted), **_sized(model))
+        _say_dtype(folder / "config.json", str(wanted).removeprefix("torch."))
+    copy_companions(model, folder)
     if processor is not None:
         processor.save_pretrained(folder)
+
+
+def _say_dtype(path: Path, name: str) -> None:
+    """Let a config say the dtype of the files: transformers writes that of the model which is held."""
+
+    def said(content: dict[str, Any]) -> dict[str, Any]:
+        parts = {key: said(value) for key, value in content.items() if isinstance(value, dict)}
+        return {**content, **parts, **({"dtype": name} if "dtype" in content else {})}
+
+    path.write_text(json.dumps(said(read_json(path)), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _sized(model: nn.Module) -> dict[str, Any]:
+    """How large a file of weights may be; diffusers has a rule of its own."""
+    return {} if hasattr(model, "register_to_config") else {"max_shard_size": largest_file(model)}
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from overhaul.data.examples import IGNORED, Batch
+from overhaul.errors import RequestError
 from overhaul.modes import at_rest
 
 
@@ -37,6 +38,7 @@ class Term:
             the same forward, through which its gradient flows.
         answers_only: whether it reads logits and labels through the label alone: logits at positions that carry no loss
             need not be made then, and `batch["labels"]` may be shorter, see `forward_answers`.
+        states: whether it reads the last hidden states of a model without a head in the place of logits.
     """
 
     role: str
@@ -46,6 +48,7 @@ class Term:
     name: str = "loss"
     reads: tuple[str, ...] = ()
     answers_only: bool = False
+    states: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,24 +67,85 @@ class Penalty:
     name: str = "penalty"
 
 
-def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def forward(model: nn.Module, batch: Mapping[str, Tensor], *, states: bool = False) -> Tensor:
     """Logits of a Hugging Face model, or of any module that takes these inputs and returns logits or an object with them.
 
     A module is given the columns of the batch that its signature names, labels apart, or those in its attribute `reads`.
     A batch of pairs (`other_input_ids` [b, t'] and `other_attention_mask` beside the rest) gives [2b, max(t, t'), v]: first
     the b sequences, then the b others.
+
+    Args:
+        model: the model.
+        batch: a collated batch.
+        states: of a model without a head, its last hidden states [b, t, d] will do.
+
+    Raises:
+        RequestError: the model has no head, or reads one text and writes another.
     """
     if "other_input_ids" in batch:
         batch = _one_below_the_other(batch)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" not in batch:
+        raise RequestError(encodes_and_decodes(type(model).__name__))
     out: Any = model(**read_by(model, batch))
     if isinstance(out, Tensor):
         return out
     held = out if isinstance(out, Mapping) else vars(out)
-    return next(held[name] for name in LOGITS if name in held)
+    found = next((held[name] for name in (*LOGITS, *[STATES] * states) if name in held), None)
+    if found is None:
+        raise RequestError(without_head(type(model).__name__))
+    return found
 
 
 LOGITS = ("logits", "logits_per_image", "sample")
 """What a model calls its main output: classifiers and language models, CLIP, the networks of diffusers."""
+
+STATES = "last_hidden_state"
+"""What a model without a head gives."""
+
+
+def one_class(of_data: bool) -> str:
+    """What is said where of a model and its data one has classes and the other has not."""
+    if of_data:
+        return "The data has one class for each text, but the model is no classifier: it gives logits for each token."
+    return (
+        "The model is a classifier, which gives logits for each text, but the data has none: give the texts with a column "
+        "`label`, as `as: classified`."
+    )
+
+
+def without_padding(name: str) -> str:
+    """What is said of a classifier whose config lacks what it finds the end of a text by."""
+    return (
+        f"{name} finds the end of a text by its padding, and its config names no pad_token_id. Write one into config.json: "
+        "the number of a token that no text ends with."
+    )
+
+
+def headless(model: nn.Module) -> bool:
+    """Whether a model of transformers is a network without a head, which gives hidden states and no logits."""
+    from transformers import MODEL_MAPPING, PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or getattr(model, "base_model", model) is not model:
+        return False
+    known = MODEL_MAPPING.get(type(model.config), ())
+    plain = vars(type(model)).get("plain", type(model))  # of a converted class
+    return plain in (known if isinstance(known, list | tuple) else (known,)) and not hasattr(model, "logit_scale")
+
+
+def without_head(name: str) -> str:
+    """What is said where logits are needed and the class has no head."""
+    return (
+        f"{name} has no head: it gives hidden states and no logits, so no loss or metric of tokens or classes can be had "
+        "from it. `shrink.drop_layers` and `shrink.heal` with `target: states` need none; else take a model that has one."
+    )
+
+
+def encodes_and_decodes(name: str) -> str:
+    """What is said where a class reads one text and writes another."""
+    return (
+        f"{name} is an encoder-decoder: it reads one text and writes another, and examples here are one sequence each, so "
+        "no loss can be had from it. Its encoder alone (T5EncoderModel), or a decoder-only model, can be worked on."
+    )
 
 
 def read_by(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -94,6 +158,8 @@ def read_by(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     given: dict[str, Any] = {name: value for name, value in batch.items() if name in named and name != "labels"}
     if not given:  # it takes whatever it is given
         given = {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask") if name in batch}
+    if (labels := batch.get("labels")) is not None and labels.ndim == 1 and "input_ids" in given:
+        given["input_ids"] = _padded_for(inner, given["input_ids"], batch.get("attention_mask"))
     if "attention_mask" in named:
         given.setdefault("attention_mask", None)
     return {**given, **({"use_cache": False} if caches(inner) else {})}
@@ -104,6 +170,23 @@ def caches(model: nn.Module) -> bool:
     named = inspect.signature(model.forward).parameters
     passed_on = any(value.kind is inspect.Parameter.VAR_KEYWORD for value in named.values())
     return "use_cache" in named or (passed_on and getattr(model, "can_generate", lambda: False)())
+
+
+def _padded_for(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The tokens of texts that have a class, padded as the model's config says: some find a text's end by the padding.
+
+    Raises:
+        RequestError: such a model is to find the end of several texts, and its config names no padding.
+    """
+    config: Any = getattr(model, "config", None)
+    if mask is None or config is None or (bool(mask.all()) and len(ids) == 1):
+        return ids
+    pad = config.get_text_config().pad_token_id if hasattr(config, "get_text_config") else None
+    if pad is not None:
+        return ids.masked_fill(mask == 0, pad)
+    if hasattr(model, "score"):  # of transformers' decoders with a classifier
+        raise RequestError(without_padding(type(model).__name__))
+    return ids
 
 
 SPARED = 0.8
@@ -224,8 +307,14 @@ def sequences(batch: Batch) -> int:
 
 
 def cross_entropy_sum(logits: Tensor, batch: Batch) -> Tensor:
-    """Summed cross-entropy: over answer tokens for language, over images otherwise."""
+    """Summed cross-entropy: over answer tokens for language, over images (or texts with a class) otherwise.
+
+    Raises:
+        RequestError: the model classifies, and its texts have no classes, or the other way round.
+    """
     labels = batch["labels"]
+    if labels.ndim != logits.ndim - 1:
+        raise RequestError(one_class(labels.ndim == 1))
     if labels.ndim == 1:
         return F.cross_entropy(logits.float(), labels, reduction="sum")
     return token_nll(logits, labels).sum()
@@ -239,6 +328,25 @@ def units(batch: Batch) -> int:
 def cross_entropy(role: str, weight: float = 1.0, name: str = "cross-entropy") -> Term:
     """Mean next-token (or class) cross-entropy on one role."""
     return Term(role, cross_entropy_sum, units, weight, name, answers_only=True)
+
+
+def states_term(role: str, name: str = "distance to the teacher's states") -> Term:
+    """Mean over tokens of the squared distance of the last hidden state from the kept one, in squared lengths of that one.
+
+    |h - h'|^2 / |h'|^2, where h' stands in the column `reference` of the role's examples, see `references.cache_states`.
+    """
+    return Term(role, _states_sum, positions, name=name, states=True)
+
+
+def _states_sum(states: Tensor, batch: Batch) -> Tensor:
+    kept, here = batch["reference"].float(), states.float()
+    each = (here - kept).square().sum(-1) / kept.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return each[batch["attention_mask"].bool()].sum() if "attention_mask" in batch else each.sum()
+
+
+def positions(batch: Batch) -> int:
+    """Number of tokens, or of an image's patches, without padding."""
+    return int(batch["attention_mask"].sum() if "attention_mask" in batch else batch["reference"][..., 0].numel())
 
 
 def kl_sum(logits: Tensor, reference: Tensor, labels: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from overhaul._batching import BatchedBlocks, same
 from overhaul.data.examples import IGNORED, Examples
 from overhaul.errors import RequestError
 from overhaul.modes import at_rest
-from overhaul.objectives import cross_entropy_sum, units
+from overhaul.objectives import cross_entropy_sum, forward, headless, units
 from overhaul.references import head_only_at, output_head
 from overhaul.stack import LayerStack
 from overhaul.stack.arrangement import Entry
@@ -106,7 +106,7 @@ def run_paths(
 def path_losses(
     stack: LayerStack, paths: Sequence[Sequence[Entry]], examples: Examples, batch_size: int, *, budget: int = BUDGET
 ) -> list[float]:
-    """The mean loss of the model along every path.
+    """The mean loss of the model along every path; without a head, how far its states turn from those of the whole model.
 
     Args:
         stack: a stack of a language or image model.
@@ -116,18 +116,20 @@ def path_losses(
         budget: as for `run_paths`.
 
     Returns:
-        Cross-entropy per answer token (or image) in nats, one for each path.
+        Cross-entropy per answer token (or image) in nats, one for each path. Of a model without a head, which has no such
+        loss: the mean over tokens of 1 - cos between its last hidden states along the path and along all blocks.
 
     Raises:
         RequestError: as for `run_paths`.
     """
-    trie, loss = _Trie(stack, paths, budget), _AnswerLoss(stack.model)
+    trie = _Trie(stack, paths, budget)
+    loss = _Turned(stack.model) if headless(stack.model) else _AnswerLoss(stack.model)
     sums, count = [0.0] * len(paths), 0
     steps = -(-len(examples) // batch_size)
     with trie.at_rest():
         for batch in session.progress(examples.batches(batch_size), "loss along paths", steps):
             sums = [total + value for total, value in zip(sums, trie.run(batch, loss), strict=True)]
-            count += units(batch)
+            count += loss.count(batch)
     return [total / max(1, count) for total in sums]
 
 
@@ -256,8 +258,36 @@ class _Walk(Generic[Result]):
         return after
 
 
+class _Turned:
+    """How far last hidden states turn from those of the whole model, summed over the tokens of a batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.whole: tuple[Calls, Tensor] | None = None
+
+    def __call__(self, calls: Calls, state: State) -> float:
+        if self.whole is None or self.whole[0] is not calls:
+            self.whole = calls, forward(self.model, calls.inputs, states=True)
+        pair = (calls.finish(state).float(), self.whole[1].float())
+        return float((1 - F.cosine_similarity(*pair, dim=-1))[_counting(pair[0], calls.inputs)].sum())
+
+    def count(self, batch: Mapping[str, Any]) -> int:
+        """Tokens of a batch, or the positions of its images."""
+        if self.whole is None:
+            return 0
+        return int(_counting(self.whole[1], batch).sum())
+
+
+def _counting(states: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Which positions are no padding, [b, t]."""
+    mask = inputs.get("attention_mask")
+    return states.new_ones(states.shape[:2], dtype=torch.bool) if mask is None else mask.to(states.device).bool()
+
+
 class _AnswerLoss:
     """The loss of a batch from a state that leaves the stack, with the output head only where labels carry loss."""
+
+    count = staticmethod(units)
 
     def __init__(self, model: nn.Module) -> None:
         self.head = output_head(model)

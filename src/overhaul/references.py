@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from overhaul import session
 from overhaul.data.examples import IGNORED, Batch, Examples
-from overhaul.objectives import Term, evaluate, evaluate_answers, kl_sum, output_head, sequence_nll, units
+from overhaul.modes import at_rest
+from overhaul.objectives import Term, evaluate, evaluate_answers, forward, kl_sum, output_head, sequence_nll, units
 
 COLUMN = "reference"
 """The column in which `Reference.examples` carry the cached output."""
@@ -118,7 +119,7 @@ def cache_outputs(
         A Reference. It takes k * d values an example with k loss-carrying positions (k * vocabulary, or the number of
         classes, without a head).
     """
-    head = None if examples.kind == "images" else output_head(model)
+    head = None if examples.classified else output_head(model)
     seen: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) if head is not None else None
     order = [place for place in examples.by_length() if places is None or place in places]
@@ -144,6 +145,31 @@ def cache_outputs(
         column[place] = column[order[0]][:0] if order else column[place]
     frozen = None if head is None else copy.deepcopy(head).requires_grad_(False)
     return Reference(examples.with_column(COLUMN, column), frozen)
+
+
+@torch.no_grad()
+def cache_states(model: nn.Module, examples: Examples, batch_size: int) -> Examples:
+    """The examples with the last hidden states of a model without a head, [t, d] each, in the column `reference`.
+
+    Args:
+        model: run in eval mode, and left as it was.
+        examples: the examples on which the states are needed.
+        batch_size: examples in one forward.
+    """
+    device = next(model.parameters()).device
+    order = examples.by_length()
+    column: list[Tensor] = [torch.empty(0)] * len(examples)
+    with at_rest(model):
+        batches = session.progress(
+            examples.select(order).batches(batch_size), "reference", -(-len(order) // batch_size)
+        )
+        for n, batch in enumerate(batches):
+            states = forward(model, {name: value.to(device) for name, value in batch.items()}, states=True)
+            for own, place in zip(states, order[n * batch_size :], strict=False):
+                ids = examples.items[place].get("input_ids")
+                # a clone: a view would keep the whole batch alive
+                column[place] = own[: None if ids is None else len(ids)].to("cpu", _dtype(model)).clone()
+    return examples.with_column(COLUMN, column)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "text": {"text": "some words that are long enough for two pieces"},
     "qa": {"question": "who?", "answer": "me"},
     "chat": {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]},
+    "classified": {"text": "good words", "label": 2},
     "image": {"image": PICTURE, "label": 3},
     "images": {"image": PICTURE, "group": "left"},
     "image_text": {"image": PICTURE, "text": "a square"},

@@ -219,7 +219,7 @@ def test_damaged_files_are_refused(two: list[Path], tmp_path: Path) -> None:
     path.write_bytes(content[:-10])
     refused(two, tmp_path / "out", "cut short")
     path.write_bytes(content.replace(b'"shape":[64,32]', b'"shape":[64,31]'))
-    refused(two, tmp_path / "out", r"damaged: model\.embed_tokens\.weight of shape \[64, 31\] needs 7936 bytes")
+    refused(two, tmp_path / "out", r"damaged: 'model\.embed_tokens\.weight' is said to be F32 \[64, 31\]")
 
 
 @pytest.mark.usefixtures("unread")

@@ -80,7 +80,8 @@ def class_in(config: Mapping[str, Any]) -> Any:
         return None
     library = "diffusers" if "_class_name" in config else "transformers"
     plain = getattr(import_module(library), str(content.get("class")), None)
-    if plain is None:
+    base = getattr(import_module(library), "ModelMixin" if library == "diffusers" else "PreTrainedModel")
+    if not (isinstance(plain, type) and issubclass(plain, base)):
         raise RequestError(f"The {library} that is installed has no class {content.get('class')!r} to convert.")
     return converted_class(plain)
 

@@ -1,8 +1,8 @@
 """Examples: encoded data in one role, with the rows it was made from.
 
 A language example is `input_ids` and `labels` of one length; a label of -100 carries no loss, so a prompt is read and
-only its answer is learnt. A pair is two of them, the second under names that begin with `other_`. An image example is
-`pixel_values`, and one `labels` integer where it has a class.
+only its answer is learnt. A text with a class has one `labels` integer instead. A pair is two of them, the second under
+names that begin with `other_`. An image example is `pixel_values`, and one `labels` integer where it has a class.
 """
 
 from __future__ import annotations
@@ -85,6 +85,11 @@ class Examples(Sequence[Encoded]):
     def kind(self) -> Kind:
         """What a model can read of these, told from the columns of the first; no examples are "rows"."""
         return kind_of_item(self.items[0]) if len(self.items) else "rows"
+
+    @property
+    def classified(self) -> bool:
+        """Whether each has one label, its class: images and texts of classifiers."""
+        return bool(len(self.items)) and "labels" in self.items[0] and self.items[0]["labels"].ndim == 0
 
     def select(self, indices: Sequence[int] | np.ndarray) -> Examples:
         """The examples at these places, in this order."""

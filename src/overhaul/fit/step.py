@@ -229,7 +229,7 @@ def _losses(team: Workers, terms: Sequence[Term], batch: Batch) -> dict[str, Ten
         if not sites and all(term.answers_only for term in terms):
             logits, batch = forward_answers(team.model, batch)
         else:
-            logits = forward(team.model, batch)
+            logits = forward(team.model, batch, states=all(term.states for term in terms))
     return {
         term.name: term.loss(logits, batch, {site: states[site] for site in term.reads})
         if term.reads

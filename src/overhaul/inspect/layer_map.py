@@ -46,7 +46,7 @@ SMALLEST = 1e-6
 """Norms that an error is divided by are at least this large."""
 
 
-@method(verb="inspect", paper="2505.13898", changes="nothing", memory="forward")
+@method(verb="inspect", paper="2505.13898", changes="nothing", memory="forward", headless=lambda knobs: True)
 def layer_map(
     model: nn.Module,
     other: Checkpoint,

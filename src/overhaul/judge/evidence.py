@@ -73,8 +73,8 @@ def kind_of(examples: Examples) -> Kind:
     Raises:
         RequestError: they are neither images, nor questions with answers, nor text.
     """
-    if examples.kind == "images" and all("labels" in item for item in examples.items):
-        return "images"
+    if examples.classified and all("labels" in item for item in examples.items):
+        return "images"  # whatever it is that has a class
     if examples.kind == "tokens":
         if all("text_bytes" in row for row in examples.rows):
             return "text"

@@ -149,7 +149,7 @@ def answers_of(
         Places of a batch in `examples`, the batch on the model's device, logits and tokens of its answers, one example after
         the other.
     """
-    head = None if examples.kind == "images" else output_head(model)
+    head = None if examples.classified else output_head(model)
     device = next(model.parameters()).device
     plan = list(batches_within(examples, tokens))
     trial = None if head is None else _trial(examples)

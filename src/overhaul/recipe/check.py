@@ -16,7 +16,7 @@ from overhaul.data.forms import find_form
 from overhaul.data.materials import Row, Source, encode, form_of, load_rows
 from overhaul.errors import RequestError, did_you_mean
 from overhaul.judge import judge as judging
-from overhaul.recipe import verbs
+from overhaul.recipe import outputs, verbs
 from overhaul.recipe.materials import Materials, Reference, relative, source_of
 from overhaul.recipe.spec import Document, Recipe
 from overhaul.recipe.track import tracker
@@ -119,11 +119,16 @@ class Checked:
 
 def _check_tokens(role: str, examples: Examples, config: Mapping[str, Any]) -> None:
     """Whether the model can read these tokens: they are in its vocabulary, and their number within its positions."""
-    top = max(int(item["input_ids"].max()) for item in examples.items)
-    if top >= (size := config.get("vocab_size", top + 1)):
+    place = max(range(len(examples)), key=lambda n: int(examples.items[n]["input_ids"].max()))
+    top = int(examples.items[place]["input_ids"].max())
+    text = config.get("text_config")
+    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, Mapping) else None)
+    if isinstance(size, int) and top >= size:
+        word = examples.processor.convert_ids_to_tokens(top) if hasattr(examples.processor, "encode") else None
         raise RequestError(
-            f"The material {role!r} has token {top}, but the model's vocabulary ends at {size - 1}: tokenizer and model do "
-            "not belong together."
+            f"The material {role!r}, row {place + 1}, has token {top} ({word!r}), but the model's vocabulary ends at "
+            f"{size - 1}, so there is no row for it. Take that word out of the text, or resize the embeddings "
+            "(`model.resize_token_embeddings`) and save the model again."
         )
     longest = examples.by_length()[0]
     length, positions = len(examples.items[longest]["input_ids"]), _positions(config)
@@ -151,7 +156,8 @@ def check(document: Document) -> Checked:
         RequestError: with what is wrong, where, and what to write instead.
     """
     recipe = document.recipe
-    known = models.facts(relative(recipe.model, document), seed=recipe.seed)
+    trust = recipe.trust_remote_code
+    known = models.facts(relative(recipe.model, document), seed=recipe.seed, trust_remote_code=trust)
     if recipe.dtype not in models.DTYPES:
         raise RequestError(f"dtype {recipe.dtype!r} is not possible.{did_you_mean(recipe.dtype, models.DTYPES)}")
     with session.using(device=recipe.on):
@@ -166,7 +172,12 @@ def check(document: Document) -> Checked:
     requests = judging.check(recipe.judge, materials.rows, anchors=anchors)
     used = _used(steps, requests, materials)
     if not recipe.model.startswith("starter:"):  # what ships has been built; building takes seconds of imports
-        models.check_shapes(known)
+        model = models.check_shapes(known)
+        outputs.check_head(model, steps, used, requests)
+        for role in used:
+            outputs.check_classes(role, model, [find_form(form_of(*source)) for source in materials.rows[role]])
+    compared = [request.compared_with for request in requests]
+    outputs.check_opened(steps, materials.references, [name for name in compared if name is not None], trust)
     if recipe.stack is not None and (network := models.planned(known)) is not None:
         LayerStack.at(network, recipe.stack)  # refuses what is not there
     words = models.count_tokens(known)

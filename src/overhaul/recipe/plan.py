@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import io
+import math
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -258,6 +259,8 @@ def _streamed(step: Step, checked: Checked) -> list[Checkpoint]:
 def _adapters(shapes: Mapping[str, tuple[int, ...]], rank: int) -> int:
     """Numbers in adapters of this rank on every matrix of the blocks."""
     inside = (
-        shape for name, shape in shapes.items() if len(shape) == 2 and any(part.isdigit() for part in name.split("."))
+        shape
+        for name, shape in shapes.items()
+        if len(shape) in (2, 3) and any(part.isdigit() for part in name.split("."))
     )
-    return sum(rank * sum(shape) for shape in inside)
+    return sum(rank * math.prod(shape[:-2]) * sum(shape[-2:]) for shape in inside)

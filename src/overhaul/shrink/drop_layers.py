@@ -15,10 +15,11 @@ How it differs from the released code:
 3. "greedy" scores by the loss on the given answers, measured for every remaining block in every round. The released loop
    samples task accuracies with temperature 0.9, which makes its choice a matter of luck with 100 items.
 4. 1 - cos is computed as half the squared distance of unit vectors: exactly 0 where a block does nothing.
-5. Losses without single blocks are taken along paths that share their beginnings (`prefix`), not one forward each.
-6. Blocks can be named: `drop` goes before the criterion, which passes over `keep`, and over the last block of a hybrid that
+5. A model without a head has no loss: there "perplexity" and "greedy" take how far its last hidden states turn (`prefix`).
+6. Losses without single blocks are taken along paths that share their beginnings (`prefix`), not one forward each.
+7. Blocks can be named: `drop` goes before the criterion, which passes over `keep`, and over the last block of a hybrid that
    has attention.
-7. The shorter model reads and says a few tokens before it is handed on; if it cannot, the blocks are put back.
+8. The shorter model reads and says a few tokens before it is handed on; if it cannot, the blocks are put back.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ Scores = dict[int, float]
 """Block -> score; the block with the lowest is the first to go."""
 
 
-@method(verb="shrink", paper="2602.01997", changes="architecture", memory="forward")
+@method(verb="shrink", paper="2602.01997", changes="architecture", memory="forward", headless=lambda knobs: True)
 def drop_layers(
     model: nn.Module,
     text: Examples | None = None,

@@ -4,6 +4,7 @@
 
     tokens       mean over answer tokens of -log p(y_t)
     teacher      mean over answer tokens of KL( teacher(. | y_<t) || model(. | y_<t) )
+    states       mean over tokens of |h_t - h'_t|^2 / |h'_t|^2, h' the teacher's last hidden states
     own_answers  as tokens, y drawn from the teacher at temperature 0.9 and top-p 0.95
 
 How it differs from the released code:
@@ -12,7 +13,8 @@ How it differs from the released code:
 2. All weights train unless `weights="lora"`; adapters are merged at the end, so that the result is a plain model.
 3. The teacher runs once, before training; its outputs or answers are kept, and no second model is held while training.
 4. The number of steps is given; there it is one epoch of 90,000 examples at batch 8.
-5. What `shrink.prune` set to zero trains like all weights and does not stay zero; `zeros_filled` says how many went.
+5. "states" is for models without a head (sentence encoders), which the paper does not heal.
+6. What `shrink.prune` set to zero trains like all weights and does not stay zero; `zeros_filled` says how many went.
 """
 
 from __future__ import annotations
@@ -29,18 +31,25 @@ from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
 from overhaul.fit import Schedule, adamw, fit
 from overhaul.method import Outcome, method
-from overhaul.objectives import cross_entropy, evaluate
-from overhaul.references import cache_outputs
+from overhaul.objectives import cross_entropy, evaluate, headless, states_term
+from overhaul.references import cache_outputs, cache_states
 from overhaul.rollouts import own_answers
 
 
-@method(verb="shrink", paper="2602.01997", changes="weights", memory="training", makes={"answers": "examples"})
+@method(
+    verb="shrink",
+    paper="2602.01997",
+    changes="weights",
+    memory="training",
+    makes={"answers": "examples"},
+    headless=lambda knobs: knobs["target"] == "states",
+)
 def heal(
     model: nn.Module,
     text: Examples,
     teacher: nn.Module | None = None,
     *,
-    target: Literal["tokens", "teacher", "own_answers"] = "tokens",
+    target: Literal["tokens", "teacher", "states", "own_answers"] = "tokens",
     weights: Literal["all", "lora"] = "all",
     steps: Annotated[int, Gt(0)] = 200,
     batch_size: Annotated[int, Ge(1)] = 8,
@@ -61,8 +70,9 @@ def heal(
         model: the cut model (any model: nothing here depends on how it was made smaller).
         text: what it is healed on: texts, questions with answers, or labelled images.
         teacher: the uncut model; needed unless target is "tokens".
-        target: "tokens", the next token (or the label) as given; "teacher", the teacher's distribution over it;
-            "own_answers", what the teacher answers to the prompts (the second half of a text counts as its answer).
+        target: "tokens", the next token (or the label) as given; "teacher", the teacher's distribution over it; "states",
+            of a model without a head, the teacher's last hidden states; "own_answers", what the teacher answers to the
+            prompts (the second half of a text counts as its answer).
         weights: "all", or "lora": adapters on every projection in the blocks, merged at the end.
         steps: optimizer steps.
         batch_size: examples in one step.
@@ -93,6 +103,8 @@ def heal(
     if target == "teacher":
         reference = cache_outputs(_checked(teacher, model, text, target), text, batch_size)
         term, text = reference.kl_term("text", name="KL to the teacher"), reference.examples
+    elif target == "states":
+        term, text = states_term("text"), cache_states(_checked(teacher, model, text, target), text, batch_size)
     elif target == "own_answers":
         text = made["answers"] = own_answers(_checked(teacher, model, text, target), text, new_tokens)
     zeros = _zeros(model)
@@ -134,10 +146,25 @@ def _checked(teacher: nn.Module | None, model: nn.Module, text: Examples, target
             f"shrink.heal: target={target!r} learns from the uncut model, but no `teacher` is given. Name the model as it "
             'was before the cut, or write target: "tokens".'
         )
+    if target == "states":
+        return _without_head(teacher, model)
     first = collate(text.items[:1])
     theirs, ours = (evaluate(each, lambda logits, _: logits, [first])[0].shape[-1] for each in (teacher, model))
     if theirs != ours:
         raise RequestError(
             f"shrink.heal: the teacher has {theirs} outputs and the model {ours}, so it is not the model before the cut."
         )
+    return teacher
+
+
+def _without_head(teacher: nn.Module, model: nn.Module) -> nn.Module:
+    """The teacher, if it and the model are networks without heads of one width."""
+    headed = next((type(one).__name__ for one in (model, teacher) if not headless(one)), None)
+    if headed is not None:
+        raise RequestError(
+            f'shrink.heal: target="states" is for models without a head, and {headed} has one. Write target: "teacher".'
+        )
+    theirs, ours = (one.config.hidden_size for one in (teacher, model))  # pyright: ignore[reportAttributeAccessIssue]
+    if theirs != ours:
+        raise RequestError(f"shrink.heal: the teacher's states have {theirs} features, the model's {ours}.")
     return teacher

@@ -48,7 +48,14 @@ Mask = Bool[Tensor, "out in"]
 """True for what is pruned."""
 
 
-@method(verb="shrink", paper="2312.15230", changes="weights", memory="forward", makes={"masks": "tensors"})
+@method(
+    verb="shrink",
+    paper="2312.15230",
+    changes="weights",
+    memory="forward",
+    makes={"masks": "tensors"},
+    headless=lambda knobs: True,
+)
 def prune(
     model: nn.Module,
     text: Examples | None = None,

@@ -186,9 +186,11 @@ class Calls:
 
 
 def invoke(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """Logits for a collated batch (one with labels); what the model returns for its own keyword arguments. No cache."""
+    """Logits for a collated batch (one with labels), or last hidden states where there is no head; what the model returns
+    for its own keyword arguments. No cache.
+    """
     if "labels" in inputs:
-        return forward(model, inputs)
+        return forward(model, inputs, states=True)
     unwrapped = getattr(model, "get_base_model", lambda: model)()  # peft's forward names no arguments
     return model(**{**({"use_cache": False} if caches(unwrapped) else {}), **inputs})
 

@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from overhaul.companions import module_folders
 from overhaul.errors import RequestError, RunError, did_you_mean, writing
 from overhaul.models import DTYPES
 from overhaul.weights.index import DTYPE_CODES, INDEX, SINGLE, TensorFacts, TensorIndex
@@ -36,7 +37,6 @@ _NOT_COPIED = {
     "lineage.json",
     "adapter_config.json",
 }  # they speak of the old weights, or of an adapter beside them
-_PARTS = "modules.json"  # where sentence-transformers lists the folders of what follows the network
 _COUNTER = "num_batches_tracked"
 
 
@@ -228,7 +228,7 @@ def copy_rest(index: TensorIndex, folder: Path, shards: Sequence[Shard], dtype: 
         wanted = path.suffix in _COPIED or path.stem in {"LICENSE", "NOTICE"}
         if path.is_file() and wanted and path.name not in _NOT_COPIED:
             shutil.copyfile(path, folder / path.name)
-    for part in _parts(index.folder):
+    for part in module_folders(index.folder):
         shutil.copytree(index.folder / part, folder / part)
     if dtype is not None:
         stored = str(dtype).removeprefix("torch.")
@@ -240,15 +240,6 @@ def copy_rest(index: TensorIndex, folder: Path, shards: Sequence[Shard], dtype: 
         total = sum(tensor.bytes for shard in shards for tensor in shard.tensors)
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _parts(folder: Path) -> list[str]:
-    """The subfolders that belong to a model of sentence-transformers, such as its pooling."""
-    if not (folder / _PARTS).exists():
-        return []
-    listed = [str(part.get("path", "")) for part in json.loads((folder / _PARTS).read_text())]
-    inside = {child.name for child in folder.iterdir() if child.is_dir()}
-    return [path for path in dict.fromkeys(listed) if path in inside]
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

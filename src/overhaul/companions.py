@@ -1,0 +1,69 @@
+"""What lies beside the weights and belongs to a model: it is saved with it, as the folder that it was opened from has it.
+
+1. Of sentence-transformers: modules.json, its settings, and the modules' folders (pooling, normalisation).
+2. Of a model whose code came with it, that code.
+3. How large a file of weights may be: what was one file is one again, what was several has files as large as those were.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from overhaul.errors import RequestError
+
+MODULES = "modules.json"
+_SETTINGS = (MODULES, "sentence_bert_config.json", "config_sentence_transformers.json")
+_CODE = "transformers_modules."
+LARGEST = 50_000_000_000
+"""The size in bytes up to which transformers saves one file."""
+
+
+def opened_from(model: Any) -> Path | None:
+    """The folder that a model of transformers was opened from, if it is still there."""
+    named = getattr(model, "name_or_path", None)
+    return Path(named) if isinstance(named, str) and named and Path(named).is_dir() else None
+
+
+def copy_companions(model: Any, folder: Path) -> None:
+    """Put what belongs to the model into a folder that it was saved in."""
+    source = opened_from(model)
+    if source is None:
+        return
+    if (source / MODULES).is_file():
+        for name in _SETTINGS:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        for name in module_folders(source):
+            shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+    if type(model).__module__.startswith(_CODE):
+        for path in sorted(source.rglob("*.py")):
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def module_folders(source: Path) -> list[str]:
+    """The folders of sentence-transformers' modules beside the model in `source`, by its modules.json; none elsewhere.
+
+    Raises:
+        RequestError: the file is damaged.
+    """
+    path = source / MODULES
+    if not path.is_file():
+        return []
+    try:
+        named = [str(entry["path"]) for entry in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise RequestError(f"{path} is damaged: it must list modules, each with its path. Fetch it again.") from None
+    inside = {child.name for child in source.iterdir() if child.is_dir()}
+    return [name for name in dict.fromkeys(named) if name in inside]
+
+
+def largest_file(model: Any) -> int:
+    """Most bytes of one file of weights when the model is saved."""
+    source = opened_from(model)
+    sizes = [path.stat().st_size for path in source.glob("*.safetensors")] if source is not None else []
+    return max(sizes) if len(sizes) > 1 else max([LARGEST, *sizes])

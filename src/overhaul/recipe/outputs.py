@@ -1,0 +1,60 @@
+"""Whether models give what is read of them, told from their classes: logits, of tokens or of classes; no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from overhaul import models
+from overhaul.data.forms import Form
+from overhaul.errors import RequestError
+from overhaul.objectives import encodes_and_decodes, headless, one_class, without_head, without_padding
+from overhaul.recipe.materials import Reference
+
+if TYPE_CHECKING:
+    from overhaul.recipe.check import Step
+
+
+def check_opened(
+    steps: Sequence[Step], references: Mapping[str, Reference], anchors: Sequence[str], trust: bool
+) -> None:
+    """Whether the models beside the recipe's own can be opened, those that will be."""
+    opened = [
+        name for step in steps for role in step.method.roles if role.kind == "model" for name in step.names(role.name)
+    ]
+    for name in dict.fromkeys([*opened, *anchors]):
+        source = references.get(name, {}).get("model", "starter:")
+        if not source.startswith("starter:"):
+            models.check_shapes(models.facts(source, trust_remote_code=trust))
+
+
+def check_head(model: nn.Module, steps: Sequence[Step], used: Sequence[str], requests: Sequence[Any]) -> None:
+    """Whether the model gives what steps and the judge read of it: logits, where they read examples."""
+    name = type(model).__name__
+    if used and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise RequestError(encodes_and_decodes(name))
+    if not headless(model):
+        return
+    for step in steps:
+        reads = any(role.kind == "examples" and role.name in step.reads for role in step.method.roles)
+        if reads and not step.method.headless(step.knobs):
+            raise RequestError(f"Step {step.number}, {step.name}: {without_head(name)}")
+    if requests:
+        raise RequestError(f"judge: {without_head(name)}")
+
+
+def check_classes(role: str, model: nn.Module, forms: Sequence[Form]) -> None:
+    """Whether texts have classes where the model classifies them, and only there."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS
+
+    kind = vars(type(model)).get("plain", type(model))  # of a converted class
+    classifies = kind in CLASSIFIERS.values()
+    for form in forms:
+        labelled = "label" in form.columns
+        if form.kind == "tokens" and labelled != classifies:
+            raise RequestError(f"The material {role!r} does not fit {kind.__name__}. {one_class(labelled)}")
+    config: Any = getattr(model, "config", None)
+    if classifies and hasattr(model, "score") and config.get_text_config().pad_token_id is None:
+        raise RequestError(without_padding(kind.__name__))

@@ -1,0 +1,190 @@
+"""What is saved opens as what it was: adapters in hand, tables that are not stored, sizes of files, dtypes; tokenizers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import overhaul as oh
+from conftest import tiny_llama
+from overhaul import models
+from overhaul.errors import RequestError, RunError
+from overhaul.recipe.check import check
+from overhaul.recipe.spec import read
+from tiny_checkpoints import sharded
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """A library that takes seconds to import is no part of a test's time."""
+    import peft
+
+    assert peft
+
+
+def with_peft(model: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+
+
+def with_adapter(model: Any) -> Any:
+    from peft import LoraConfig
+
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    return model
+
+
+@pytest.mark.parametrize("adapted", [with_peft, with_adapter])
+def test_an_adapter_in_hand_is_not_saved_as_the_model(adapted: Callable[[Any], Any], tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"[Mm]erge"):
+        oh.save(adapted(tiny_llama()), None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_in_hand_is_saved_once_it_is_merged(tmp_path: Path) -> None:
+    wrapped, ids = with_peft(tiny_llama()), torch.arange(3, 12)[None]
+    with torch.no_grad():
+        said = wrapped(ids).logits
+        opened, _ = oh.open(oh.save(wrapped.merge_and_unload(), None, tmp_path / "out"))
+        torch.testing.assert_close(opened(ids).logits, said, atol=1e-5, rtol=1e-4)
+
+
+def slower(model: Any) -> None:
+    model.model.rotary_emb.inv_freq.mul_(2)
+
+
+def another_base(model: Any) -> None:
+    model.config.rope_parameters["rope_theta"] = 99.0
+
+
+def another_norm(model: Any) -> None:
+    model.config.rms_norm_eps = 0.5
+
+
+def another_norm_in_place(model: Any) -> None:
+    model.model.layers[1].input_layernorm.variance_epsilon = 0.5
+
+
+@pytest.mark.parametrize("edit", [slower, another_base, another_norm, another_norm_in_place])
+def test_what_a_reload_would_compute_otherwise_is_not_saved(edit: Callable[[Any], None], tmp_path: Path) -> None:
+    model = tiny_llama()
+    edit(model)
+    with pytest.raises(RunError, match="would open as another model"):
+        oh.save(model, None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_were_cast_are_saved_and_it_is_said_that_tables_were_too(tmp_path: Path) -> None:
+    model = tiny_llama(initializer_range=0.3).to(torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"2 tables .* were rounded with the weights"):
+        place = oh.save(model, None, tmp_path / "out")
+    opened, _ = oh.open(place, dtype="bfloat16")
+    assert all(torch.equal(held, opened.state_dict()[name]) for name, held in model.state_dict().items())
+    oh.save(opened, None, tmp_path / "again")
+
+
+def test_a_table_that_follows_the_length_of_inputs_is_no_other_model(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
+    model: Any = tiny_llama(rope_parameters=rope, max_position_embeddings=16)
+    before = model.model.rotary_emb.inv_freq.clone()
+    with torch.no_grad():
+        model(torch.arange(3, 60)[None])
+    assert not torch.equal(before, model.model.rotary_emb.inv_freq)
+    oh.save(model, None, tmp_path / "out")
+
+
+def test_files_are_as_large_as_those_that_the_model_came_in(folder: Path, tmp_path: Path) -> None:
+    model, _ = oh.open(folder)
+    assert len(list(oh.save(model, None, tmp_path / "one").glob("*.safetensors"))) == 1
+    (tmp_path / "parts").mkdir()
+    place = sharded(model, tmp_path / "parts", "40KB")
+    again = oh.save(oh.open(place)[0], None, tmp_path / "again")
+    sizes = [sorted(path.stat().st_size for path in one.glob("*.safetensors")) for one in (place, again)]
+    assert len(sizes[1]) > 1 and sizes[1][-1] <= sizes[0][-1]
+
+
+def test_a_config_says_the_dtype_of_the_files(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    place = oh.save(tiny_llama(), None, tmp_path / "out", dtype="bfloat16")
+    assert json.loads((place / "config.json").read_text())["dtype"] == "bfloat16"
+    assert next(AutoModelForCausalLM.from_pretrained(place).parameters()).dtype is torch.bfloat16
+
+
+# tokenizers of another length than the vocabulary
+
+
+def with_pad(tokenizer: Any) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    longer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, model_max_length=128, **marks)
+    longer.add_special_tokens({"pad_token": "[PAD]"})
+    return longer
+
+
+def small(place: Path, tokenizer: Any) -> Path:
+    """A model with a row for each of the 60 words and none for what was added behind them."""
+    models.save(tiny_llama(vocab_size=60), tokenizer, place)
+    return place
+
+
+def test_a_token_that_was_added_behind_the_rows_does_no_harm_where_no_text_holds_it(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    place = small(tmp_path / "m", with_pad(tokenizer))
+    assert models.count_tokens(models.facts(place)) == 61
+    model, words = oh.open(place)
+    assert len(words) == 61 and nn.Module.get_parameter(model, "model.embed_tokens.weight").shape[0] == 60
+    for name, text in {"good": "abc def. " * 9, "bad": "abc [PAD] def. " * 9}.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": "abc " * 9}) + "\n" + json.dumps({"text": text}))
+
+    def checked(name: str) -> Any:
+        material = {"text": {"from": str(tmp_path / f"{name}.jsonl"), "length": 32}}
+        return check(read({"model": str(place), "materials": material, "steps": ["shrink.heal"]}))
+
+    assert checked("good").encode()
+    with pytest.raises(
+        RequestError, match=r"row \d+, has token 60 \('\[PAD\]'\), but the model's vocabulary ends at 59"
+    ):
+        checked("bad").encode()
+
+
+def test_a_vocabulary_that_is_longer_than_the_tokenizer_is_what_padding_leaves(tokenizer: Any, tmp_path: Path) -> None:
+    models.save(tiny_llama(vocab_size=64), tokenizer, tmp_path / "m")
+    assert models.count_tokens(models.facts(tmp_path / "m")) == 60
+    assert len(oh.open(tmp_path / "m")[1]) == 60
+
+
+def test_a_model_without_a_tokenizer_refuses_text_in_words(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "m")
+    for path in (tmp_path / "m").glob("*token*"):
+        path.unlink()
+    model, words = oh.open(tmp_path / "m")
+    assert words is None and model is not None
+    (tmp_path / "a.txt").write_text("some text " * 20)
+    material = {"text": {"from": str(tmp_path / "a.txt")}}
+    with pytest.raises(RequestError, match="has no tokenizer"):
+        check(read({"model": str(tmp_path / "m"), "materials": material, "steps": ["shrink.heal"]}))
+
+
+def test_a_tokenizer_of_words_alone_is_found(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    models.save(BertModel(config), None, tmp_path / "m")
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat"]
+    (tmp_path / "m" / "vocab.txt").write_text("\n".join(names))
+    assert models.count_tokens(models.facts(tmp_path / "m")) == 7
+    assert oh.open(tmp_path / "m")[1]("the cat")["input_ids"] == [2, 5, 6, 3]
