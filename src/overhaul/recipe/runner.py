@@ -106,9 +106,8 @@ class Runner:
             return self._walk()
 
     def _walk(self) -> tuple[list[Stage], list[dict[str, Any]], dict[str, Any]]:
-        recipe = self.checked.recipe
-        named = [recipe.stack] if recipe.stack is not None else []
-        start = Stage("before", key_of(self.checked.model.digest(), recipe.dtype, *named), self.checked.model)
+        parts = (self.checked.model.digest(), self.checked.recipe.dtype, *filter(None, [self.checked.recipe.stack]))
+        start = Stage("before", key_of(*parts), self.checked.model)
         stages = [start]
         judged = [self.judge(start)]
         for step in self.checked.steps:
