@@ -58,7 +58,7 @@ def start(document: Document, root: Path) -> dict[str, Any]:
     if processes.is_main():
         folder = RunFolder.claim(root, document.name, disk_bytes(checked))
     processes.wait()
-    with folder.held(), folder.logged(), session.using(device=checked.recipe.on):
+    with folder.held(), folder.logged(), session.using(device=checked.recipe.on, stack=checked.recipe.stack):
         return Runner(checked, folder).go()
 
 
@@ -102,10 +102,6 @@ class Runner:
 
     def walk(self) -> tuple[list[Stage], list[dict[str, Any]], dict[str, Any]]:
         """As `go`; the stages, what the judge said of each, without times, and the report."""
-        with session.using(stack=self.checked.recipe.stack):
-            return self._walk()
-
-    def _walk(self) -> tuple[list[Stage], list[dict[str, Any]], dict[str, Any]]:
         parts = (self.checked.model.digest(), self.checked.recipe.dtype, *filter(None, [self.checked.recipe.stack]))
         start = Stage("before", key_of(*parts), self.checked.model)
         stages = [start]
