@@ -21,6 +21,7 @@ import inspect
 import json
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import learnt
 from conftest import tiny_tokenizer
@@ -55,7 +58,8 @@ class Case:
         idle: knobs that cannot matter here, each with the reason.
         moves: which tensors of the model may change, by a regular expression on their names. If None, every parameter and
             no buffer; what has another name or shape than before is always new.
-        apart: what of the battery does not hold, and why: "modes", "hooks", "requires_grad", "random state", "goes on".
+        apart: what of the battery does not hold, and why: "modes", "hooks", "requires_grad", "random state", "goes on",
+            "peak".
     """
 
     method: Callable[..., Outcome]
@@ -187,6 +191,40 @@ def _marks(value: Any) -> Iterator[tuple[str, str]]:
 
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+class Held(TorchDispatchMode):
+    """The most bytes of tensors that lived at once, with those of the materials; exact, and the same everywhere."""
+
+    def __init__(self, materials: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: dict[int, Any] = {}
+        for value in materials.values():
+            if isinstance(value, nn.Module):
+                for tensor in value.state_dict().values():
+                    self.note(tensor.untyped_storage())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor) and value.device.type == "cpu":
+                self.note(value.untyped_storage())
+        return out
+
+    def note(self, storage: Any) -> None:
+        """Count memory from now until it is let go."""
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+
+        def gone(_: Any) -> None:
+            self.now -= size
+            del self.known[key]
+
+        self.known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 # a recipe

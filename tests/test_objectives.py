@@ -79,6 +79,27 @@ def test_kl_is_zero_to_itself_positive_otherwise_and_directed() -> None:
     assert kl_sum(reference, model, labels).item() != pytest.approx(expected, rel=1e-2)
 
 
+def test_kl_counts_the_positions_that_predict_an_answer_and_neither_prompt_nor_padding() -> None:
+    labels = torch.tensor([[IGNORED, IGNORED, 3, 5, IGNORED], [IGNORED, 2, IGNORED, IGNORED, IGNORED]])
+    counted = [(0, 1), (0, 2), (1, 0)]
+    model, reference = (torch.randn(2, 5, 7, requires_grad=True) for _ in range(2))
+    expected = torch.zeros(())
+    for row, place in counted:
+        p, q = reference[row, place].softmax(-1), model[row, place].softmax(-1)
+        expected = expected + (p * (p / q).log()).sum()
+    found = kl_sum(model, reference, labels)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    found.backward()
+    assert model.grad is not None
+    felt = {(row, place) for row in range(2) for place in range(5) if model.grad[row, place].any()}
+    assert felt == set(counted)
+    with torch.no_grad():
+        wild = model.clone()
+        for row, place in {(row, place) for row in range(2) for place in range(5)} - set(counted):
+            wild[row, place] = 100 * torch.randn(7)
+        assert torch.equal(kl_sum(wild, reference, labels), kl_sum(model, reference, labels))
+
+
 def test_kl_of_images_is_over_all_classes() -> None:
     model, reference = torch.randn(4, 10), torch.randn(4, 10)
     expected = F.kl_div(model.log_softmax(-1), reference.softmax(-1), reduction="sum")

@@ -18,7 +18,7 @@ import pkgutil
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +58,7 @@ class Method:
     materials: tuple[Material, ...]
     knobs: tuple[Knob, ...]
     makes: Mapping[str, Product]
+    alone: bool | Mapping[str, Sequence[str]]
     module: str
     writes: bool
     call: Callable[..., Outcome] = field(repr=False)
@@ -80,6 +81,12 @@ class Method:
     def roles(self) -> list[Material]:
         """The materials apart from the model that a stage hands on."""
         return [material for material in self.materials if material is not self.subject]
+
+    def runs_alone(self, knobs: Mapping[str, Any]) -> bool:
+        """Whether it runs blocks by themselves, with these knobs."""
+        if isinstance(self.alone, bool):
+            return self.alone
+        return any(knobs[name] in values for name, values in self.alone.items())
 
     def check(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
         """All knobs with defaults filled in; a RequestError names what is unknown or out of range."""
@@ -135,6 +142,35 @@ class Method:
         }
 
 
+@dataclass(frozen=True)
+class Step:
+    """One checked step of a recipe: its method, all its knobs, and which materials its roles read."""
+
+    number: int
+    method: Method
+    knobs: Mapping[str, Any]
+    reads: Mapping[str, str | tuple[str, ...]]
+
+    @property
+    def materials(self) -> list[str]:
+        """The names of all materials that it reads."""
+        return [name for role in self.reads for name in self.names(role)]
+
+    @property
+    def name(self) -> str:
+        """The method's name, as the report shows it."""
+        return self.method.name
+
+    def names(self, role: str) -> tuple[str, ...]:
+        """The names of the materials that a role reads."""
+        read = self.reads.get(role, ())
+        return (read,) if isinstance(read, str) else read
+
+    def goes_by(self, name: str) -> bool:
+        """Whether a recipe may call it so: "forget.npo", "npo", or its number."""
+        return name in (self.name, self.name.partition(".")[2], str(self.number))
+
+
 def method(
     *,
     verb: Verb,
@@ -142,6 +178,7 @@ def method(
     changes: Changes,
     memory: Memory = "training",
     makes: Mapping[str, Product] | None = None,
+    alone: bool | Mapping[str, Sequence[str]] = False,
     headless: Callable[[Mapping[str, Any]], bool] = lambda knobs: False,
 ) -> Callable[[Callable[..., Outcome]], Callable[..., Outcome]]:
     """Make a function a method.
@@ -153,6 +190,7 @@ def method(
         memory: what it holds per parameter, for `overhaul plan`: some pieces of a tensor ("stream"), activations only
             ("forward"), gradients and one float32 accumulator or two ("gradient"), or gradients and optimizer state
             ("training").
+        alone: whether it runs blocks by themselves, which some conversions rule out: always, or with these values of a knob.
         makes: the products in `Outcome.made` and what they are, so that a recipe's later steps can be checked beforehand.
         headless: of its knobs, whether with these it reads examples through a model without a head, which gives no logits.
 
@@ -173,6 +211,7 @@ def method(
             summary=doc.partition("\n\n")[0].replace("\n", " "),
             doc=inspect.cleandoc(sys.modules[function.__module__].__doc__ or "") + "\n\n" + doc,
             makes=dict(makes or {}),
+            alone=alone,
             module=function.__module__,
             call=function,
             **vars(signature),

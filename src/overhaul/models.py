@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from overhaul import quantised
+from overhaul import quantised, session
 from overhaul.architectures import build, check_code, check_counts, class_of, in_words, own_class, planned
 from overhaul.architectures import refusal as refusal
 from overhaul.checkpoints import ADAPTER_CONFIG, Checkpoint, facts, listed, read_json, saved_from_memory
@@ -70,6 +70,7 @@ def load_weights(known: Checkpoint, dtype: str, trust_remote_code: bool = False)
         return _merged(known, known.base.open(dtype, trust_remote_code=trust_remote_code))
     options = _options(known, dtype)
     kind = class_of(known)
+    session.begins()
     if known.is_new:
         return _drawn(known).to(DTYPES[dtype]).eval()
     if kind is None:

@@ -1,7 +1,7 @@
 """What a model says to the prompts of some examples, as examples again: to learn from, or to be rewarded for.
 
 1. Any examples give prompts: what comes before the first token that carries loss, or the first half of a plain text.
-2. Answers are drawn by the model's own `generate` with its cache, in batches without padding (`judge.generation`).
+2. Answers are drawn by the model's own `generate` with its cache, in batches without padding (`generation`).
 3. Log-probabilities of the drawn tokens come from a forward of their own, the one that a training step makes, and not from
    the cached decoding that drew them: a ratio of the two would differ from 1 before anything was learnt. They are those of
    the model itself, whatever temperature or nucleus the tokens were drawn with.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from overhaul.data.examples import IGNORED, Batch, Encoded, Examples
 from overhaul.errors import RequestError
-from overhaul.judge.generation import generate, stop_tokens
+from overhaul.generation import generate, stop_tokens
 from overhaul.modes import at_rest
 from overhaul.objectives import evaluate_answers, token_nll
 

@@ -48,6 +48,7 @@ class Session:
         device: where models are worked on; None is the accelerator if there is one.
         checkpoint_seconds: how often a long training writes a checkpoint.
         stack: the path of the stack that counts as the main one of models that have it, see `LayerStack.of`.
+        planning: whether the work itself is left out, see `begins`.
     """
 
     scratch: Path | None = None
@@ -56,6 +57,11 @@ class Session:
     device: str | None = None
     checkpoint_seconds: float = 30.0
     stack: str | None = None
+    planning: bool = False
+
+
+class WorkBegins(BaseException):
+    """All that can be wrong has been looked at, and the work would begin now."""
 
 
 _OUTSIDE = Session()
@@ -78,8 +84,19 @@ def using(**changes: object) -> Iterator[Session]:
         _current.reset(token)
 
 
+def begins() -> None:
+    """Where checks end and work begins: `overhaul plan` goes so far and no further.
+
+    Raises:
+        WorkBegins: the session only plans.
+    """
+    if current().planning:
+        raise WorkBegins
+
+
 def progress(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
     """Pass `items` through, telling the session how many of `total` are done."""
+    begins()
     report = current().report
     for done, item in enumerate(items):
         report(what, done, total, "")

@@ -1,4 +1,4 @@
-"""The version of a piece of code: a hash of all of Overhaul's source that it can reach.
+"""The version of a piece of code: a hash of all of Overhaul's source that it can reach. And of the libraries beneath it.
 
 Imports are read from the text, those inside functions too. A package whose entries are found by looking into its folder
 counts as importing all of them, except the verbs: a method does not depend on its neighbours.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).parent
@@ -16,6 +18,22 @@ _IMPORT = re.compile(
 )
 _COMMENT = re.compile(r"#[^\n]*")
 _FOUND_BY_LOOKING = "iter_modules("
+LIBRARIES = (
+    "torch", "transformers", "accelerate", "peft", "tokenizers", "safetensors", "datasets", "numpy", "diffusers",
+)  # fmt: skip
+"""What computes beneath Overhaul: another version may give other numbers."""
+
+
+@cache
+def libraries() -> dict[str, str]:
+    """The versions of those that are installed; none of them is imported."""
+    found: dict[str, str] = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def version_of(module: str | Path, root: Path = ROOT) -> str:

@@ -17,7 +17,7 @@ from overhaul.forget.sisa.ensemble import Ensemble, aggregate
 from overhaul.forget.sisa.shards import (
     ShardMap,
 )
-from overhaul.judge.generation import generate
+from overhaul.generation import generate
 from overhaul.models import open_model, save
 from overhaul.objectives import evaluate, forward
 

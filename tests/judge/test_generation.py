@@ -12,15 +12,8 @@ from transformers import GenerationConfig
 
 from conftest import FAMILIES, tiny_gpt2, tiny_llama, tiny_vit
 from overhaul.errors import RequestError, RunError
-from overhaul.judge.generation import (
-    _plan,
-    common_subsequence,
-    generate,
-    repeated_share,
-    rouge_l,
-    rouge_l_f1,
-    stop_tokens,
-)
+from overhaul.generation import _plan, generate, stop_tokens
+from overhaul.judge.generation import common_subsequence, repeated_share, rouge_l, rouge_l_f1
 
 
 def prompts_of(lengths: list[int]) -> list[Tensor]:
@@ -66,7 +59,7 @@ def test_a_stop_token_inside_a_prompt_ends_nothing() -> None:
 
 def test_no_batch_reads_on_for_longer_than_it_answers_or_holds_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [sorted(batch) for batch in _plan([5, 30, 6, 5, 13, 14], 8)] == [[0, 2, 3, 4], [5], [1]]
-    monkeypatch.setattr("overhaul.judge.generation.BATCH_TOKENS", 40)
+    monkeypatch.setattr("overhaul.generation.BATCH_TOKENS", 40)
     assert [len(batch) for batch in _plan([12] * 5, 8)] == [2, 2, 1]
 
 

@@ -32,7 +32,11 @@ def test_the_changes_are_added(tmp_path: Path) -> None:
     b, x, y = map(tensors, (base, *tuned))
     for name, made in tensors(done.model).items():
         assert torch.allclose(made, b[name] + 0.5 * (x[name] - b[name]) - 0.25 * (y[name] - b[name]), atol=1e-7)
-    assert done.layers["coefficient"] == dict.fromkeys(range(-1, 5), 0.25)
+    depths = range(-1, 5)
+    assert done.layers["coefficient of change 1"] == dict.fromkeys(depths, 0.5)
+    assert done.layers["coefficient of change 2"] == dict.fromkeys(depths, -0.25)
+    alike = task_arithmetic(base, tuned, scale=0.5, out=tmp_path / "alike")
+    assert alike.layers == {"coefficient": dict.fromkeys(depths, 0.5)}
     norms = sum("norm" in name for name in b)
     assert (done.facts["tensors"], done.facts["tensors_changed"]) == (len(b), len(b) - norms), "norms are ones in all"
     models.open_model(done.model)

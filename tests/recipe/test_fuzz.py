@@ -120,9 +120,9 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-def test_a_hundred_broken_recipes_are_right_or_refused_in_words(folder: Path, tmp_path: Path) -> None:
-    ends = fuzz(100, 0, folder, tmp_path)
-    assert ends["refused"] > 50 and ends["right"] > 0
+def test_broken_recipes_are_right_or_refused_in_words(folder: Path, tmp_path: Path) -> None:
+    ends = fuzz(70, 0, folder, tmp_path)
+    assert ends["refused"] > 35 and ends["right"] > 0
 
 
 @pytest.mark.slow

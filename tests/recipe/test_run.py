@@ -257,6 +257,6 @@ def test_forgetting_the_same_examples_again_is_pointed_out(folder: Path, tmp_pat
         tmp_path,
         steps=[{"forget.npo": {"steps": 1, "lr": 1e-2, "batch_size": 4, "stop_at": None}}],
     )
-    (warning,) = run(again, tmp_path / "again").report["warnings"]
+    *_, warning = run(again, tmp_path / "again").report["warnings"]
     assert "forget.npo made this model forget the same examples before" in warning
     assert warning in (tmp_path / "again/report.html").read_text()

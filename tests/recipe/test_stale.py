@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,35 @@ def test_a_changed_base_of_an_adapter_makes_a_finished_run_void(own: Path, tmp_p
     assert finished.found(tmp_path / "out", read(recipe)) is not None
     scaled(own / "model.safetensors", 0.5)
     assert values(run(recipe, tmp_path / "out").report) != values(first)
+
+
+def test_another_tokenizer_or_generation_config_makes_a_step_be_done_again(own: Path, tmp_path: Path) -> None:
+    def keys() -> set[str]:
+        run(recipe_for(own), tmp_path / "out")
+        return {path.name for path in (tmp_path / "out" / "steps").iterdir()}
+
+    first = keys()
+    assert keys() == first and len(first) == 1
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        path = own / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), "note": name}))
+        assert len(keys()) == len(first) + 1
+        first = keys()
+    (own / "lineage.json").write_text(json.dumps({"materials_sha256": {}, "steps": []}))
+    assert keys() == first, "what a model was made from is no part of what it says"
+
+
+def test_a_step_that_other_versions_did_is_kept_and_said(own: Path, tmp_path: Path) -> None:
+    assert run(recipe_for(own), tmp_path / "out").report["warnings"] == []
+    (record,) = (tmp_path / "out" / "steps").glob("*/step.json")
+    content = json.loads(record.read_text())
+    assert content["libraries"]["torch"] == version("torch")
+    record.write_text(json.dumps(content | {"libraries": {**content["libraries"], "torch": "1.0"}}))
+    (tmp_path / "out" / "finished.json").unlink()
+    (warning,) = run(recipe_for(own), tmp_path / "out").report["warnings"]
+    assert warning.startswith("Step 1, shrink.prune, was done with torch 1.0 (now ")
+    lineage = json.loads((tmp_path / "out" / "lineage.json").read_text())
+    assert lineage["steps"][0]["libraries"]["torch"] == "1.0" and lineage["libraries"]["torch"] != "1.0"
 
 
 def test_a_file_that_joins_the_data_makes_a_finished_run_void(tmp_path: Path) -> None:

@@ -124,15 +124,19 @@ def test_a_verdict_depends_on_what_was_wanted(
 def test_a_retrained_model_is_reached_neared_or_overshot(
     unit: str, before: float, after: float, anchor: float, word: str, good: bool | None
 ) -> None:
-    seen = numbers.verdict({**measure(unit, "anchor", before, after, group="forgotten"), "anchor": anchor})
+    seen = numbers.verdict(
+        {**measure(unit, "anchor", before, after, group="forgotten"), "anchor": anchor, "like": "retrained"}
+    )
     assert (seen.word, seen.good) == (word, good)
 
 
 def test_the_value_of_the_retrained_model_stands_beside_what_was_measured() -> None:
-    row = {**measure("share", "anchor", 0.9, 0.3, group="forgotten"), "anchor": 0.26}
+    row = {**measure("share", "anchor", 0.9, 0.3, group="forgotten"), "anchor": 0.26, "like": "retrained"}
     assert numbers.aim(row) == "as retrained: 26.0%"
     assert numbers.small_print(row).endswith("as retrained: 26.0%")
-    assert numbers.small_print({**row, "help": "right answers"}).startswith("right answers · retain · n")
+    assert numbers.small_print({**row, "help": "right answers"}).startswith("right answers · n")
+    assert numbers.aim({**row, "like": "base"}) == "as base: 26.0%"
+    assert numbers.verdict({**row, "like": "base", "anchor": 0.3}).word == "as base"
 
 
 def test_a_cost_is_better_when_less_and_neutral_when_equal() -> None:
@@ -259,3 +263,20 @@ def test_an_arxiv_number_has_an_address(paper: str) -> None:
 )
 def test_nothing_else_has_one(paper: str | None) -> None:
     assert numbers.paper_address(paper) is None
+
+
+def test_a_time_gets_no_verdict_where_the_network_does_the_same_work() -> None:
+    time = {**measure("ms/token", "down", 100.0, 10.0, better="down", group="cost"), "runs": [[100.0], [10.0]]}
+    size = measure("bytes", "down", 5.0, 5.0, better="down", group="cost")
+    for cost, word in ((size, "same work"), ({**size, "values": [5.0, 4.0]}, "less")):
+        (*_, found) = numbers.by_group([cost, time])["cost"]
+        assert numbers.verdict(found).word == word
+        (said,) = sentences.group_verdicts([cost, time])
+        assert ("(same work)" in said.sentence) == (word == "same work")
+
+
+def test_what_was_never_there_is_not_said_to_have_stayed() -> None:
+    seen = numbers.verdict(measure("share", "same", 0.0, 0.0))
+    assert (seen.word, seen.good) == ("nothing to keep", None)
+    (said,) = sentences.group_verdicts([measure("share", "same", 0.0, 0.0), measure("share", "same", 0.9, 0.9)])
+    assert said.sentence.startswith("In part: 1 of 2 measures stayed") and "0% → 0% (nothing to keep)" in said.sentence

@@ -86,3 +86,11 @@ def test_what_is_compared_with_an_anchor_shows_its_value(report: dict[str, Any])
     row = report["measures"][0]
     row |= {"wanted": "anchor", "anchor": 0.123}
     assert f"{numbers.verdict(row).word} ({numbers.humanise(0.123, row['unit'])})" in printed(report, width=200)
+
+
+@pytest.mark.parametrize("width", [70, 100])
+def test_a_stage_is_broken_between_its_words_alone(report: dict[str, Any], width: int) -> None:
+    name = "rewire.attention_residuals"
+    text = printed({**report, "stages": ["before", *[name] * 3]}, width=width)
+    for word in ("rewire.", "attention_", "residuals"):
+        assert word in text

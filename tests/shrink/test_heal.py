@@ -38,6 +38,7 @@ CASE = Case(
         "warmup": (0.0, 2),
         "schedule": ("constant", "linear"),
         "weight_decay": (1e-4, 0.5),
+        "clip": (1e-3, None),
         "new_tokens": (1, 2, {"target": "own_answers"}),
         "rank": (4, 2, {"weights": "lora"}),
         "alpha": (16, 4, {"weights": "lora"}),

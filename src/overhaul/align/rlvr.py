@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from overhaul.data.examples import IGNORED, Batch, Examples
-from overhaul.data.verifiers import score
+from overhaul.data.verifiers import VERIFIERS, score
 from overhaul.errors import RequestError
 from overhaul.fit import Regime, Training
 from overhaul.method import Outcome, method
@@ -76,7 +76,29 @@ def rlvr(
         RequestError: `prompts` are no questions with a tokenizer, or a row lacks what its verifier reads.
         RunError: training diverged (the last good weights are kept).
     """
+    if prompts.kind == "tokens":
+        check_verified("align.rlvr", prompts.rows)
     return learn_from(score, model, prompts, samples, updates, beta, clip_ratio, temperature, new_tokens, training)
+
+
+def check_verified(method: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Whether every row says what its answers are rewarded by, and has what that reads.
+
+    Raises:
+        RequestError: a row does not.
+    """
+    for number, row in enumerate(rows, 1):
+        named = str(row.get("verify") or row.get("task"))
+        if named not in VERIFIERS:
+            raise RequestError(
+                f"{method}: row {number} of `prompts` names no verifier, so nothing says which answers are right. Write "
+                f"`verify: NAME` in the material; there are {', '.join(sorted(VERIFIERS))}."
+            )
+        for column in VERIFIERS[named].columns:
+            if column not in row:
+                raise RequestError(
+                    f"{method}: row {number} of `prompts` lacks {column!r}, which `verify: {named}` reads."
+                )
 
 
 def learn_from(

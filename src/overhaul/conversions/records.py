@@ -30,6 +30,7 @@ class Conversion:
         build: the function.
         inverse: takes it back, with the same arguments; None where there is no way back.
         late: applied after the weights are loaded.
+        alone: whether a block can still be run by itself.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Conversion:
     build: Build
     inverse: Build | None
     late: bool
+    alone: bool = True
 
     def record(self, **arguments: Any) -> Record:
         """What config.json holds of it.
@@ -61,11 +63,19 @@ _KNOWN: dict[str, Conversion] = {}
 @overload
 def conversion(build: Build, /) -> Build: ...
 @overload
-def conversion(*, version: int = 1, inverse: Build | None = None, late: bool = False) -> Callable[[Build], Build]: ...
 def conversion(
-    build: Build | None = None, /, *, version: int = 1, inverse: Build | None = None, late: bool = False
+    *, version: int = 1, inverse: Build | None = None, late: bool = False, alone: bool = True
+) -> Callable[[Build], Build]: ...
+def conversion(
+    build: Build | None = None,
+    /,
+    *,
+    version: int = 1,
+    inverse: Build | None = None,
+    late: bool = False,
+    alone: bool = True,
 ) -> Any:
-    """Make a function that builds modules onto a model known by its name.
+    """Make a function that builds modules onto a model known by its name; see `Conversion` for the arguments.
 
     Raises:
         TypeError: it does not take the model first and keyword-only arguments after it, or another has its name.
@@ -75,7 +85,7 @@ def conversion(
         kinds = [parameter.kind for parameter in inspect.signature(build).parameters.values()]
         if not kinds or any(kind is not inspect.Parameter.KEYWORD_ONLY for kind in kinds[1:]):
             raise TypeError(f"the conversion {build.__name__} must take (model, *, arguments)")
-        one = Conversion(build.__name__, build.__module__, version, build, inverse, late)
+        one = Conversion(build.__name__, build.__module__, version, build, inverse, late, alone)
         before = _KNOWN.get(one.name)
         if before is not None and before.module != one.module:
             raise TypeError(f"{before.module} has a conversion {one.name} already")
@@ -90,6 +100,11 @@ def records(model: nn.Module) -> list[Record]:
     config: Any = getattr(model, "config", None)
     content = config.get("overhaul") if isinstance(config, Mapping) else getattr(config, "overhaul", None)
     return list(content["conversions"]) if isinstance(content, Mapping) else []
+
+
+def bound_together(name: str) -> bool:
+    """Whether a conversion of this name is known after which no block can be run by itself."""
+    return name in _KNOWN and not _KNOWN[name].alone
 
 
 def known_as(name: str) -> Conversion:

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from overhaul import session
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
 from overhaul.fit.checkpoints import MAIN, TrainingCheckpoint, TrainingState, go_on, now
@@ -118,6 +119,7 @@ class Training:
     def __enter__(self) -> Training:
         if not self.chosen:
             raise RequestError("Nothing to train: no parameter of the model is selected and requires gradients.")
+        session.begins()
         checkpoint = self.checkpoint = TrainingCheckpoint(self.name, self.belongs)
         resumed = checkpoint.exists()
         if resumed:

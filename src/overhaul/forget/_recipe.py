@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from overhaul.data.duplicates import identity, near_duplicates
 from overhaul.data.materials import Row, Source
 from overhaul.errors import RequestError
-
-if TYPE_CHECKING:
-    from overhaul.recipe.check import Step
+from overhaul.method import Step
 
 EITHER: Mapping[str, tuple[str, ...]] = {"forget.ssd": ("full", "retain")}
 """Methods whose roles are optional one by one, and of which one must be there."""

@@ -124,27 +124,16 @@ def unlearn(
         RunError: the answers are beyond `stop_at` already, or training diverged (the last good weights are kept).
     """
     tokens = _check(name, forget, retain, keeping.retain_term, training)
-    per_epoch = math.ceil(len(forget) / training.batch_size)
-    total = training.steps or math.ceil(training.epochs * per_epoch)
-    limit = _chance(model, forget) if training.stop_at == "chance" else training.stop_at
     known = reference_nll(model, forget, training.batch_size)
     before = float(known.sum()) / tokens
-    if limit is not None and before >= limit:
-        raise RunError(
-            f"forget.{name}: the answers in `forget` already cost {before:.2f} nats a token, above stop_at = {limit:.2f}: "
-            "the model does not know them. Check that the questions are put as in training, or write stop_at: null."
-        )
+    stop = _stop(name, model, forget, retain, keeping, training, before)
+    total = training.steps or math.ceil(training.epochs * stop.per_epoch)
     data = {"forget": forget.with_column("reference_nll", known)}
     for column, values in (columns or {}).items():
         data["forget"] = data["forget"].with_column(column, values)
     terms = [term, Term("forget", _watched, units, 0.0, ANSWER_NLL, answers_only=True)]
-    kept_before = None
     if retain:
-        kept_before = _nats(model, retain, training.batch_size)
         terms += _retaining(model, retain, data, keeping, training, total)
-    stop = _Stop(
-        limit, kept_before, training.retain_drop, "retain" if keeping.retain_term == "gdr" else RETAIN_NLL, per_epoch
-    )
     loop = fit.Training(
         model, data, steps=total, lr=training.lr, warmup=training.warmup, schedule=training.schedule,
         optimizer=optimizer or adamw(weight_decay=training.weight_decay), name=name,
@@ -154,19 +143,41 @@ def unlearn(
             if step.number and stop.reason(loop.ledger):
                 break
             step.take(terms, training.batch_size, combine=combine)
-    ledger = loop.ledger
-    facts: dict[str, float | int | str | list[int]] = {
-        "steps": ledger.step,
-        "stopped_early": "yes" if ledger.step < total else "no",
-        "forget_nll_before": before,
-        "forget_nll_after": float(reference_nll(model, forget, training.batch_size).sum()) / tokens,
-    }
-    if ledger.step < total:
-        facts["stopped_because"] = stop.reason(ledger) or ""
-    if retain and kept_before is not None:
-        facts["retain_nll_before"] = kept_before
-        facts["retain_nll_after"] = _nats(model, retain, training.batch_size)
-    return Outcome(model, facts=facts, curves=ledger.curves)
+    after = float(reference_nll(model, forget, training.batch_size).sum()) / tokens
+    facts = {"forget_nll_before": before, "forget_nll_after": after}
+    if retain and stop.kept_before is not None:
+        kept = _nats(model, retain, training.batch_size)
+        facts |= {"retain_nll_before": stop.kept_before, "retain_nll_after": kept}
+    return Outcome(model, facts={**_ended(loop.ledger, total, stop), **facts}, curves=loop.ledger.curves)
+
+
+def _ended(ledger: Ledger, total: int, stop: _Stop) -> dict[str, int | str]:
+    """How many steps there were, and why no more."""
+    if ledger.step == total:
+        return {"steps": total, "stopped_early": "no"}
+    return {"steps": ledger.step, "stopped_early": "yes", "stopped_because": stop.reason(ledger) or ""}
+
+
+def _stop(
+    name: str,
+    model: nn.Module,
+    forget: Examples,
+    retain: Examples | None,
+    keeping: Keeping,
+    training: Training,
+    before: float,
+) -> _Stop:
+    """When to end; refused where `forget` costs as much already, `before` nats a token."""
+    limit = _chance(model, forget) if training.stop_at == "chance" else training.stop_at
+    if limit is not None and before >= limit:
+        raise RunError(
+            f"forget.{name}: the answers in `forget` already cost {before:.2f} nats a token, above stop_at = {limit:.2f}: "
+            "the model does not know them. Check that the questions are put as in training, or write stop_at: null."
+        )
+    kept_before = _nats(model, retain, training.batch_size) if retain else None
+    watched = "retain" if keeping.retain_term == "gdr" else RETAIN_NLL
+    per_epoch = math.ceil(len(forget) / training.batch_size)
+    return _Stop(limit, kept_before, training.retain_drop, watched, per_epoch)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from overhaul.data.examples import Batch, Encoded
-from overhaul.judge.generation import generate, generates
+from overhaul.generation import generate, generates
 from overhaul.judge.measure import Measure
 from overhaul.judge.timing import in_turn
 from overhaul.modes import at_rest

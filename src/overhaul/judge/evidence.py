@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from overhaul.data.encode import encode_qa, tokenised
 from overhaul.data.examples import IGNORED, Examples
 from overhaul.errors import RequestError
-from overhaul.judge.generation import generate, stop_tokens
+from overhaul.generation import generate, stop_tokens
 from overhaul.judge.likelihood import Scored, loss_score, score
 from overhaul.judge.standards import distances, outputs
 from overhaul.references import Reference

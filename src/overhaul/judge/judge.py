@@ -10,8 +10,8 @@ from torch import nn
 
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
+from overhaul.generation import generates
 from overhaul.judge.evidence import Evidence
-from overhaul.judge.generation import generates
 from overhaul.judge.measure import Measure as Measure
 from overhaul.judge.metrics import ANCHOR, METRICS, Value
 from overhaul.judge.requests import RETRAINED, check_data
@@ -137,6 +137,17 @@ def judge(
         return Judgement(measures, _samples(model, requests, evidence))
 
 
+def try_out(model: nn.Module, request: Request, data: Mapping[str, Examples]) -> None:
+    """Begin to measure one request: what its metric asks of the model is refused before anything is computed.
+
+    Raises:
+        RequestError: the model cannot do it.
+    """
+    if not METRICS[request.metric].anchored:
+        evidence = {name: Evidence(model, data[role], 1) for name, role in request.roles.items()}
+        _value(request, evidence, {})
+
+
 def _evidence(
     model: nn.Module, requests: Collection[Request], data: Mapping[str, Examples], limit: int
 ) -> dict[str, Evidence]:
@@ -224,6 +235,7 @@ def _measures(request: Request, evidence: Mapping[str, Evidence], anchor: Anchor
                 value=None if math.isnan(value) else value,
                 n=n,
                 anchor=target,
+                like=anchor.name if anchor is not None and target is not None else "",
                 help=metric.help,
                 groups=groups if part == "" else {},
             )

@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from overhaul import session
 from overhaul._batching import same
 from overhaul.data.examples import IGNORED, Batch, Encoded, Examples, collate
 from overhaul.errors import RequestError, RunError
@@ -98,6 +99,7 @@ def score(model: nn.Module, examples: Examples, batch_tokens: int | None = None)
         RequestError: an example has no answer tokens.
         RunError: the model's outputs are not finite.
     """
+    session.begins()
     found: dict[int, Scored] = {}
     for places, _, logits, labels in answers_of(model, examples, budget(model, batch_tokens)):
         flat = _answer_scores(logits, labels).cpu()

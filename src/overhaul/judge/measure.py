@@ -22,6 +22,7 @@ class Measure:
         n: number of examples, or of timed runs, behind it.
         value: a float; None where it cannot be measured.
         anchor: what the model that it is compared with has (one trained without the data, say); known where that is wanted.
+        like: the name of that model.
         help: what it is in plain words.
         runs: of a time, every timed run, of which the value is the fastest.
         groups: the same number on each group of rows, where it was asked for by group.
@@ -37,6 +38,7 @@ class Measure:
     value: Any
     n: int
     anchor: float | None = None
+    like: str = ""
     help: str = ""
     runs: tuple[float, ...] = ()
     groups: Mapping[str, float] = field(default_factory=dict)

@@ -32,8 +32,9 @@ from overhaul import session
 from overhaul.data.examples import IGNORED, Encoded, Examples
 from overhaul.errors import RequestError
 from overhaul.fit import TrainingState, fit
+from overhaul.generation import generate, generates, stop_tokens
 from overhaul.judge.evidence import SPARE_TOKENS, asked_anew, kind_of, prompt_with
-from overhaul.judge.generation import generate, generates, rouge_l, stop_tokens
+from overhaul.judge.generation import rouge_l
 from overhaul.judge.likelihood import score
 from overhaul.modes import at_rest
 from overhaul.objectives import cross_entropy

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from overhaul import session
 from overhaul.data.examples import IGNORED, Batch, Examples
 from overhaul.errors import RequestError, RunError
 from overhaul.judge.likelihood import CHUNK, answers_of, batches_within, budget
@@ -73,6 +74,7 @@ def privacy_leakage(auc: float, retrained_auc: float) -> float:
 
 def outputs(model: nn.Module, examples: Examples) -> Reference:
     """What a model says about these examples, kept so that another can be compared with it later."""
+    session.begins()
     longest = next(batches_within(examples, budget(model)))
     return cache_outputs(model, examples, batch_size=len(longest))
 

@@ -162,7 +162,7 @@ def _measure(name: str, anchored: bool) -> dict[str, Any]:
         wanted = "down" if better == "up" else "up"
     block = name.partition(".")[0]
     said = {"group": block, "metric": name, "label": label, "help": "", "on": "", "unit": unit, "n": None}
-    return {**said, "better": better, "wanted": wanted, "aside": name not in MEASURES}
+    return {**said, "better": better, "wanted": wanted, "like": "retrained", "aside": name not in MEASURES}
 
 
 def _row(label: str, kind: Kind, one: Measured, names: Sequence[str], about: About) -> Row:

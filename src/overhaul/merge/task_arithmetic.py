@@ -49,8 +49,8 @@ def task_arithmetic(
         out: folder to write.
 
     Returns:
-        The folder. Facts: number of tensors, how many changed, in what the folders differ. Layers: the sum of the
-        coefficients by depth, which is the same at all.
+        The folder. Facts: number of tensors, how many changed, in what the folders differ. Layers: the coefficient of
+        each change by depth, which is the same at all; one line where all changes have one.
 
     Raises:
         RequestError: the checkpoints do not correspond, or the numbers of weights and checkpoints differ.
@@ -70,4 +70,8 @@ def task_arithmetic(
         )
     assert out is not None
     facts = written(name, base, tuned, weighted_deltas(coefficients), out)
-    return Outcome(out, facts=facts, layers=by_depth(base, lambda _: sum(coefficients)))
+    layers = {}
+    for place, coefficient in enumerate(coefficients) if len(set(coefficients)) > 1 else [(None, coefficients[0])]:
+        lines = by_depth(base, lambda _, value=coefficient: value)
+        layers |= {name if place is None else f"{name} of change {place + 1}": line for name, line in lines.items()}
+    return Outcome(out, facts=facts, layers=layers)

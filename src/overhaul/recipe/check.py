@@ -11,48 +11,19 @@ import yaml
 
 from overhaul import method as methods
 from overhaul import models, processes, session
-from overhaul.data.examples import Examples, join
+from overhaul.conversions.records import bound_together, recorded_by
+from overhaul.data.examples import Examples
 from overhaul.data.forms import find_form
 from overhaul.data.materials import Row, Source, encode, form_of, load_rows
 from overhaul.errors import RequestError, did_you_mean
 from overhaul.judge import judge as judging
+from overhaul.method import Step as Step
 from overhaul.recipe import outputs, verbs
+from overhaul.recipe.encoded import check_encoded, encoded, opening
 from overhaul.recipe.materials import Materials, Reference, relative, source_of
 from overhaul.recipe.spec import Document, Recipe
 from overhaul.recipe.track import tracker
 from overhaul.stack import LayerStack
-
-RETRAINED = "retrained"
-"""The material that is a model trained without what is to be forgotten."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One checked step: its method, all its knobs, and which materials its roles read."""
-
-    number: int
-    method: methods.Method
-    knobs: Mapping[str, Any]
-    reads: Mapping[str, str | tuple[str, ...]]
-
-    @property
-    def materials(self) -> list[str]:
-        """The names of all materials that it reads."""
-        return [name for role in self.reads for name in self.names(role)]
-
-    @property
-    def name(self) -> str:
-        """The method's name, as the report shows it."""
-        return self.method.name
-
-    def names(self, role: str) -> tuple[str, ...]:
-        """The names of the materials that a role reads."""
-        read = self.reads.get(role, ())
-        return (read,) if isinstance(read, str) else read
-
-    def goes_by(self, name: str) -> bool:
-        """Whether a recipe may call it so: "forget.npo", "npo", or its number."""
-        return name in (self.name, self.name.partition(".")[2], str(self.number))
 
 
 @dataclass(frozen=True)
@@ -72,7 +43,8 @@ class Checked:
     def processor(self) -> Any:
         """The model's tokenizer or image processor, which is loaded when it is first asked for."""
         if "processor" not in self.loaded:
-            self.loaded["processor"] = models.load_processor(self.model)
+            with opening(self.model):
+                self.loaded["processor"] = models.load_processor(self.model)
         return self.loaded["processor"]
 
     @property
@@ -100,50 +72,26 @@ class Checked:
         compared = dict.fromkeys(request.compared_with for request in self.requests)
         return [name for name in compared if name is not None and "model" in self.references.get(name, {})]
 
+    def raw_rows(self) -> dict[str, list[Mapping[str, Any]]]:
+        """The rows of every material that a step reads as they are."""
+        return {
+            name: [row for _, rows in self.rows[name] for row in rows]
+            for step in self.steps
+            for role in step.method.roles
+            if role.kind == "rows"
+            for name in step.names(role.name)
+            if name in self.rows
+        }
+
     def encode(self) -> dict[str, Examples]:
         """The examples of every role that a step or the judge reads.
 
         Raises:
             RequestError: nothing is left to learn from, or a token is not in the model's vocabulary.
         """
-        data = {
-            role: join([encode(rows, spec, self.processor) for spec, rows in self.rows[role]]) for role in self.used
-        }
-        for role, examples in data.items():
-            if not len(examples):
-                raise RequestError(f"The material {role!r} has rows, but no example is left once they are encoded.")
-            if examples.kind in ("tokens", "pairs"):
-                _check_tokens(role, examples, self.model.config)
+        data = {role: encoded(role, self.rows[role], self.processor) for role in self.used}
+        check_encoded(data, self.model)
         return data
-
-
-def _check_tokens(role: str, examples: Examples, config: Mapping[str, Any]) -> None:
-    """Whether the model can read these tokens: they are in its vocabulary, and their number within its positions."""
-    place = max(range(len(examples)), key=lambda n: int(examples.items[n]["input_ids"].max()))
-    top = int(examples.items[place]["input_ids"].max())
-    text = config.get("text_config")
-    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, Mapping) else None)
-    if isinstance(size, int) and top >= size:
-        word = examples.processor.convert_ids_to_tokens(top) if hasattr(examples.processor, "encode") else None
-        raise RequestError(
-            f"The material {role!r}, row {place + 1}, has token {top} ({word!r}), but the model's vocabulary ends at "
-            f"{size - 1}, so there is no row for it. Take that word out of the text, or resize the embeddings "
-            "(`model.resize_token_embeddings`) and save the model again."
-        )
-    longest = examples.by_length()[0]
-    length, positions = len(examples.items[longest]["input_ids"]), _positions(config)
-    if positions is not None and length > positions:
-        asked = examples.rows[longest].get("question")
-        which = f"number {longest + 1}" if asked is None else f"the question {str(asked)[:60]!r}"
-        way_out = f"Write `length: {positions}`." if asked is None else "Shorten such rows or leave them out."
-        raise RequestError(
-            f"The material {role!r} has an example of {length} tokens ({which}), but the model ends at {positions} "
-            f"positions: cut there, its answer would be lost. {way_out}"
-        )
-
-
-def _positions(config: Mapping[str, Any]) -> int | None:
-    return config.get("max_position_embeddings", config.get("n_positions"))
 
 
 def check(document: Document) -> Checked:
@@ -167,7 +115,7 @@ def check(document: Document) -> Checked:
     materials = Materials.of(recipe, document)
     if not recipe.steps and not recipe.compare:
         raise RequestError("The recipe has no steps. `overhaul methods` lists what a step can be.")
-    steps, warnings = _steps(recipe.steps, materials)
+    steps, warnings = _steps(recipe.steps, materials, known)
     anchors = [name for name, one in materials.references.items() if "model" in one]
     requests = judging.check(recipe.judge, materials.rows, anchors=anchors)
     used = _used(steps, requests, materials)
@@ -180,7 +128,8 @@ def check(document: Document) -> Checked:
     outputs.check_opened(steps, materials.references, [name for name in compared if name is not None], trust)
     if recipe.stack is not None and (network := models.planned(known)) is not None:
         LayerStack.at(network, recipe.stack)  # refuses what is not there
-    words = models.count_tokens(known)
+    with opening(known):
+        words = models.count_tokens(known)
     for role in used:
         read = any(find_form(form_of(*source)).needs == "tokenizer" for source in materials.rows[role])
         if read and words is None:
@@ -188,7 +137,24 @@ def check(document: Document) -> Checked:
                 f"The material {role!r} is text, but {known.source} has no tokenizer. Put its tokenizer.json beside the "
                 "weights (`tokenizer.save_pretrained(folder)`)."
             )
+    warnings += [
+        f"The material {name!r} is read by no step and no metric." for name in _unread(recipe, steps, requests)
+    ]
     return Checked(document, known, steps, materials, requests, used, warnings)
+
+
+def _unread(recipe: Recipe, steps: Sequence[Step], requests: Sequence[judging.Request]) -> list[str]:
+    """The materials that nothing needs; of a comparison it is not known here."""
+    if recipe.compare:
+        return []
+    read = {name for step in steps for name in step.materials}
+    read |= {role for one in requests for role in one.roles.values()} | {one.compared_with for one in requests}
+    read |= {name.partition("[")[0] for name in read if name}
+    for name, value in reversed(recipe.materials.items()):  # those that another one includes stand above it
+        parts = [part for part in value if isinstance(part, str)] if isinstance(value, list) else []
+        if name in read or (parts and read & set(parts)):
+            read |= {name, *parts}
+    return [name for name in recipe.materials if name not in read]
 
 
 def with_steps(checked: Checked, entries: Sequence[Mapping[str, Any]]) -> Checked:
@@ -198,20 +164,40 @@ def with_steps(checked: Checked, entries: Sequence[Mapping[str, Any]]) -> Checke
         RequestError: as `check`.
     """
     recipe = checked.recipe.model_copy(update={"steps": list(entries)})
-    steps, warnings = _steps(recipe.steps, checked.materials)
+    steps, warnings = _steps(recipe.steps, checked.materials, checked.model)
     used = _used(steps, checked.requests, checked.materials)
     text = yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False)
     document = replace(checked.document, recipe=recipe, text=text)
     return replace(checked, document=document, steps=steps, used=used, warnings=warnings)
 
 
-def _steps(entries: Sequence[Mapping[str, Any]], materials: Materials) -> tuple[list[Step], list[str]]:
+def _steps(
+    entries: Sequence[Mapping[str, Any]], materials: Materials, model: models.Checkpoint
+) -> tuple[list[Step], list[str]]:
     """All steps, and what is odd about the roles they read."""
     steps: list[Step] = []
     for number, entry in enumerate(entries, 1):
         steps.append(_step(number, entry, materials, steps))
-    _check_after(materials.references, steps)
+    _check_alone(steps, model)
+    if steps:
+        _check_after(materials.references, steps)
     return steps, [warning for step in steps for warning in verbs.ask("check", step, materials.rows)]
+
+
+def _check_alone(steps: Sequence[Step], model: models.Checkpoint) -> None:
+    """Whether blocks that a step runs by themselves can be run so, after what was built onto the network."""
+    content = model.config.get("overhaul")
+    records = content.get("conversions", []) if isinstance(content, Mapping) else []
+    built = [recorded_by(record).name for record in records]
+    for step in steps:
+        bound = [name for name in built if bound_together(name)]
+        if bound and step.method.runs_alone(step.knobs):
+            raise RequestError(
+                f"Step {step.number}, {step.name}, runs blocks by themselves, but those of a network with {bound[0]} read "
+                "what all blocks before them wrote. Put the step before that one, or leave it out."
+            )
+        if step.method.changes == "architecture":
+            built.append(step.name.partition(".")[2])
 
 
 def _used(steps: Sequence[Step], requests: Sequence[judging.Request], materials: Materials) -> list[str]:
@@ -348,8 +334,11 @@ def encode_made(role: str, reference: Reference, rows: list[Row], processor: Any
 
 
 def _check_after(references: Mapping[str, Reference], steps: Sequence[Step]) -> None:
-    """Whether the steps after which a model is taken are there, one each, and before those that read it."""
+    """Whether the steps that make something, or after which a model is taken, are there and before those that read it."""
     for name, reference in references.items():
+        if "made" in reference and maker_of(reference, steps) is None:
+            hint = did_you_mean(reference["made"], [step.name for step in steps])
+            raise RequestError(f"The material {name!r} is made by {reference['made']!r}, which is no step.{hint}")
         if "after" not in reference:
             continue
         target = reference["after"]

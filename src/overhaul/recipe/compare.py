@@ -23,10 +23,14 @@ import torch
 from torch import Tensor
 
 from overhaul import __version__, method, models, processes, session
+from overhaul.data.examples import Examples
 from overhaul.errors import OverhaulError, RequestError
+from overhaul.judge.requests import RETRAINED
 from overhaul.recipe import machine
-from overhaul.recipe.check import RETRAINED, Checked, check, with_steps
+from overhaul.recipe.ahead import look_ahead
+from overhaul.recipe.check import Checked, check, with_steps
 from overhaul.recipe.plan import disk_bytes
+from overhaul.recipe.results import counted
 from overhaul.recipe.run import Run
 from overhaul.recipe.runner import Runner
 from overhaul.recipe.spec import read
@@ -78,6 +82,10 @@ def compare(
     variants = [
         _seeded(variant, base.recipe.seed + n, seeds > 1) for variant in _variants(base, names) for n in range(seeds)
     ]
+    used = dict.fromkeys(role for variant in variants for role in variant.checked.used)
+    data = replace(base, used=list(used)).encode()
+    for variant in variants[::seeds]:
+        look_ahead(variant.checked, {role: data[role] for role in variant.checked.used})
     root = Path(out) if out is not None else Path("runs") / f"{document.folder_name}-compared"
     needed = sum(disk_bytes(variant.checked) for variant in variants)
     folder = RunFolder(root)
@@ -85,7 +93,7 @@ def compare(
         folder = RunFolder.claim(root, f"{document.name} (compared)", needed)
     processes.wait()
     with folder.held(), folder.logged(), session.using(device=base.recipe.on, stack=base.recipe.stack):
-        return _Comparison(base, variants, folder).go()
+        return _Comparison(base, variants, folder, data).go()
 
 
 def _variants(base: Checked, names: Sequence[str]) -> list[Variant]:
@@ -142,10 +150,10 @@ def _seeded(variant: Variant, seed: int, named: bool) -> Variant:
 class _Comparison:
     """One walk through all variants."""
 
-    def __init__(self, base: Checked, variants: Sequence[Variant], folder: RunFolder) -> None:
-        self.base, self.variants, self.folder = base, variants, folder
-        used = dict.fromkeys(role for variant in variants for role in variant.checked.used)
-        self.data = replace(base, used=list(used)).encode()
+    def __init__(
+        self, base: Checked, variants: Sequence[Variant], folder: RunFolder, data: Mapping[str, Examples]
+    ) -> None:
+        self.base, self.variants, self.folder, self.data = base, variants, folder, data
 
     def go(self) -> Run:
         """Every variant's run, the table and the page."""
@@ -215,12 +223,17 @@ class _Comparison:
         # the same roles are odd for every method that reads them
         odd = {warning.partition(": ")[2]: warning for v in self.variants for warning in v.checked.warnings}
         rows = [_row(label, runs, steps.get(label)) for label, runs in found.items()]
+        start = found["before"][0].judgement
         about = {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "overhaul": __version__,
             "machine": machine.describe(),
             "recipe": self.base.document.text,
-            "model": {"source": recipe.model, "class": facts.architecture, "parameters": facts.parameters},
+            "model": {
+                "source": recipe.model,
+                "class": facts.architecture,
+                "parameters": counted(start, facts),
+            },
             "seeds": sorted({variant.checked.recipe.seed for variant in self.variants}),
             "warnings": [*odd.values(), *missing],
         }

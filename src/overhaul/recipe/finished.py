@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overhaul.recipe.spec import Document
-from overhaul.versions import package_version
+from overhaul.versions import libraries, package_version
 
 if TYPE_CHECKING:
     from overhaul.recipe.check import Checked
 
 FILE = "finished.json"
-LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets", "diffusers")
 SHOWN = ("report.json", "report.html", "recipe.yaml", "lineage.json")
 
 
@@ -86,11 +84,4 @@ def _stamp(path: Path) -> list[Any]:
 
 
 def _code() -> list[str]:
-    return [package_version(), *map(_installed, LIBRARIES)]
-
-
-def _installed(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return ""
+    return [package_version(), *(f"{name} {number}" for name, number in libraries().items())]

@@ -13,7 +13,9 @@ from overhaul import __version__
 from overhaul.checkpoints import Checkpoint, facts
 from overhaul.recipe.check import Checked
 from overhaul.recipe.store import Stage
-from overhaul.report.numbers import humanise
+from overhaul.report.sheets import code, escaped, markdown
+from overhaul.report.stages import sheets
+from overhaul.versions import libraries
 
 
 def lineage(
@@ -37,6 +39,7 @@ def lineage(
             {
                 "name": step.name,
                 "version": step.method.version,
+                "libraries": (stage.record or {}).get("libraries"),
                 "paper": step.method.paper,
                 "knobs": dict(step.knobs),
                 "reads": dict(step.reads),
@@ -44,6 +47,7 @@ def lineage(
             }
             for step, stage in zip(checked.steps, stages[1:], strict=True)
         ],
+        "libraries": libraries(),
         "machine": report["machine"],
     }
 
@@ -66,30 +70,29 @@ def history(folder: Path) -> dict[str, Any] | None:
 
 
 def model_card(checked: Checked, report: Mapping[str, Any], result: Checkpoint) -> str:
-    """The README.md of a saved model: what was done to it, and what it measured before and after."""
+    """The README.md of a saved model: what was done to it, and what it measured before and after.
+
+    What it quotes, a title or a source, is text: it means nothing to Markdown, to HTML or to the front matter.
+    """
     source = checked.recipe.model
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["overhaul"]}
     if source.count("/") == 1 and not source.startswith((".", "/")):
         front["base_model"] = source
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {report['title']}", ""]
-    lines += [
-        f"Made from `{source}` ({report['model']['class']}) by Overhaul {__version__}, seed {report['seed']}.",
-        "",
-    ]
-    others = [f"- `{name}`: `{source}`" for name, source in read_beside(checked).items()]
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {escaped(report['title'])}", ""]
+    made = f"{code(source)} ({escaped(report['model']['class'])})"
+    lines += [f"Made from {made} by Overhaul {__version__}, seed {report['seed']}.", ""]
+    others = [f"- {code(name)}: {code(source)}" for name, source in read_beside(checked).items()]
     if others:
         lines += ["Read beside it:", "", *others, ""]
     lines += [_loads(result), "", "## What was done", ""]
     for step in report["steps"]:
         paper = f" ([arXiv:{step['paper']}](https://arxiv.org/abs/{step['paper']}))" if step["paper"] else ""
-        knobs = ", ".join(f"{name}={value}" for name, value in step["knobs"].items())
-        lines.append(f"1. `{step['name']}`{paper}: {step['summary']} Knobs: {knobs}.")
-    lines += ["", "## What it measured", "", f"| group | measure | on | {' | '.join(report['stages'])} |"]
-    lines.append("|---|---|---|" + "---:|" * len(report["stages"]))
-    for measure in report["measures"]:
-        values = " | ".join(humanise(value, measure["unit"]) for value in measure["values"])
-        lines.append(f"| {measure['group']} | {measure['label']} | {measure['on']} | {values} |")
-    lines += ["", "The recipe is in `recipe.yaml`, hashes of everything that went in are in `lineage.json`.", ""]
+        knobs = ", ".join(code(f"{name}={value}") for name, value in step["knobs"].items())
+        lines.append(f"1. {code(step['name'])}{paper}: {escaped(step['summary'])} Knobs: {knobs}.")
+    lines += ["", "## What it measured", ""]
+    for sheet in sheets(report):
+        lines += [f"### {escaped(sheet.heading)}", "", markdown(sheet)]
+    lines += ["The recipe is in `recipe.yaml`, hashes of everything that went in are in `lineage.json`.", ""]
     return "\n".join(lines)
 
 

@@ -3,9 +3,10 @@
 1. The time is a range. Its floor is arithmetic at the speed of a short matrix multiplication on this machine, in the
    dtype of the run.
 2. Memory counts weights, gradients, optimizer state, the activations of the largest of some batches, and outputs that are
-   cached. In a training, activations and gradients take turns: one grows as the other falls. With AdamW a trained parameter
-   takes 16 bytes (weight, gradient, two moments, all in float32); of bfloat16 18, with a float32 master beside the weight.
-   A float16 model is float32 while it trains, what is frozen in it too. Adapters are always float32.
+   cached. In a training on one role, activations and gradients take turns: one grows as the other falls; the terms on a
+   second role run while the first one's gradients are there. A mask on every weight takes a byte for each. With AdamW a
+   trained parameter takes 16 bytes (weight, gradient, two moments, all in float32); of bfloat16 18, with a float32 master
+   beside the weight. A float16 model is float32 while it trains, what is frozen in it too. Adapters are always float32.
 3. The interpreter and its libraries are listed apart; on an accelerator they do not count.
 """
 
@@ -17,6 +18,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from rich.table import Table
 
 from overhaul.data.materials import positions_of
 from overhaul.models import DTYPES, Checkpoint, facts
+from overhaul.recipe.ahead import look_ahead
 from overhaul.recipe.check import Checked, Step, check
 from overhaul.recipe.spec import read
 from overhaul.report.numbers import humanise
@@ -125,7 +128,12 @@ def planned(source: str | Path | Mapping[str, Any]) -> Plan:
 
 
 def plan(checked: Checked, flops_per_second: float | None = None) -> list[Planned]:
-    """Estimate every step. `flops_per_second` is measured in a fraction of a second if not given."""
+    """Look ahead at every step and estimate it. `flops_per_second` is measured in a fraction of a second if not given.
+
+    Raises:
+        RequestError: a run would refuse it.
+    """
+    look_ahead(checked)
     speed = flops_per_second or matmul_speed(dtype=DTYPES[checked.recipe.dtype])
     return [_estimate(step, checked, speed) for step in checked.steps]
 
@@ -233,7 +241,7 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
         "stream": STREAMED_BYTES,
         "forward": activations,
         "gradient": 8 * trained + max(width * trained, activations),
-        "training": (8 + beside) * trained + max(4 * trained, activations),
+        "training": (8 + beside) * trained + (max, add)[len(lengths) > 1](4 * trained, activations),
     }[step.method.memory]
     cached = width * shape.hidden * sum(map(sum, lengths.values())) if models > 1 else 0
     steps = step.knobs.get("steps")
@@ -243,7 +251,8 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
     if step.method.memory == "stream":
         read_bytes = sum(models_read.bytes for models_read in _streamed(step, checked))
         seconds = (read_bytes + model.bytes) / STREAMED_BYTES_PER_SECOND
-    peak = model.parameters * (width * models + computed - width) + held + cached
+    masks = model.parameters * ("tensors" in step.method.makes.values())
+    peak = model.parameters * (width * models + computed - width) + held + cached + masks
     counts = {role: len(each) for role, each in lengths.items()}
     others = {role: tuple(step.names(role)) for role in step.reads if role not in counts}
     return Planned(step.name, counts, others, step.knobs, peak, seconds)

@@ -16,6 +16,7 @@ from overhaul.errors import RunError, writing
 from overhaul.outcome import Outcome, OutcomeError
 from overhaul.recipe import products
 from overhaul.recipe.check import Checked, Step
+from overhaul.versions import libraries
 from overhaul.weights import relative_change
 
 
@@ -45,6 +46,7 @@ def save(step: Step, before: models.Checkpoint, outcome: Outcome, partial: Path,
         "summary": step.method.summary,
         "paper": step.method.paper,
         "version": step.method.version,
+        "libraries": libraries(),
         "knobs": dict(step.knobs),
         "facts": outcome.facts,
         "layers": {**outcome.layers, **({"relative change of the weights": touched} if touched else {})},
@@ -115,3 +117,20 @@ def refused(step: Step, error: OutcomeError, kept: Path, checked: Checked) -> Ru
         models.save(error.outcome.model, checked.processor, kept, dtype=checked.model.dtype)
         where = f" The model that it made is kept in {kept}."
     return RunError(f"Step {step.number}, {step.name}: {error}{where}")
+
+
+def done_with_others(step: Step, then: Mapping[str, str], place: Path) -> list[str]:
+    """What to say of a step that was done before with other versions of libraries: it may come out otherwise today."""
+    differing = [f"{name} {then[name]} (now {now})" for name, now in libraries().items() if then.get(name, now) != now]
+    if not differing:
+        return []
+    return [
+        f"Step {step.number}, {step.name}, was done with {', '.join(differing)} and is kept. To do it again, remove its "
+        f"folder under {place}."
+    ]
+
+
+def counted(judged: Mapping[str, Any], facts: models.Checkpoint) -> int:
+    """How many parameters a judged model has; its files may hold buffers besides."""
+    found = (one["value"] for one in judged["measures"] if one["metric"] == "parameters")
+    return next(found, facts.parameters)

@@ -33,14 +33,15 @@ from overhaul.judge.measure import Measure
 from overhaul.method import Material
 from overhaul.outcome import OutcomeError
 from overhaul.recipe import finished, lineage, machine, products, results, verbs
+from overhaul.recipe.ahead import look_ahead
 from overhaul.recipe.check import Checked, Step, check, encode_made, maker_of
 from overhaul.recipe.materials import Reference
 from overhaul.recipe.plan import disk_bytes
 from overhaul.recipe.spec import Document
-from overhaul.recipe.store import RunFolder, Stage, key_of
+from overhaul.recipe.store import RunFolder, Stage, key_of, model_key
 from overhaul.recipe.track import track
 from overhaul.report.html import write_html
-from overhaul.versions import version_of
+from overhaul.versions import libraries, version_of
 
 
 def start(document: Document, root: Path) -> dict[str, Any]:
@@ -81,10 +82,13 @@ class Runner:
     ) -> None:
         self.checked, self.folder, self.shown = checked, folder, shown or folder
         session.current().report("reading data", 0, 1, "")
-        self.data = checked.encode() if data is None else data
-        judging.check_data(checked.requests, self.data)
+        if data is None:  # else all was encoded and looked at before
+            look_ahead(checked, data := checked.encode())
+        self.data = data
         self.digests = {role: examples.digest() for role, examples in self.data.items()}
-        self.digests |= {role: key_of(parts) for role, parts in self.raw_rows().items() if role not in self.digests}
+        self.digests |= {
+            role: key_of(parts) for role, parts in self.checked.raw_rows().items() if role not in self.digests
+        }
         self.warnings = [*checked.warnings, *self.repeated()]
         self.model: tuple[str, nn.Module] | None = None
         self.anchored: dict[str, judging.Anchor] = {}
@@ -102,7 +106,7 @@ class Runner:
 
     def walk(self) -> tuple[list[Stage], list[dict[str, Any]], dict[str, Any]]:
         """As `go`; the stages, what the judge said of each, without times, and the report."""
-        parts = (self.checked.model.digest(), self.checked.recipe.dtype, *filter(None, [self.checked.recipe.stack]))
+        parts = (model_key(self.checked.model), self.checked.recipe.dtype, *filter(None, [self.checked.recipe.stack]))
         start = Stage("before", key_of(*parts), self.checked.model)
         stages = [start]
         judged = [self.judge(start)]
@@ -115,17 +119,6 @@ class Runner:
             self.publish(stages, report)
         processes.wait()
         return stages, judged, report
-
-    def raw_rows(self) -> dict[str, list[Mapping[str, Any]]]:
-        """The rows of every material that a step reads as they are."""
-        return {
-            name: [row for _, rows in self.checked.rows[name] for row in rows]
-            for step in self.checked.steps
-            for role in step.method.roles
-            if role.kind == "rows"
-            for name in step.names(role.name)
-            if name in self.checked.rows
-        }
 
     def publish(self, stages: list[Stage], report: dict[str, Any]) -> None:
         """Put the last stage's model, the report and where all came from in their places."""
@@ -182,7 +175,7 @@ class Runner:
         """The key of a model or product that a step only reads."""
         reference = self.checked.references[name]
         if "model" in reference:
-            return models.facts(reference["model"]).digest()
+            return model_key(models.facts(reference["model"]))
         if "made" in reference:
             return key_of(self.maker(reference, stages).step_key, reference)
         return self.after(reference["after"], stages).key
@@ -210,7 +203,7 @@ class Runner:
         """One material, as the method's role wants it."""
         reference = self.checked.references.get(name)
         if reference is None:
-            return self.data[name] if role.kind == "examples" else self.raw_rows()[name]
+            return self.data[name] if role.kind == "examples" else self.checked.raw_rows()[name]
         if "made" in reference:
             stage = self.maker(reference, stages)
             assert stage.place is not None and stage.record is not None, "a stage that made something has a place"
@@ -240,6 +233,7 @@ class Runner:
             processes.wait()
         record = json.loads((place / "step.json").read_text(encoding="utf-8"))
         record.pop("files", None)
+        self.warnings += results.done_with_others(step, record.get("libraries") or {}, self.folder.root / "steps")
         if not (place / "model").exists():
             return replace(stages[-1], name=step.name, record=record, place=place, step_key=key, changed=False)
         facts = replace(models.facts(place / "model"), source=f"step {step.number}")
@@ -292,7 +286,7 @@ class Runner:
         requests = [asdict(request) for request in self.checked.requests]
         roles = {role: self.digests[role] for request in self.checked.requests for role in request.roles.values()}
         anchors = {name: self.reference_key(name, []) for name in self.checked.anchors}
-        parts = (stage.key, requests, roles, self.code, anchors)
+        parts = (stage.key, requests, roles, self.code, anchors, libraries())
         path = self.folder.judged(key_of(*parts))
         if processes.is_main() and read_json(path) is None:
             session.say(f"judging {stage.name}" if stage.record else "judging the model as it came")
@@ -392,7 +386,7 @@ class Runner:
             "machine": machine.describe(),
             "seed": recipe.seed,
             "recipe": self.checked.document.text,
-            "model": {"source": recipe.model, "class": facts.architecture, "parameters": facts.parameters},
+            "model": {"source": recipe.model, "class": facts.architecture, "parameters": results.counted(first, facts)},
             "stages": [stage.name for stage in stages if stage.changed],
             "measures": measures,
             "steps": [stage.record for stage in stages if stage.record is not None],

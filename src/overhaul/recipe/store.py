@@ -34,6 +34,16 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def model_key(known: Checkpoint) -> str:
+    """All that a model is opened with: weights and config, and beside them its words, its images' processor, its habits."""
+    beside = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(known.folder.iterdir())
+        if path.suffix in {".json", ".txt", ".model", ".jinja"} and path.name not in {"config.json", "lineage.json"}
+    }
+    return key_of(known.digest(), beside, *([model_key(known.base)] if known.base else []))
+
+
 @dataclass(frozen=True)
 class Stage:
     """A model of the run: as it came in, or after a step.

@@ -50,4 +50,4 @@ def logged(report: Mapping[str, Any]) -> Iterator[dict[str, float]]:
             yield {curve: values[place] for curve, values in curves.items() if place < len(values)}
     for place in range(len(report["stages"])):
         found = {f"{m['group']}/{m['metric']} on {m['on']}": m["values"][place] for m in report["measures"]}
-        yield {"stage": place} | {label: value for label, value in found.items() if value is not None}
+        yield {"stage": float(place), **{label: value for label, value in found.items() if value is not None}}

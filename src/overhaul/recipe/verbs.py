@@ -13,7 +13,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from overhaul.recipe.check import Step
+    from overhaul.method import Step
 
 
 def ask(question: Literal["check", "check_history"], step: Step, *given: Any) -> list[str]:

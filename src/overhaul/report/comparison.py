@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from overhaul.report.sheets import Cell, Sheet, markdown, print_sheet
 
 Kind = Literal["before", "retrained", "null control", "method"]
 Number = float | None
-ARROWS: Mapping[str, str] = {"up": "↑", "down": "↓", "same": "=", "chance": "→ 0.5", "anchor": "→ retrained"}
+ARROWS: Mapping[str, str] = {"up": "↑", "down": "↓", "same": "=", "chance": "→ 0.5"}
 
 NOTHING: Mapping[str, Any] = {"created": "", "machine": {}, "recipe": "", "model": None, "seeds": [], "warnings": []}
 """What a page says of a comparison that does not know it."""
@@ -115,6 +116,11 @@ class Comparison:
         if measure["wanted"] == "anchor" and self._anchor(place) is None:
             return Cell(text, spread)
         change = {**measure, "values": [mean(before.values[place]), found], "anchor": self._anchor(place)}
+        change["same_work"] = all(
+            mean(before.values[n]) == mean(row.values[n])
+            for n, one in enumerate(self.measures)
+            if one["group"] == "cost" and not numbers.is_time(one)
+        )
         return Cell(text, spread, numbers.verdict(change).good)
 
     def sheets(self, judged_only: bool = False) -> list[Sheet]:
@@ -139,7 +145,7 @@ class Comparison:
     def _sheet(self, heading: str, places: Sequence[int], costs: Sequence[str] = ()) -> Sheet:
         heads = [
             Cell("model"),
-            *(Cell(arrowed(self.measures[n]), numbers.small_print(self.measures[n])) for n in places),
+            *(Cell(arrowed(self.measures[n]), help=numbers.small_print(self.measures[n])) for n in places),
         ]
         rows = []
         for row in self.rows:
@@ -177,14 +183,18 @@ class Comparison:
     def from_json(cls, content: Mapping[str, Any]) -> Comparison:
         """What `to_json` gave."""
         facts = {name: part for name, part in content.items() if name not in ("title", "measures", "rows")}
-        return cls(content["title"], list(content["measures"]), [Row(**row) for row in content["rows"]], facts)
+        rows = [Row(**row) for row in content["rows"]]
+        like = {"like": next((row.label for row in rows if row.kind == "retrained"), "")}
+        return cls(content["title"], [{**like, **one} for one in content["measures"]], rows, facts)
 
     def to_html(self) -> str:
         """A self-contained page."""
         runs = max((len(values) for row in self.rows for values in row.values), default=1)
         note = f"Means over {runs} seeds, ± their standard deviation." if runs > 1 else "One seed."
         said = {**NOTHING, "overhaul": __version__, **self.to_json()}
-        return draw("comparison.html", said, sheets=self.sheets(), spread_note=note, figure=self.scatter())
+        return draw(
+            "comparison.html", said, sheets=self.sheets(), spread_note=note, figure=self.scatter(), won=self.won()
+        )
 
     def scatter(self) -> Markup:
         """What was to change against what was to stay: the first measure of each group; empty where one is missing."""
@@ -197,7 +207,49 @@ class Comparison:
             return Markup("")
         points = {row.label: list(zip(row.values[x], row.values[y], strict=True)) for row in self.rows}
         names = [numbers.subject(self.measures[n]) for n in (x, y)]
-        return plots.scatter(f"{names[1]}, against {names[0]}", points, *names)
+        spans = [plots.SPANS.get(self.measures[n]["unit"]) for n in (x, y)]
+        return plots.scatter(f"{names[1]}, against {names[0]}", points, *names, spans=spans)
+
+    def won(self) -> str:
+        """Who won, in one sentence: which method is ahead in every judged measure, beyond what chance explains.
+
+        Ahead is who differs from the next one by more than what counts as moved, and by more than the deviations of both
+        over seeds together.
+        """
+        judged = [n for n, one in enumerate(self.measures) if one["group"] != "cost" and not one.get("aside")]
+        methods = [row for row in self.rows if row.kind == "method"]
+        if len(methods) < 2 or not judged:
+            return ""
+        leads = {n: self._ahead(n) for n in judged}
+        count = Counter(label for label in leads.values() if label is not None)
+        if not count:
+            return (
+                f"Nobody won: in none of the {len(judged)} judged measures is one method clearly ahead.{self._chance()}"
+            )
+        names = {n: numbers.subject(self.measures[n]) for n in judged}
+        said = "; ".join(f"{label} in {', '.join(names[n] for n in judged if leads[n] == label)}" for label in count)
+        open_ = sum(label is None for label in leads.values())
+        rest = f"; nobody in {'the other' if open_ == 1 else f'the other {open_}'}" if open_ else ""
+        winner = next(iter(count)) if len(count) == 1 and not open_ else None
+        lead = f"{winner} won" if winner else "Nobody won everywhere" if len(count) > 1 or open_ else ""
+        return f"{lead}: clearly ahead is {said}{rest}.{self._chance()}"
+
+    def _ahead(self, place: int) -> str | None:
+        """The method that is clearly best in a measure; None where nobody is, or noise is as good."""
+        measure = self.measures[place]
+        first, second = (self[label] for label in self.ranked(measure["metric"], measure["on"])[:2])
+        a, b = mean(first.values[place]), mean(second.values[place])
+        if first.kind != "method" or not numbers.finite(a):
+            return None
+        if not numbers.finite(b):
+            return first.label
+        spread = sum(_deviation(row.values[place]) for row in (first, second))
+        apart = numbers.direction(b, a, measure["unit"]) != 0 and abs(a - b) > spread
+        return first.label if apart else None
+
+    def _chance(self) -> str:
+        runs = max(len(values) for row in self.rows for values in row.values)
+        return "" if runs > 1 else " It is one seed; another may say otherwise."
 
     def print(self, console: Console, most: int = 7) -> None:
         """Print the judged measures, as many as fit; the others are on the page."""
@@ -207,6 +259,8 @@ class Comparison:
             print_sheet(sheet, console, most + 1)
             if len(sheet.heads) > most + 2:
                 console.print(f"{len(sheet.heads) - most - 2} more measures are on the page.")
+        if won := self.won():
+            console.print(Text(won))
         for warning in self.facts.get("warnings", []):
             console.print(Text(f"Note: {warning}", "yellow"))
 
@@ -229,7 +283,13 @@ class Comparison:
 def arrowed(measure: Mapping[str, Any]) -> str:
     """Label, role and the wanted direction: "answer probability on forget ↓"."""
     wanted = measure["better"] if measure["group"] == "cost" else measure["wanted"]
-    return f"{numbers.subject(measure)} {ARROWS.get(wanted, wanted)}"
+    return f"{numbers.subject(measure)} {ARROWS.get(wanted) or f'→ {numbers.like(measure)}'}"
+
+
+def _deviation(values: Sequence[Number]) -> float:
+    """The standard deviation over seeds; 0 of one."""
+    known = [value for value in values if numbers.finite(value)]
+    return statistics.stdev(known) if len(known) > 1 else 0.0
 
 
 def mean(values: Sequence[Number]) -> Number:

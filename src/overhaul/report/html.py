@@ -5,6 +5,7 @@ No script, no font, no picture is fetched, and the page's own policy forbids it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -14,12 +15,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from overhaul.files import write_text
-from overhaul.report import numbers, plots, sentences, tables
+from overhaul.report import numbers, plots, sentences, stages, tables
 
 ASIDE = ("lr", "gradient norm")
 """Curves of how the training was driven rather than of what it reached; drawn on demand."""
 
 SAMPLES_SHOWN = 6
+
+FIGURES_SHOWN = 4
+"""Of each step, by depth and of what it found; the others are folded."""
 
 
 def write_html(report: dict[str, Any], path: Path) -> None:
@@ -34,16 +38,18 @@ def write_html(report: dict[str, Any], path: Path) -> None:
 def render(report: Mapping[str, Any]) -> str:
     """The page as text."""
     steps = tables.told_apart(report["steps"])
+    found = tables.findings(steps)
     return draw(
         "template.html",
         report,
         verdicts=sentences.group_verdicts(report["measures"]),
-        groups=numbers.by_group(report["measures"]),
+        sheets=stages.sheets(report),
         uncertainty=sentences.uncertainty(report["measures"]),
-        depth_plots=_depth_plots(steps),
+        depth_plots=_folded(_depth_plots(steps)),
         loss_plots=_loss_plots(steps),
         aside_plots=_aside_plots(steps),
-        findings=tables.findings(steps),
+        findings=found,
+        finding_plots=_folded([(one.step, one.figure) for one in found if one.figure]),
         products=tables.products(steps),
         samples=_samples(report["samples"]),
         samples_shown=SAMPLES_SHOWN,
@@ -74,9 +80,20 @@ def _date(created: str) -> str:
         return created
 
 
-def _depth_plots(steps: Sequence[Mapping[str, Any]]) -> list[Markup]:
+def _folded(figures: Sequence[tuple[str, Markup]]) -> tuple[list[Markup], list[Markup]]:
+    """The first figures of each step, which a method names first because they matter most, and all others."""
+    first: list[Markup] = []
+    rest: list[Markup] = []
+    shown = Counter[str]()
+    for step, figure in figures:
+        shown[step] += 1
+        (first if shown[step] <= FIGURES_SHOWN else rest).append(figure)
+    return first, rest
+
+
+def _depth_plots(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup]]:
     return [
-        figure
+        (step["name"], figure)
         for step in steps
         for label, values in step["layers"].items()
         if (figure := plots.bars(step["name"], {int(depth): value for depth, value in values.items()}, _words(label)))

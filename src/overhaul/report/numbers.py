@@ -5,7 +5,8 @@ A verdict looks at the first and the last stage only. What counts as moved:
 1. A share (accuracy, extraction, ROUGE-L, area under a curve): more than 3 points.
 2. Any other number: more than 5% of what it was before. A time: only outside its own noise, that is if the fastest run of
    the slower model takes 1.25 times the median run of the faster one. Models take turns where they fit into memory beside
-   each other; else a busy machine alone may slow one of them. Nothing is said of a time whose runs are not known.
+   each other; else a busy machine alone may slow one of them. Nothing is said of a time whose runs are not known, nor
+   where the network does the same work (equal parameters, bytes and FLOPs): no change of it could explain a difference.
 3. A change that was wanted is one only if it is large: a share or a probability must at least halve to have fallen, and
    gain 20 points or half of what was missing to have risen; any other number must move by more than 10%. What moved
    less moved "a little".
@@ -39,9 +40,10 @@ LEAST, LEAST_LOG10_P = 1e-30, math.log10(0.05)
 
 TOLERANCE = (
     "A share has moved if it differs by more than 3 points, a time if the fastest run of the slower model takes 1.25 times "
-    "the median run of the faster one, any other number if it differs by more than 5%. A change is as wanted if it is "
+    "the median run of the faster one (and not at all where parameters, bytes and FLOPs are equal), any other number if it "
+    "differs by more than 5%. A change is as wanted if it is "
     "large: a share or probability halved, or gained 20 points or half of what was missing; any other number moved by more "
-    "than 10%. Chance is 0.5, reached within 0.1. The value of a retrained model is reached within a tenth of the distance "
+    "than 10%. Chance is 0.5, reached within 0.1. The value of an anchor is reached within a tenth of the distance "
     "there was to it, a probability within a factor of two."
 )
 
@@ -58,7 +60,7 @@ WANTED: Mapping[str, str] = {
     "down": "should fall",
     "same": "should stay",
     "chance": "to chance",
-    "anchor": "as retrained",
+    "anchor": "as another model",
 }
 
 _DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -176,22 +178,22 @@ def aim(measure: Measure) -> str:
     """What was wanted of a measure; of a cost, which way is better."""
     if measure["group"] == "cost":
         return "less is better" if measure["better"] == "down" else "more is better"
-    wanted, anchor = WANTED[measure["wanted"]], measure.get("anchor")
-    return (
-        f"{wanted}: {humanise(anchor, measure['unit'])}"
-        if measure["wanted"] == "anchor" and anchor is not None
-        else wanted
-    )
+    if measure["wanted"] != "anchor":
+        return WANTED[measure["wanted"]]
+    anchor = measure.get("anchor")
+    return f"as {like(measure)}" + ("" if anchor is None else f": {humanise(anchor, measure['unit'])}")
 
 
-def small_print(measure: Measure) -> str:
-    """What stands under a measure's name: "forget · n = 20 · should fall", "one forward · fastest of 9 · less is better"."""
-    n, plainly = count(measure), measure.get("help", "")
-    if measure["group"] == "cost":
-        return " · ".join(part for part in (plainly, f"fastest of {n}" if n else "", aim(measure)) if part)
-    return " · ".join(
-        part for part in (plainly, measure["on"], f"n\u00a0=\u00a0{n}" if n else "", aim(measure)) if part
-    )
+def like(measure: Measure) -> str:
+    """The model that a measure should become like."""
+    return measure.get("like") or "the anchor"
+
+
+def small_print(measure: Measure, counted: bool = True) -> str:
+    """What stands under a measure's name: "n = 20 · should fall", "one forward · fastest of 9 · less is better"."""
+    n, plainly = count(measure) if counted else "", measure.get("help", "")
+    counts = f"fastest of {n}" if measure["group"] == "cost" else f"n\u00a0=\u00a0{n}"
+    return " · ".join(part for part in (plainly, counts if n else "", aim(measure)) if part)
 
 
 def count(measure: Measure) -> str:
@@ -276,13 +278,18 @@ def verdict(measure: Measure) -> Verdict:
     if measure["wanted"] == "chance":
         return _against_chance(before, after)
     if measure["wanted"] == "anchor":
-        return _against_anchor(before, after, measure["anchor"], unit)
-    if measure["group"] == "cost" and _base(unit) == "ms" and time_direction(measure) is None:
-        return Verdict("as before", None) if after == before else Verdict("within noise", None)
+        return _against_anchor(before, after, measure["anchor"], unit, like(measure))
+    if is_time(measure):
+        if measure.get("same_work"):
+            return Verdict("same work", None)
+        if time_direction(measure) is None:
+            return Verdict("as before", None) if after == before else Verdict("within noise", None)
     moved = direction(before, after, unit)
     gain = moved if measure["better"] == "up" else -moved
     if measure["group"] == "cost":
         return Verdict({-1: "less", 0: "as before", 1: "more"}[moved], {-1: False, 0: None, 1: True}[gain])
+    if measure["wanted"] == "same" and unit == "share" and measure["better"] == "up" and before == after == 0:
+        return Verdict("nothing to keep", None)
     if measure["wanted"] == "same":
         return Verdict({-1: "got worse", 0: "stayed", 1: "improved"}[gain], gain >= 0)
     if moved == 0:
@@ -312,7 +319,7 @@ def _against_chance(before: float, after: float) -> Verdict:
     return Verdict("not nearer", False)
 
 
-def _against_anchor(before: float, after: float, anchor: float, unit: str) -> Verdict:
+def _against_anchor(before: float, after: float, anchor: float, unit: str, name: str) -> Verdict:
     if unit == "probability":
         was, now = (math.log(max(value, LEAST) / max(anchor, LEAST)) for value in (before, after))
         unmoved = abs(now) <= math.log(2)
@@ -320,17 +327,29 @@ def _against_anchor(before: float, after: float, anchor: float, unit: str) -> Ve
         was, now = before - anchor, after - anchor
         unmoved = direction(anchor, after, unit) == 0
     if after >= LEAST_LOG10_P if unit == "log10 p" else unmoved or abs(now) <= NEAR_ANCHOR * abs(was):
-        return Verdict("as retrained", True)
+        return Verdict(f"as {name}", True)
     if was * now < 0:
         # what is less likely than in a model that never saw it shows an attacker that something was removed
         return Verdict("overshot", False)
     return Verdict("nearer", None) if abs(now) < (1 - NEAR_ANCHOR) * abs(was) else Verdict("not nearer", False)
 
 
+def is_time(measure: Measure) -> bool:
+    """Whether it is how long something takes."""
+    return measure["group"] == "cost" and _base(measure["unit"]) == "ms"
+
+
+def with_work(measures: Sequence[Measure]) -> list[Measure]:
+    """The same measures; times say whether the network does the same work at the end: equal FLOPs on equal bytes."""
+    counted = [one["values"] for one in measures if one["group"] == "cost" and not is_time(one)]
+    same = bool(counted) and all(values[0] is not None and values[0] == values[-1] for values in counted)
+    return [{**one, "same_work": same} if is_time(one) else one for one in measures]
+
+
 def by_group(measures: Sequence[Measure]) -> dict[str, list[Measure]]:
     """Measures in the order the report shows them: forgotten, learned, kept, cost, then any other group."""
     found: dict[str, list[Measure]] = {group: [] for group in GROUPS}
-    for measure in measures:
+    for measure in with_work(measures):
         found.setdefault(measure["group"], []).append(measure)
     return {group: rows for group, rows in found.items() if rows}
 

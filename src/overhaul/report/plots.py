@@ -18,6 +18,9 @@ WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 26, 38
 POINTS_DRAWN = 240
 STYLES = 5
+SPANS: Mapping[str, float] = {"share": 0.2, "probability": 0.2}
+"""What the axis of a comparison covers at least, so that noise does not look like a difference; of other units, a fifth of
+the largest value."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,11 @@ def bars(title: str, values: Mapping[int, float | None], y_name: str) -> Markup:
 
 
 def scatter(
-    title: str, points: Mapping[str, Sequence[tuple[float | None, float | None]]], x_name: str, y_name: str
+    title: str,
+    points: Mapping[str, Sequence[tuple[float | None, float | None]]],
+    x_name: str,
+    y_name: str,
+    spans: Sequence[float | None] | None = None,
 ) -> Markup:
     """A figure with the points of every model, numbered as in its legend; empty if no point is finite.
 
@@ -128,15 +135,21 @@ def scatter(
         points: (x, y) of every run of a model, by the model's name; the mean of its runs is drawn large.
         x_name: what runs from left to right.
         y_name: what runs upwards.
+        spans: what both axes cover at least (None: a fifth of the largest value); as much as the points do, if not given.
     """
     known = {name: [(a, b) for a, b in runs if finite(a) and finite(b)] for name, runs in points.items()}
     drawn = {name: runs for name, runs in known.items() if runs}
     if not drawn:
         return Markup("")
     every = [point for runs in drawn.values() for point in runs]
-    across = _vertical([a for a, _ in every])
+    least = (
+        (0.0, 0.0)
+        if spans is None
+        else [0.2 * max(abs(point[n]) for point in every) if span is None else span for n, span in enumerate(spans)]
+    )
+    across = _vertical([a for a, _ in every], least[0])
     x = Scale(across.low, across.high, LEFT, WIDTH - RIGHT - 8)
-    y = _vertical([b for _, b in every])
+    y = _vertical([b for _, b in every], least[1])
     parts = [_frame(y, y_name), _x_axis({tick: tick_label(tick) for tick in ticks(x.low, x.high)}, x, x_name)]
     said = []
     tags: list[tuple[float, float]] = []
@@ -153,7 +166,8 @@ def scatter(
         )
         said.append(f"{name} at {number(a)}, {number(b)}")
     keys = [Markup("<span>{}\u00a0{}</span>").format(n, name) for n, name in enumerate(drawn, 1)]
-    return drawing(title, parts, "; ".join(said), keys)
+    note = "" if spans is None else "axes cover 20 points of a share, a fifth of any other value, or more"
+    return drawing(title, parts, "; ".join(said), keys, note)
 
 
 def _free(x: float, y: float, taken: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -163,8 +177,13 @@ def _free(x: float, y: float, taken: Sequence[tuple[float, float]]) -> tuple[flo
     return x, y
 
 
-def _vertical(values: Sequence[float]) -> Scale:
+def _vertical(values: Sequence[float], span: float = 0.0) -> Scale:
+    """The scale that shows all values, and no less than `span` around them; below 0 only where a value is."""
     low, high = min(values), max(values)
+    if high - low < span:
+        middle = (low + high) / 2
+        down = min(middle, span / 2) if low >= 0 else span / 2
+        low, high = middle - down, middle - down + span
     if low == high:
         pad = abs(low) / 2 or 1.0
         low, high = (low - pad if low else 0.0), high + pad

@@ -79,7 +79,8 @@ def _say_cost(rows: Sequence[Measure]) -> tuple[str, Verdict]:
     for row in rows:
         moved = change(row)
         now = f"{row['label']} {humanise(row['values'][-1], row['unit'])}"
-        noise = "within noise" if len(row["values"]) > 1 and verdict(row).word == "within noise" else ""
+        seen = verdict(row).word
+        noise = seen if seen in ("within noise", "same work") else ""
         parts.append(now if moved in (MISSING, "no change") else f"{now} ({noise or moved})")
     goods = {verdict(row).good for row in rows} - {None}
     overall = Verdict("less", True) if goods == {True} else Verdict("more", False) if goods == {False} else None

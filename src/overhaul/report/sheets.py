@@ -1,7 +1,8 @@
-"""A table ready to be shown, and its writers: Markdown and a terminal here, a page in comparison.html."""
+"""A table ready to be shown, and its writers: Markdown and a terminal here, a page in sheet.html."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+_MARKS = re.compile(r"[\\`*\[\]|~#]|(?<!\w)_|_(?!\w)")
+_TAG, _ENTITY = re.compile(r"<(?=[A-Za-z/!?])"), re.compile(r"&(?=\\?#?\w+;)")
 COLOURS: Mapping[bool | None, str] = {True: "green", False: "red", None: ""}
 
 
@@ -19,12 +22,18 @@ class Cell:
     Attributes:
         text: the value.
         small: beneath or behind it: a spread, a remark.
+        help: what only a page has room for.
         good: whether it is what was wanted; None where there is nothing to judge.
+        sign: of a verdict, which reads without colour.
+        value: the exact number behind the text.
     """
 
     text: str
     small: str = ""
     good: bool | None = None
+    sign: str = ""
+    value: float | None = None
+    help: str = ""
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class Sheet:
 
     Attributes:
         heading: above the table.
-        heads: the columns; `small` is help that only a page has room for.
+        heads: the columns.
         rows: a cell for each column.
         words: whether the cells are words rather than numbers.
     """
@@ -52,11 +61,21 @@ def markdown(sheet: Sheet) -> str:
 
 
 def _line(cells: Sequence[Cell]) -> str:
-    return f"| {' | '.join(_whole(cell).replace('|', chr(92) + '|') for cell in cells)} |"
+    return f"| {' | '.join(escaped(' '.join(filter(None, (cell.sign, cell.text, cell.small)))) for cell in cells)} |"
 
 
-def _whole(cell: Cell) -> str:
-    return f"{cell.text} {cell.small}" if cell.small else cell.text
+def escaped(text: object) -> str:
+    """Text that Markdown shows as it is, in one line: neither its own marks nor HTML's mean anything in it."""
+    words = " ".join(str(text).split())
+    return _TAG.sub("&lt;", _ENTITY.sub("&amp;", _MARKS.sub(r"\\\g<0>", words)))
+
+
+def code(text: object) -> str:
+    """Text as code in a line of Markdown, whatever backticks are in it."""
+    words = " ".join(str(text).split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", words)), default=0))
+    pad = " " if "`" in words else ""
+    return f"{fence}{pad}{words}{pad}{fence}"
 
 
 def print_sheet(sheet: Sheet, console: Console, most: int | None = None) -> None:

@@ -11,10 +11,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from overhaul.report import numbers, sentences, tables
+from overhaul.report import sentences, stages, tables
 from overhaul.report.sheets import COLOURS
 
 STAGE_WIDTH, OTHER_WIDTH = 9, 62
+LONGEST_WORD = 14
 PLAIN = str.maketrans({"✓": "+", "✗": "!", "○": "o", "−": "-", "–": "-", "×": "x", "→": ">", "±": "+-"})
 
 
@@ -23,8 +24,7 @@ def print_table(report: dict[str, Any], console: Console) -> None:
 
     Stages that do not fit the width are left out from the middle, which is said; the first and the last always stand.
     """
-    shown = _stages_that_fit(len(report["stages"]), console.width)
-    compared = len(report["stages"]) > 1
+    shown = _stages_that_fit(report["stages"], console.width)
 
     def text(words: str, style: str = "") -> Text:
         if console.options.ascii_only:
@@ -32,27 +32,20 @@ def print_table(report: dict[str, Any], console: Console) -> None:
         # Text, not markup: a label or a stage may contain brackets
         return Text(words, style, overflow="fold")
 
+    found = stages.sheets(report, shown)
     table = Table(
         box=box.ASCII if console.options.ascii_only else box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )
-    table.add_column("")
-    table.add_column("n", justify="right")
-    for place in shown:
-        table.add_column(text(_broken(report["stages"][place])), justify="right", max_width=8)
-    if compared:
-        table.add_column("change", justify="right")
-        table.add_column("verdict")
-    for group, rows in numbers.by_group(report["measures"]).items():
-        table.add_row(text(numbers.heading(group), "bold"))
-        for row in rows:
-            cells = [text(numbers.humanise(row["values"][place], row["unit"])) for place in shown]
-            if compared:
-                seen = numbers.verdict(row)
-                style = COLOURS[seen.good]
-                near = row["wanted"] == "anchor" and numbers.finite(row.get("anchor"))
-                aim = f" ({numbers.humanise(row['anchor'], row['unit'])})" if near else ""
-                cells += [text(numbers.change(row), style), text(f"{seen.sign} {seen.word}{aim}", style)]
-            table.add_row(Padding(text(numbers.subject(row)), (0, 0, 0, 2)), text(numbers.count(row)), *cells)
+    for place, head in enumerate(found[0].heads if found else ()):
+        name = "" if head.text == "measure" else _broken(head.text)
+        width = max(STAGE_WIDTH - 1, _widest(name)) if 1 < place < 2 + len(shown) else None
+        left = head.text in ("measure", "verdict")
+        table.add_column(text(name), justify="left" if left else "right", max_width=width)
+    for sheet in found:
+        table.add_row(text(sheet.heading, "bold"))
+        for row in sheet.rows:
+            cells = [text(f"{cell.sign} {cell.text}".strip(), COLOURS[cell.good]) for cell in row[1:]]
+            table.add_row(Padding(text(row[0].text), (0, 0, 0, 2)), *cells)
     console.print(table)
     left_out = [stage for place, stage in enumerate(report["stages"]) if place not in shown]
     if left_out:
@@ -93,11 +86,22 @@ def _print_findings(steps: Sequence[Mapping[str, Any]], console: Console, text: 
 
 
 def _broken(stage: str) -> str:
-    """A stage's name over several lines, so that its column is no wider than its numbers."""
+    """A stage's name over several lines, so that its column is hardly wider than its numbers."""
     return stage.replace(".", ".\n").replace("_", "_\n")
 
 
-def _stages_that_fit(count: int, width: int) -> Sequence[int]:
+def _widest(broken: str) -> int:
+    """The longest of the lines, up to a width that a table can bear."""
+    return min(LONGEST_WORD, max(map(len, broken.split("\n"))))
+
+
+def _stages_that_fit(stages: Sequence[str], width: int) -> Sequence[int]:
     """Places of the stages to show: the first, and as many of the last as there is room for."""
-    room = max(2, (width - OTHER_WIDTH) // STAGE_WIDTH)
-    return range(count) if count <= room else [0, *range(count - room + 1, count)]
+    widths = [1 + max(STAGE_WIDTH - 1, _widest(_broken(stage))) for stage in stages]
+    room, shown = width - OTHER_WIDTH - widths[0], [0]
+    for place in range(len(stages) - 1, 0, -1):
+        room -= widths[place]
+        if room < 0 and len(shown) > 1:
+            break
+        shown.insert(1, place)
+    return shown

@@ -46,7 +46,14 @@ Scores = dict[int, float]
 """Block -> score; the block with the lowest is the first to go."""
 
 
-@method(verb="shrink", paper="2602.01997", changes="architecture", memory="forward", headless=lambda knobs: True)
+@method(
+    verb="shrink",
+    paper="2602.01997",
+    changes="architecture",
+    memory="forward",
+    alone={"criterion": ("perplexity", "greedy")},
+    headless=lambda knobs: True,
+)
 def drop_layers(
     model: nn.Module,
     text: Examples | None = None,
@@ -88,13 +95,15 @@ def drop_layers(
     layers: dict[str, Scores] = {}
     if choice.count == len(choice.named):
         removed = list(choice.named)
-    elif criterion == "reverse":
-        removed = choice.first(choice.candidates[::-1])
-    elif text is None or not len(text):
+    elif criterion != "reverse" and (text is None or not len(text)):
         raise RequestError(
             f"shrink.drop_layers: the criterion {criterion!r} is measured on examples, but the role `text` is missing or "
             'empty. Give it, name the blocks (`drop: [...]`), or write criterion: "reverse".'
         )
+    elif text is None or criterion == "reverse" or session.current().planning:  # how many go is known before which
+        removed = choice.first(choice.candidates[::-1])
+        if criterion != "reverse" and not stack.can_drop(removed):
+            session.begins()  # others may be chosen
     elif criterion == "block_influence":
         scores = layers["block influence"] = influence(stack, text, 1, skip_first_token, batch_size)
         removed = choice.first(ranked(scores, choice.candidates))

@@ -23,17 +23,19 @@ from contextlib import nullcontext
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Lt
 from torch import nn
 
 from overhaul.adapters import adapters
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
-from overhaul.fit import Schedule, adamw, fit
+from overhaul.fit import Regime, adamw, fit
 from overhaul.method import Outcome, method
-from overhaul.objectives import cross_entropy, evaluate, headless, states_term
+from overhaul.objectives import Term, cross_entropy, evaluate, headless, states_term
 from overhaul.references import cache_outputs, cache_states
 from overhaul.rollouts import own_answers
+
+PAPER = Regime(steps=200, batch_size=8, lr=2e-4, warmup=0.1, schedule="constant", weight_decay=1e-4)
 
 
 @method(
@@ -51,12 +53,7 @@ def heal(
     *,
     target: Literal["tokens", "teacher", "states", "own_answers"] = "tokens",
     weights: Literal["all", "lora"] = "all",
-    steps: Annotated[int, Gt(0)] = 200,
-    batch_size: Annotated[int, Ge(1)] = 8,
-    lr: Annotated[float, Gt(0)] = 2e-4,
-    warmup: Annotated[float, Ge(0)] = 0.1,
-    schedule: Schedule = "constant",
-    weight_decay: Annotated[float, Ge(0)] = 1e-4,
+    training: Regime = PAPER,
     new_tokens: Annotated[int, Ge(1)] | None = None,
     rank: Annotated[int, Ge(1)] = 64,
     alpha: Annotated[int, Ge(1)] = 16,
@@ -74,12 +71,7 @@ def heal(
             of a model without a head, the teacher's last hidden states; "own_answers", what the teacher answers to the
             prompts (the second half of a text counts as its answer).
         weights: "all", or "lora": adapters on every projection in the blocks, merged at the end.
-        steps: optimizer steps.
-        batch_size: examples in one step.
-        lr: peak learning rate of AdamW, betas 0.9 and 0.99.
-        warmup: steps of linear warm-up, as a share of all steps (below 1) or as a number of steps.
-        schedule: what follows the warm-up.
-        weight_decay: of matrices.
+        training: how long and how fast; AdamW has betas 0.9 and 0.99.
         new_tokens: most tokens of an own answer; if None, as many as the longest given one has.
         rank: of the adapters.
         alpha: of the adapters; they are scaled by alpha / rank.
@@ -96,33 +88,15 @@ def heal(
     """
     if not len(text):
         raise RequestError("shrink.heal: the role `text` is empty; there is nothing to heal the model on.")
-    if len(text) > steps * batch_size:  # the teacher need not answer what no step will read
-        text = text.shuffled(torch.initial_seed())[: steps * batch_size]
-    made: dict[str, Examples] = {}
-    term = cross_entropy("text")
-    if target == "teacher":
-        reference = cache_outputs(_checked(teacher, model, text, target), text, batch_size)
-        term, text = reference.kl_term("text", name="KL to the teacher"), reference.examples
-    elif target == "states":
-        term, text = states_term("text"), cache_states(_checked(teacher, model, text, target), text, batch_size)
-    elif target == "own_answers":
-        text = made["answers"] = own_answers(_checked(teacher, model, text, target), text, new_tokens)
+    read = training.steps * training.batch_size
+    if len(text) > read:  # the teacher need not answer what no step will read
+        text = text.shuffled(torch.initial_seed())[:read]
+    term, text = _target(teacher, model, text, target, training.batch_size, new_tokens)
     zeros = _zeros(model)
-    training = adapters(model, rank, alpha, dropout) if weights == "lora" else nullcontext(model)
-    with training as trained:
+    with adapters(model, rank, alpha, dropout) if weights == "lora" else nullcontext(model) as trained:
         trained_parameters = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-        ledger = fit(
-            trained,
-            [term],
-            {"text": text},
-            steps=steps,
-            batch_size=batch_size,
-            lr=lr,
-            warmup=round(warmup * steps) if warmup < 1 else int(warmup),
-            schedule=schedule,
-            optimizer=adamw((0.9, 0.99), weight_decay),
-            name="heal",
-        )
+        betas = {"optimizer": adamw((0.9, 0.99), training.weight_decay)}
+        ledger = fit(trained, [term], {"text": text}, **{**training.fit, **betas}, name="heal")
     facts: dict[str, float | int | str | list[int]] = {
         "steps": ledger.step,
         "examples": ledger.examples["text"],
@@ -130,7 +104,22 @@ def heal(
         "trained_parameters": trained_parameters,
         "zeros_filled": max(0, zeros - _zeros(model)),
     }
-    return Outcome(model, facts=facts, curves=ledger.curves, made=dict(made))
+    made = {"answers": text} if target == "own_answers" else {}
+    return Outcome(model, facts=facts, curves=ledger.curves, made=made)
+
+
+def _target(
+    teacher: nn.Module | None, model: nn.Module, text: Examples, target: str, batch_size: int, new_tokens: int | None
+) -> tuple[Term, Examples]:
+    """What is learnt and the examples with it; the teacher runs here and no more."""
+    if target == "teacher":
+        reference = cache_outputs(_checked(teacher, model, text, target), text, batch_size)
+        return reference.kl_term("text", name="KL to the teacher"), reference.examples
+    if target == "states":
+        return states_term("text"), cache_states(_checked(teacher, model, text, target), text, batch_size)
+    if target == "own_answers":
+        text = own_answers(_checked(teacher, model, text, target), text, new_tokens)
+    return cross_entropy("text"), text
 
 
 def _zeros(model: nn.Module) -> int:

@@ -54,6 +54,7 @@ Mask = Bool[Tensor, "out in"]
     changes="weights",
     memory="forward",
     makes={"masks": "tensors"},
+    alone={"criterion": ("wanda", "sparsegpt")},
     headless=lambda knobs: True,
 )
 def prune(

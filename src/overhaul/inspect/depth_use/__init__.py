@@ -63,11 +63,19 @@ TITLES: Mapping[Part, str] = {
     "MLP": "an MLP",
     "direct": "a block, direct reads alone",
 }
+MAIN = (
+    "relative contribution, block",
+    "cosine with the stream, block",
+    "effect on later blocks in the future without a block",
+    "lens: KL to the output",
+)
+"""The curves that a report shows before all others: the paper's four questions."""
+
 NEARLY, SHARED = 0.1, 0.2
 """A lens has decided where KL is below this part of its largest value, or the overlap above this share."""
 
 
-@method(verb="inspect", paper="2505.13898", changes="nothing", memory="gradient")
+@method(verb="inspect", paper="2505.13898", changes="nothing", memory="gradient", alone=True)
 def depth_use(
     model: nn.Module,
     text: Examples,
@@ -131,10 +139,11 @@ def depth_use(
     ]
     kept = 0 if chosen.kind == "images" else keep_first
     counted_from = 0 if count_first else kept
+    ends = _ends(chosen, futures, stride, within == "answer", kept)
     with at_rest(model):
         found = sites(stack, _sample(batches[0]))
     seen = profile(stack, found, batches, counted_from)
-    skips = _skips(chosen, found, futures, stride, within == "answer", kept, sublayers, direct)
+    skips = _skips(found, ends, sublayers, direct)
     by_example = effects(stack, found, chosen.items, skips, keep_first=kept, rows=batch_size)
     joined = _joined(by_example, over)
     read = lens(stack, batches, top, counted_from)
@@ -192,23 +201,8 @@ def _sample(batch: Batch) -> Batch:
     return {name: value[:2] for name, value in batch.items()}
 
 
-def _skips(
-    chosen: Examples,
-    found: Sequence[BlockSites],
-    count: int,
-    stride: int,
-    in_answer: bool,
-    kept: int,
-    sublayers: bool,
-    direct: bool,
-) -> list[list[Skip]]:
-    """What is tried on each example; positions are drawn from the seed and the example alone."""
-    parts: list[Part] = ["block"]
-    if sublayers:
-        sublayer: tuple[tuple[Part, str], ...] = (("attention", "attention"), ("MLP", "mlp"))
-        parts.extend(part for part, role in sublayer if parts_of(found, role))
-    if direct:
-        parts.append("direct")
+def _ends(chosen: Examples, count: int, stride: int, in_answer: bool, kept: int) -> list[list[int]]:
+    """Of each example the positions from which on the future is read; drawn from the seed and the example alone."""
     draw = torch.Generator().manual_seed(torch.initial_seed())
     ends: list[list[int]] = []
     for item in chosen.items:
@@ -220,6 +214,19 @@ def _skips(
             f"inspect.depth_use: no example is long enough to read the future at a multiple of {stride} tokens, four before "
             "its end. Give longer text, a smaller stride, or futures: 0."
         )
+    return ends
+
+
+def _skips(
+    found: Sequence[BlockSites], ends: Sequence[Sequence[int]], sublayers: bool, direct: bool
+) -> list[list[Skip]]:
+    """What is tried on each example."""
+    parts: list[Part] = ["block"]
+    if sublayers:
+        sublayer: tuple[tuple[Part, str], ...] = (("attention", "attention"), ("MLP", "mlp"))
+        parts.extend(part for part, role in sublayer if parts_of(found, role))
+    if direct:
+        parts.append("direct")
     return [[Skip(part, end) for part in parts for end in (None, *own)] for own in ends]
 
 
@@ -313,7 +320,8 @@ def _curves(seen: Profile, read: Lens, joined: Mapping[Kind, Effects]) -> Layers
             layers[f"effect on predictions {where} without {TITLES[part]}"] = dict(enumerate(output))
     layers["lens: KL to the output"] = dict(enumerate(read.divergence, -1))
     layers["lens: overlap of the most probable"] = dict(enumerate(read.overlap, -1))
-    return layers
+    first = [name for name in MAIN if name in layers]
+    return {name: layers[name] for name in dict.fromkeys([*first, *layers])}
 
 
 def _grids(joined: Mapping[Kind, Effects]) -> dict[str, Table]:

@@ -45,7 +45,7 @@ SHOWN = 16
 """Examples on which depth weights are averaged."""
 
 
-@method(verb="rewire", paper="2603.15031", changes="architecture", memory="training")
+@method(verb="rewire", paper="2603.15031", changes="architecture", memory="training", alone=True)
 def attention_residuals(
     model: nn.Module,
     text: Examples,

@@ -110,7 +110,7 @@ class Routing(nn.Module):
             self.noted.append(weights.detach().mean(dim=(1, 2)))
 
 
-@conversion
+@conversion(alone=False)
 def attention_residuals(
     model: nn.Module, *, size: int, scaled: bool, stack: str, reads: list[str], writes: list[str], last: str
 ) -> None:

@@ -1,0 +1,88 @@
+"""From a material's rows to examples that the model can read, and what is said where that cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from jinja2 import TemplateError
+
+from overhaul import models
+from overhaul.data.examples import Examples, join
+from overhaul.data.materials import Row, Source, encode
+from overhaul.errors import OverhaulError, RequestError
+
+
+@contextmanager
+def opening(known: models.Checkpoint) -> Iterator[None]:
+    """What a library says of a tokenizer or image processor that it cannot read, in one sentence."""
+    try:
+        yield
+    except OverhaulError:
+        raise
+    except Exception as error:  # each library has its own
+        said = str(error).strip().partition("\n")[0]
+        raise RequestError(
+            f"{known.source}: its tokenizer or image processor cannot be opened ({type(error).__name__}: {said}). Copy "
+            "those files again from where the model comes from."
+        ) from error
+
+
+def encoded(role: str, parts: Sequence[tuple[Source, Sequence[Row]]], processor: Any) -> Examples:
+    """The examples of one material.
+
+    Raises:
+        RequestError: a row is not what its form reads.
+    """
+    try:
+        return join([encode(rows, spec, processor) for spec, rows in parts])
+    except OverhaulError as error:
+        raise type(error)(f"The material {role!r}: {error}") from error
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, TemplateError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise RequestError(
+            f"The material {role!r} cannot be encoded: {what}. Its rows, `prompt:` and `columns:` must fit `as:`."
+        ) from error
+
+
+def check_encoded(data: Mapping[str, Examples], model: models.Checkpoint) -> None:
+    """Whether something is left to learn from, and the model has every token and position.
+
+    Raises:
+        RequestError: it is not so.
+    """
+    for role, examples in data.items():
+        if not len(examples):
+            raise RequestError(f"The material {role!r} has rows, but no example is left once they are encoded.")
+        if examples.kind in ("tokens", "pairs"):
+            _check_tokens(role, examples, model.config)
+
+
+def _check_tokens(role: str, examples: Examples, config: Mapping[str, Any]) -> None:
+    """Whether the model can read these tokens: they are in its vocabulary, and their number within its positions."""
+    place = max(range(len(examples)), key=lambda n: int(examples.items[n]["input_ids"].max()))
+    top = int(examples.items[place]["input_ids"].max())
+    text = config.get("text_config")
+    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, Mapping) else None)
+    if isinstance(size, int) and top >= size:
+        word = examples.processor.convert_ids_to_tokens(top) if hasattr(examples.processor, "encode") else None
+        raise RequestError(
+            f"The material {role!r}, row {place + 1}, has token {top} ({word!r}), but the model's vocabulary ends at "
+            f"{size - 1}, so there is no row for it. Take that word out of the text, or resize the embeddings "
+            "(`model.resize_token_embeddings`) and save the model again."
+        )
+    longest = examples.by_length()[0]
+    length, positions = len(examples.items[longest]["input_ids"]), _positions(config)
+    if positions is not None and length > positions:
+        asked = examples.rows[longest].get("question")
+        which = f"number {longest + 1}" if asked is None else f"the question {str(asked)[:60]!r}"
+        way_out = f"Write `length: {positions}`." if asked is None else "Shorten such rows or leave them out."
+        raise RequestError(
+            f"The material {role!r} has an example of {length} tokens ({which}), but the model ends at {positions} "
+            f"positions: cut there, its answer would be lost. {way_out}"
+        )
+
+
+def _positions(config: Mapping[str, Any]) -> int | None:
+    return config.get("max_position_embeddings", config.get("n_positions"))

@@ -1,0 +1,95 @@
+"""What `plan` sees before a run: of large data a sample and every row's columns; a network without numbers; no weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from overhaul import models, session
+from overhaul.data.examples import Examples
+from overhaul.errors import RequestError
+from overhaul.recipe import ahead
+from overhaul.recipe.check import check
+from overhaul.recipe.plan import plan
+from overhaul.recipe.spec import read
+from overhaul.session import WorkBegins
+
+
+def recipe(folder: Path, base: Path, rows: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    (base / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = {"from": str(base / "rows.jsonl")}
+    return {"model": str(folder), "materials": {"text": text}, "steps": [{"shrink.heal": {"steps": 1}}], **changes}
+
+
+def questions(count: int) -> list[dict[str, Any]]:
+    return [{"question": f"who is {n}?", "answer": "x" * (1 + n % 7)} for n in range(count)]
+
+
+def test_of_a_large_source_a_sample_is_encoded_and_every_row_is_looked_at(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+
+    def counted(role: str, parts: Any, processor: Any) -> Examples:
+        encoded.append(sum(len(rows) for _, rows in parts))
+        return plain(role, parts, processor)
+
+    plain = ahead.encoded
+    monkeypatch.setattr(ahead, "encoded", counted)
+    monkeypatch.setattr(ahead, "AFFORDED", 500)
+    rows = questions(1000)
+    rows[600] = {"question": "q" * 140, "answer": "y"}  # neither among the first nor among the last
+    with pytest.raises(RequestError, match="has an example of 162 tokens"):
+        plan(check(read(recipe(folder, tmp_path, rows))), 1e9)
+    assert 2 * ahead.SHOWN < encoded[0] <= 3 * ahead.SHOWN
+    rows[600] = {"question": "who?", "answer": None}
+    with pytest.raises(RequestError, match="row 601 has no 'answer'"):
+        plan(check(read(recipe(folder, tmp_path, rows))), 1e9)
+    plan(check(read(recipe(folder, tmp_path, questions(1000)))), 1e9)
+
+
+def test_no_weight_is_read_and_nothing_of_torch_is_moved(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise SystemExit("weights were read")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", never)
+    before = torch.get_rng_state()
+    plan(check(read(recipe(folder, tmp_path, questions(9), judge={"kept": {"accuracy": "text"}}))), 1e9)
+    assert torch.equal(torch.get_rng_state(), before) and not session.current().planning
+
+
+def test_work_does_not_begin_while_a_session_plans(folder: Path) -> None:
+    with session.using(planning=True):
+        for work in (lambda: models.open_model(folder), lambda: list(session.progress([1], "work", 1))):
+            with pytest.raises(WorkBegins):
+                work()
+    assert list(session.progress([1], "work", 1)) == [1]
+
+
+def test_what_a_method_refuses_for_want_of_numbers_is_no_refusal() -> None:
+    network = ahead._Networks()
+    with network.mode:
+        fake = torch.zeros(2)
+
+    def needs_numbers() -> None:
+        try:
+            float(fake.sum())
+        except RuntimeError as error:
+            raise RequestError("these blocks cannot be told apart") from error
+
+    assert ahead._told(needs_numbers, "") is None
+    with pytest.raises(RequestError, match="Step 1: wrong"):
+        ahead._told(lambda: (_ for _ in ()).throw(RequestError("wrong")), "Step 1: ")
+
+
+def test_materials_that_nothing_reads_are_said(folder: Path, tmp_path: Path) -> None:
+    said = recipe(folder, tmp_path, questions(4))
+    assert check(read(said)).warnings == []
+    said["materials"] = {"base": dict(said["materials"]["text"]), "text": ["base"], "spare": {"model": str(folder)}}
+    assert check(read(said)).warnings == ["The material 'spare' is read by no step and no metric."]
