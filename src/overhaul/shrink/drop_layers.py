@@ -102,7 +102,7 @@ def drop_layers(
         )
     elif text is None or criterion == "reverse" or session.current().planning:  # how many go is known before which
         removed = choice.first(choice.candidates[::-1])
-        if criterion != "reverse" and not stack.can_drop(removed):
+        if criterion != "reverse" and len(removed) < len(stack) and not stack.can_drop(removed):
             session.begins()  # others may be chosen
     elif criterion == "block_influence":
         scores = layers["block influence"] = influence(stack, text, 1, skip_first_token, batch_size)
