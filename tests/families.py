@@ -9,7 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-Kind = Literal["causal", "encoder", "seq2seq", "image", "two towers", "diffusion"]
+Kind = Literal["causal", "encoder", "seq2seq", "image", "two towers", "diffusion", "audio"]
+Dropped = tuple[int, ...] | str
+"""Blocks that are dropped for good, or why none can be."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Family:
         builder: class name and config class name in transformers, or class name in diffusers.
         options: for the config.
         pinned: blocks that must stay in their place.
+        drop: what is dropped for good; if empty, the second of the blocks that can be.
     """
 
     stack: str
@@ -31,6 +34,7 @@ class Family:
     builder: tuple[str, str] | str
     options: dict[str, Any]
     pinned: tuple[int, ...] = ()
+    drop: Dropped = ()
 
     def build(self) -> nn.Module:
         """The model, random, in eval mode, the same at each call."""
@@ -53,7 +57,9 @@ class Family:
     @property
     def decodes(self) -> bool:
         """Whether the stack decodes with a key-value cache."""
-        return self.kind == "causal" or self.stack.startswith("decoder")
+        if self.builder[0] in _READS_PROMPTS_WHOLE:
+            return False
+        return self.kind == "causal" or ".decoder." in f".{self.stack}"
 
     @property
     def checkpoints(self) -> bool:
@@ -70,6 +76,11 @@ class Family:
         """Whether a block returns a tuple that begins with the hidden states."""
         return self.stack == "transformer.h" and "n_embd" not in self.options
 
+    @property
+    def alone(self) -> bool:
+        """Whether the stack is the main one of its model, so that it need not be named."""
+        return self.kind not in ("seq2seq", "two towers") and self.builder not in _OF_TWO_STACKS
+
     def inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model, with two rows; the second one is padded where the model reads text."""
         draw = torch.Generator().manual_seed(1)
@@ -83,6 +94,10 @@ class Family:
         mask = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
         if self.kind == "encoder":
             return {"input_ids": ids, "attention_mask": mask}
+        if self.kind == "audio":
+            return {"input_values": normal(2, 400)}
+        if "num_mel_bins" in self.options:
+            return {"input_features": normal(2, 8, 32), "decoder_input_ids": ids}
         if self.kind == "seq2seq":
             return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids.flip(1)}
         if self.kind == "two towers":
@@ -91,6 +106,11 @@ class Family:
             return {"pixel_values": normal(2, 3, 8, 8)}
         return {name: value(normal) for name, value in DIFFUSION[str(self.builder)].items()}
 
+
+_READS_PROMPTS_WHOLE = (
+    "PaliGemmaForConditionalGeneration",
+)  # in both directions, which a token on its own cannot be told
+_OF_TWO_STACKS = ("FluxTransformer2DModel", "UNet2DConditionModel")
 
 NAMED: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LM: dict[str, Any] = {
@@ -180,7 +200,8 @@ FAMILIES: dict[str, Family] = {
         {**HEADS, **LATENT, **JOINT, "out_channels": 4, "caption_projection_dim": 16, "pos_embed_max_size": 16}, (3,)),
     "Flux, two streams": Family("transformer_blocks", 3, "diffusion", "FluxTransformer2DModel", FLUX),
     "Flux, one stream": Family("single_transformer_blocks", 4, "diffusion", "FluxTransformer2DModel", FLUX),
-    "UNet": Family("mid_block.attentions.0.transformer_blocks", 3, "diffusion", "UNet2DConditionModel", UNET),
+    "UNet": Family("mid_block.attentions.0.transformer_blocks", 3, "diffusion", "UNet2DConditionModel", UNET,
+        drop="no entry of its config counts the blocks of this stack alone"),
 }  # fmt: skip
 
 Draw = Callable[..., torch.Tensor]

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from families import Family
 from overhaul import models
 from overhaul.conversions import records
+from overhaul.errors import RequestError
 from overhaul.stack import LayerStack
 from overhaul.stack.calls import Calls, invoke
 
-OUTPUTS = ("logits", "sample", "logits_per_image")
+OUTPUTS = ("logits", "sample", "logits_per_image", "last_hidden_state")
 
 
 @torch.no_grad()
@@ -238,6 +239,43 @@ def everything_comes_back(family: Family, _: Path) -> None:
     assert torch.equal(output(model, inputs), said)
 
 
+def a_shorter_model_is_plain(family: Family, tmp_path: Path) -> None:
+    """Without some blocks, saved and opened by its library alone, the model says the same, with the cache and without."""
+    model: Any = family.build()
+    inputs, stack = family.inputs(), LayerStack.at(model, family.stack)
+    if isinstance(family.drop, str):
+        return _cannot_be_shortened(stack, inputs)
+    dropped = family.drop or (stack.droppable[1],)
+    with stack.skipping(dropped):
+        expected = output(model, inputs)
+    stack.drop(dropped)
+    assert len(stack) == family.blocks - len(dropped) and torch.equal(output(model, inputs), expected)
+    again: Any = type(model).from_pretrained(models.save(model, None, tmp_path / "shorter")).eval()
+    assert torch.equal(output(again, inputs), expected)
+    if family.decodes:
+        _generates_alike(again, inputs)
+
+
+def _cannot_be_shortened(stack: LayerStack, inputs: dict[str, Any]) -> None:
+    said, before = output(stack.model, inputs), state_of(stack.model)
+    with pytest.raises(RequestError):
+        stack.drop([stack.droppable[-1]])
+    assert torch.equal(output(stack.model, inputs), said) and state_of(stack.model) == before
+
+
+@torch.no_grad()
+def _generates_alike(model: Any, inputs: dict[str, Any]) -> None:
+    """The same numbers at every new token, whether what came before is kept or read again."""
+    prompt = {name: value for name, value in inputs.items() if name in ("input_ids", "input_features")}
+    if "input_ids" in prompt:
+        prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
+    options = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    cached, plain = (model.generate(**prompt, use_cache=use, **options) for use in (True, False))
+    assert len(cached.logits) == 5
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(plain.logits), atol=1e-4, rtol=1e-4)
+
+
 @dataclass(frozen=True)
 class Guarantee:
     """A column of the matrix: what it says, how it is checked, and for which families it has a meaning."""
@@ -258,5 +296,6 @@ GUARANTEES = {
         Guarantee("checkpointing", checkpointing_changes_no_gradient, lambda family: family.checkpoints),
         Guarantee("saved path", a_path_is_saved_and_opened),
         Guarantee("restored", everything_comes_back),
+        Guarantee("shorter", a_shorter_model_is_plain),
     )
 }

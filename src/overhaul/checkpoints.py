@@ -30,6 +30,9 @@ from overhaul.weight_files import listed as listed
 
 STARTERS = Path(__file__).parent / "data" / "starters"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LINEAGE, MADE_OF = "lineage.json", "made_of"
+"""What a folder says of its making, and where it names the folders whose tensors it was made of."""
+
 _NOT_BUILT = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "_diffusers_version"}
 _HEADER_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
@@ -304,3 +307,8 @@ def _shapes(files: Sequence[Path]) -> tuple[dict[str, tuple[int, ...]], str]:
             numbers[entry["dtype"]] = numbers.get(entry["dtype"], 0) + math.prod(entry["shape"])
     main = max(numbers, key=lambda k: numbers[k])
     return shapes, _HEADER_NAMES.get(main, main.lower())
+
+
+def saved_from_memory(folder: Path) -> bool:
+    """Whether Overhaul saved a model here, with what its class has; what is made of files holds all that they held."""
+    return (folder / LINEAGE).exists() and MADE_OF not in read_json(folder / LINEAGE)

@@ -23,7 +23,7 @@ from torch import nn
 from overhaul import quantised, session
 from overhaul.architectures import build, check_code, check_counts, class_of, in_words, own_class, planned
 from overhaul.architectures import refusal as refusal
-from overhaul.checkpoints import ADAPTER_CONFIG, Checkpoint, facts, listed, read_json
+from overhaul.checkpoints import ADAPTER_CONFIG, Checkpoint, facts, listed, read_json, saved_from_memory
 from overhaul.checkpoints import locate as locate
 from overhaul.checkpoints import starters as starters
 from overhaul.companions import copy_companions, largest_file, module_folders
@@ -108,7 +108,7 @@ def _options(known: Checkpoint, dtype: str) -> dict[str, Any]:
 
 def _check_unexpected(known: Checkpoint, model: Any, names: list[str]) -> None:
     """Refuse tensors that the class has no place for, but for the heads of other tasks; transformers left out its own."""
-    ours = bool(records(model)) or (known.folder / "lineage.json").exists()
+    ours = bool(records(model)) or saved_from_memory(known.folder)
     modules = {name for name, _ in model.named_modules()}
     prefix = getattr(model, "base_model_prefix", "")
 

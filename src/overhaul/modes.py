@@ -1,10 +1,12 @@
-"""Train and eval mode, module by module: a frozen norm that was in eval mode is in eval mode again afterwards."""
+"""How modules run: train and eval mode, each as it was again afterwards, and compiled ones as they were written."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -18,3 +20,14 @@ def at_rest(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """What was compiled runs as it was written: a graph would not see what is new, and making one takes long."""
+    # nothing can have been compiled where dynamo was never imported, and importing it takes seconds
+    if "torch._dynamo" in sys.modules:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield

@@ -162,7 +162,14 @@ def read_by(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         given["input_ids"] = _padded_for(inner, given["input_ids"], batch.get("attention_mask"))
     if "attention_mask" in named:
         given.setdefault("attention_mask", None)
-    return {**given, **({"use_cache": False} if "use_cache" in named else {})}
+    return {**given, **({"use_cache": False} if caches(inner) else {})}
+
+
+def caches(model: nn.Module) -> bool:
+    """Whether `use_cache` tells the model to keep what it read; some that generate only pass it on to where it is named."""
+    named = inspect.signature(model.forward).parameters
+    passed_on = any(value.kind is inspect.Parameter.VAR_KEYWORD for value in named.values())
+    return "use_cache" in named or (passed_on and getattr(model, "can_generate", lambda: False)())
 
 
 def _padded_for(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:

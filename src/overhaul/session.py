@@ -47,6 +47,7 @@ class Session:
         say: receives lines that are to stand.
         device: where models are worked on; None is the accelerator if there is one.
         checkpoint_seconds: how often a long training writes a checkpoint.
+        stack: the path of the stack that counts as the main one of models that have it, see `LayerStack.of`.
         planning: whether the work itself is left out, see `begins`.
     """
 
@@ -55,6 +56,7 @@ class Session:
     say: Say = _silent
     device: str | None = None
     checkpoint_seconds: float = 30.0
+    stack: str | None = None
     planning: bool = False
 
 

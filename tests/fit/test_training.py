@@ -201,6 +201,8 @@ def test_a_second_optimizer_steps_on_its_own_parameters_alone() -> None:
         ({"batch_size": 2}, "batch size is 4"),
         ({"lr": 1e-3}, "lr is 0.01"),
         ({"trainable": lambda name: "mlp" in name}, "number of trained parameters"),
+        ({"optimizer": adamw(weight_decay=0.3)}, r"weight_decay of main, group 1 is [0-9.]+, here it is 0\.3"),
+        ({"optimizer": adamw((0.5, 0.9))}, r"betas of main, group 1"),
     ],
 )
 def test_a_checkpoint_of_another_training_is_refused(changes: dict[str, Any], named: str, tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "a rate in words": (npo(lr="fast"), "lr='fast' is not possible"),
     "steps of a half": (npo(steps=1.5), "steps=1.5 is not possible"),
     "a schedule that is none": (npo(schedule="zigzag"), "schedule='zigzag' is not possible"),
-    "a knob that must be given": (steps("shrink.drop_layers"), "needs the knob 'count'"),
+    "a knob that must be given": (steps("shrink.drop_layers"), "say how many blocks are to go"),
     "more blocks than there are": (steps(drop(9)), "count=9"),
     "as many blocks as there are": (steps(drop(4)), "count=4"),
     "more blocks than an earlier step leaves": (steps(drop(2), drop(2)), "Step 2.*count=2"),

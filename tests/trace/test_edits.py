@@ -252,7 +252,132 @@ def test_interventions_hold_in_generation_with_a_cache() -> None:
     assert torch.equal(cached, whole) and not torch.equal(cached, plain)
 
 
+@pytest.mark.parametrize(
+    "positions", [3, [1, 3], slice(2, 5), torch.arange(LENGTH) == 3, (torch.arange(LENGTH) % 4 == 1).expand(ROWS, -1)]
+)
+def test_prompt_positions_are_edited_once_while_generating_with_a_cache(positions: Any) -> None:
+    """The prompt's states in the cache are the edited ones: as in whole forwards in which the same positions are edited."""
+    stack, inputs = LayerStack.of(tiny_llama(initializer_range=0.3)), batch()
+    model: Any = stack.model
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+    plain = model.generate(**inputs, **options)
+    told = inputs["input_ids"]
+    with intervene(stack, {"leaving.1": Add(5 * VALUE, Where(positions=positions))}):
+        cached = model.generate(**inputs, **options)
+    for _ in range(6):
+        length = told.shape[1] - LENGTH
+        longer = positions
+        if isinstance(positions, torch.Tensor):  # a mask of a whole forward is as long as that
+            longer = torch.nn.functional.pad(positions, (0, length))
+        with intervene(stack, {"leaving.1": Add(5 * VALUE, Where(positions=longer))}):
+            told = torch.cat([told, output(stack, {"input_ids": told})[:, -1:].argmax(-1)], 1)
+    assert torch.equal(cached, told) and not torch.equal(cached, plain)
+
+
+def test_generated_positions_alone_can_be_edited_and_what_never_comes_is_an_error() -> None:
+    stack, inputs = llama(), batch()
+    model: Any = stack.model
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0}
+    seen: list[int] = []
+    for where in (slice(LENGTH, None), LENGTH + 1, [LENGTH, -1]):
+        with (
+            intervene(stack, {"leaving.2": Add(VALUE, Where(positions=where))}),
+            capture(stack, ["leaving.2"], keep) as k,
+        ):
+            model.generate(**inputs, **options)
+        clean = states_of(stack, inputs, "leaving.2")[0]
+        same = torch.equal(k["leaving.2"][0][0], clean)
+        seen.append(int(same))
+    assert seen == [1, 1, 0], "the prompt is left alone unless its last token is named"
+    never = {"leaving.2": Add(VALUE, Where(positions=40))}
+    with pytest.raises(RunError, match=r"Nothing passed leaving\.2.*none held the positions"), intervene(stack, never):
+        model.generate(**inputs, **options)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_last_position_is_the_last_token_of_each_row_whatever_the_padding(side: str) -> None:
+    stack, inputs = llama(), batch(padded=3)
+    ends = [LENGTH - 1, LENGTH - 4]
+    if side == "left":
+        inputs["attention_mask"], ends = inputs["attention_mask"].flip(1), [LENGTH - 1] * 2
+    clean = states_of(stack, inputs, "leaving.1")[0]
+    for where, back in ((-1, [0]), ([-1, -2], [0, 1]), (slice(-3, None), [0, 1, 2]), (slice(-3, -1), [1, 2])):
+        with intervene(stack, {"leaving.1": Add(VALUE, Where(positions=where))}):
+            moved = (states_of(stack, inputs, "leaving.1")[0] - clean).abs().amax(-1) > 0
+        expected = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
+        for row, end in enumerate(ends):
+            expected[row, [end - n for n in back]] = True
+        assert torch.equal(moved, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("site", ["model.layers.1.mlp", "model.layers.2.self_attn", "leaving.1", "entering.2"])
+def test_gradients_are_those_of_the_edited_forward_also_when_blocks_are_recomputed_after_the_with(
+    site: str, reentrant: bool
+) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model: Any = tiny_llama().train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        stack = LayerStack.of(model)
+        padded = batch(padded=3)
+        with intervene(stack, {site: Add(3 * VALUE, Where(positions=-1))}):
+            inside = output_with_gradient(stack, padded)
+            other = output_with_gradient(stack, batch())  # another forward, with other last tokens
+        outside = output_with_gradient(stack, padded)
+        (inside.square().mean() + other.square().mean() + outside.square().mean()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        assert site == "leaving.1" or not hooks_of(model.get_submodule("model.layers.1"))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def output_with_gradient(stack: LayerStack, inputs: Any) -> torch.Tensor:
+    return invoke(stack.model, inputs).logits
+
+
+def test_a_diffusion_models_blocks_are_recomputed_with_their_edits_too() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model: Any = FAMILIES["PixArt"].build().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        stack = LayerStack.of(model)
+        with intervene(stack, {"leaving.1": Add(torch.ones(16))}):
+            out = invoke(model, FAMILIES["PixArt"].inputs()).sample
+        out.square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_an_output_by_names_is_edited_at_its_first_tensor() -> None:
+    stack, inputs = llama(), batch()
+    clean = output(stack, inputs)
+    with intervene(stack, {"model": Zero()}):
+        assert float(output(stack, inputs).abs().max()) == 0 < float(clean.abs().max())
+
+
 # what is refused
+
+
+@pytest.mark.parametrize(
+    ("dtype", "edit"),
+    [
+        (torch.float16, Add(torch.full((WIDTH,), 7e4), Where(positions=2))),
+        (torch.float16, Replace(torch.full((WIDTH,), 65520.0))),
+        (torch.float16, Interpolate(torch.full((WIDTH,), 6e4), 2.0)),
+        (torch.bfloat16, Add(torch.full((WIDTH,), torch.finfo(torch.float32).max))),
+    ],
+)
+def test_what_the_dtype_of_the_states_cannot_hold_is_refused(dtype: torch.dtype, edit: Primitive) -> None:
+    stack = LayerStack.of(tiny_llama().to(dtype))
+    said = rf"{type(edit).__name__} for leaving\.1 makes values that {dtype} cannot hold"
+    with pytest.raises(RequestError, match=said), intervene(stack, {"leaving.1": edit}):
+        output(stack, batch())
 
 
 def test_unknown_sites_are_refused_with_the_nearest_name() -> None:
@@ -325,13 +450,6 @@ def test_what_does_not_fit_the_batch_is_refused_before_the_first_block(edit: Pri
     with pytest.raises(RequestError, match=message), intervene(stack, {"leaving.2": edit}):
         output(stack, batch())
     assert not ran
-
-
-def test_a_position_that_a_cached_step_does_not_hold_is_refused() -> None:
-    stack = llama()
-    model: Any = stack.model
-    with intervene(stack, {"leaving.2": Zero(Where(positions=3))}), pytest.raises(RequestError, match="only 1 in this"):
-        model.generate(**batch(), max_new_tokens=2, eos_token_id=None, pad_token_id=0)
 
 
 def test_an_edit_that_nothing_reached_is_an_error() -> None:

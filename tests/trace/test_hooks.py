@@ -301,6 +301,15 @@ def test_states_whose_padding_or_positions_cannot_be_told_are_refused() -> None:
 # no hook is left
 
 
+def test_an_output_by_names_gives_its_first_tensor_and_one_without_tensors_is_refused() -> None:
+    stack, inputs = llama(), batch()
+    whole, last = (measure(stack, [inputs], [site], keep)[site][0][0] for site in ("model", "model.norm"))
+    assert torch.equal(whole, last)
+    stack.model.get_submodule("model.layers.1.mlp").register_forward_hook(lambda *_: {"state": None, "number": 3})
+    with pytest.raises(RequestError, match=r"model\.layers\.1\.mlp returned no tensor \(NoneType, int\)"):
+        measure(stack, [inputs], ["model.layers.1.mlp"], keep)
+
+
 def test_no_hook_is_left_after_errors_inside_nested_uses_and_a_users_own_survive() -> None:
     stack, inputs = llama(), batch()
     called: list[str] = []

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from conftest import tiny_llama, tiny_tokenizer
@@ -50,8 +51,27 @@ def test_with_and_without_the_prefix_of_the_body(tmp_path: Path) -> None:
     reads_alike(with_it, renamed(with_it, lambda name: name.removeprefix("transformer."), tmp_path / "bare"), tmp_path)
 
 
-def test_old_and_new_names_of_a_vision_language_model(tmp_path: Path) -> None:
-    model: Any = VISION_LANGUAGE["llava"]()
+@pytest.mark.parametrize("kind", ["BertModel", "BertForMaskedLM", "BertForSequenceClassification"])
+@pytest.mark.parametrize("start", ["", "bert."])
+def test_berts_with_and_without_their_prefix_and_with_a_buffer_that_is_no_longer_stored(
+    kind: str, start: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 64}
+    model = getattr(transformers, kind)(transformers.BertConfig(num_hidden_layers=2, **sizes))
+    today = models.save(model, None, tmp_path / "today")
+    heads = ("cls.", "classifier.")
+    rename = lambda name: name if name.startswith(heads) else start + name.removeprefix("bert.")  # noqa: E731
+    older = renamed(today, rename, tmp_path / "older")
+    rewrite(older, lambda held: held.update({f"{start}embeddings.position_ids": torch.arange(512)[None]}))
+    reads_alike(today, older, tmp_path)
+    assert not any("position_ids" in name for n in "01" for name in tensors(tmp_path / n))
+
+
+@pytest.mark.parametrize("family", VISION_LANGUAGE)
+def test_old_and_new_names_of_a_vision_language_model(family: str, tmp_path: Path) -> None:
+    model: Any = VISION_LANGUAGE[family]()
     as_saved = models.save(model, None, tmp_path / "saved")
     live = tmp_path / "live"
     shutil.copytree(as_saved, live)
@@ -141,3 +161,35 @@ def test_an_adapter_beside_the_model_is_not_copied_and_parts_of_sentence_transfo
     assert load_file(out / "1_Dense" / "model.safetensors")["linear.weight"].sum() == 4
     assert not (out / "adapter_config.json").exists()
     models.open_model(out)
+
+
+# what the result says of itself
+
+
+def test_a_blend_carries_a_model_card_and_its_lineage(tmp_path: Path) -> None:
+    two = two_llamas(tmp_path)
+    (two[0] / "README.md").write_text("---\nlicense: apache-2.0\ntags: [mine]\n---\n# One\n")
+    (two[1] / "lineage.json").write_text('{"steps": [{"name": "forget.npo"}]}')
+    config = json.loads((two[1] / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 5e5
+    (two[1] / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="rope_theta is"):
+        out = weights.blend(two, [0.25, lambda t: t.share], tmp_path / "out")
+    told = json.loads((out / "lineage.json").read_text())
+    assert told["steps"][0]["name"] == "weights.blend" and told["steps"][0]["knobs"]["coefficients"][0] == 0.25
+    assert [one["source"] for one in told["made_of"]] == [str(folder) for folder in two]
+    assert told["made_of"][1]["lineage"]["steps"][0]["name"] == "forget.npo"
+    card = (out / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["license"] == "apache-2.0" and front["tags"] == ["overhaul", "merge"]
+    assert front["base_model"] == [str(folder) for folder in two]
+    assert "rope_theta is 10000.0" in card and "weights.blend" in card
+
+
+def test_a_blend_with_a_head_of_another_task_opens_as_its_first_model_does(tmp_path: Path) -> None:
+    two = two_llamas(tmp_path)
+    rewrite(two[0], lambda held: held.update({"score.weight": torch.ones(2, 32)}))
+    rewrite(two[1], lambda held: held.update({"score.weight": torch.ones(2, 32)}))
+    out = weights.blend(two, [0.5, 0.5], tmp_path / "out")
+    with pytest.warns(UserWarning, match=r"also holds score\.weight: heads of other tasks"):
+        models.open_model(out)

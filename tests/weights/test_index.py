@@ -136,6 +136,35 @@ def test_the_text_stack_of_a_vision_language_model_keeps_its_final_norm(family: 
     assert (final.stack, final.depth) == (text, len(stacks[text]))
 
 
+@pytest.mark.parametrize("family", VISION_LANGUAGE)
+@pytest.mark.parametrize("names", ["as saved", "as in memory"])
+def test_scaling_by_depth_leaves_the_final_norm_of_the_text_at_the_end(family: str, names: str, tmp_path: Path) -> None:
+    folders = [models.save(VISION_LANGUAGE[family](), None, tmp_path / f"m{n}") for n in (0, 1)]
+    if names == "as in memory":
+        for folder in folders:
+            state = models.open_model(folder)[0].state_dict()
+            save_file(
+                {name: tensor.clone() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"}
+            )
+    seen: dict[str, float] = {}
+
+    def ramp(tensor: weights.TensorFacts) -> float:
+        seen[tensor.name] = tensor.share
+        return tensor.share
+
+    weights.scale_by_depth(folders[0], folders[1], ramp, tmp_path / "out")
+    (final,) = [
+        name for name in seen if name.endswith("model.norm.weight") or name.endswith("language_model.norm.weight")
+    ]
+    embedding = [name for name in seen if "embed_tokens" in name]
+    assert seen[final] == 1.0 and [seen[name] for name in embedding] == [0.0] * len(embedding)
+
+
+def test_a_ramp_begins_with_0_at_the_embeddings(two: list[Path]) -> None:
+    told = {(t.depth, t.share) for t in TensorIndex.of(two[0]).tensors.values()}
+    assert told == {(-1, 0.0), (0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)}
+
+
 # what is refused before any weight is read
 
 

@@ -28,7 +28,7 @@ from overhaul.data.encode import answered
 from overhaul.data.examples import IGNORED, Batch, Examples, join
 from overhaul.fit import fit
 from overhaul.objectives import cross_entropy, evaluate
-from overhaul.shrink.drop_layers import drop_layers, greedy
+from overhaul.shrink.drop_layers import Choice, drop_layers, greedy
 from overhaul.shrink.heal import heal
 from overhaul.stack import LayerStack
 
@@ -189,7 +189,7 @@ def _task_driven_order(full: nn.Module, searched: Mapping[str, Examples]) -> lis
         with stack.skipping(removed):
             return -sum(accuracy(full, searched[task]) / max(reference[task], 1e-9) for task in TASKS)
 
-    return greedy(lambda cuts: list(map(cost, cuts)), range(1, BLOCKS), max(CUTS))
+    return greedy(lambda cuts: list(map(cost, cuts)), Choice(max(CUTS), (), range(1, BLOCKS)))
 
 
 def _classification_outlives(found: Mapping[str, float]) -> bool:

@@ -132,6 +132,18 @@ def optimizer_state(team: Workers) -> OptimizerState:
     }
 
 
+def _settings(team: Workers) -> dict[str, Any]:
+    """How each optimizer is set, the rate aside, which follows a schedule: "weight_decay of main, group 1" -> 0.1."""
+    found = {
+        f"{key} of {which}, group {number}": value
+        for which, wrapped in team.optimizers.items()
+        for number, group in enumerate(wrapped.param_groups, 1)
+        for key, value in group.items()
+        if key not in ("params", "lr", "initial_lr") and isinstance(value, bool | int | float | str | tuple | list)
+    }
+    return json.loads(json.dumps(found, default=str))
+
+
 def prefix(which: str) -> str:
     """What stands before a parameter's name in the state of an optimizer."""
     return "" if which == MAIN else f"{which}:"
@@ -211,7 +223,7 @@ class TrainingCheckpoint:
         tensors |= states
         for device, state in random_states().items():
             tensors[f"random/{device}"] = processes.stacked(state)
-        told = {"counters": counters, "optimizer": plain, "belongs": self.belongs}
+        told = {"counters": counters, "optimizer": plain, "belongs": self.belongs, "settings": _settings(team)}
         told["kept"] = _without_tensors(dict(kept), tensors)
         if processes.is_main():
             with writing(self.path):
@@ -232,18 +244,26 @@ class TrainingCheckpoint:
                 theirs = json.loads(file.metadata()["belongs"])
         except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
             raise RequestError(f"The checkpoint {self.path} is damaged ({error}); delete it to begin anew.") from None
-        for key in self.belongs | theirs:
-            if self.belongs.get(key) != theirs.get(key):
+        self._compare(self.belongs, theirs)
+
+    def _compare(self, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+        for key in {**ours, **theirs}:
+            if ours.get(key) != theirs.get(key):
                 raise RequestError(
                     f"The checkpoint {self.path} was left by another training: its {key} is {theirs.get(key)}, here it "
-                    f"is {self.belongs.get(key)}. End that training as it was begun, delete the file to begin anew, or "
+                    f"is {ours.get(key)}. End that training as it was begun, delete the file to begin anew, or "
                     f"give the training another name than {self.name!r}."
                 )
 
     def load(self, team: Workers) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Put weights, optimizers and random state back; return the counters and what the loop kept."""
+        """Put weights, optimizers and random state back; return the counters and what the loop kept.
+
+        Raises:
+            RequestError: the optimizers were set otherwise.
+        """
         with safe_open(str(self.path), framework="pt") as file:
             told = {key: json.loads(value) for key, value in file.metadata().items()}
+            self._compare(_settings(team), told["settings"])
             for name, parameter in [*team.named, *team.statistics]:
                 parameter.data.copy_(_like(file.get_tensor(f"weight/{name}"), parameter))
             team.write_back()

@@ -49,7 +49,7 @@ def written(method: str, base: Checkpoint, tuned: Sequence[Checkpoint], combine:
                 moved.add(tensor.name)
         return made
 
-    weights.stream([base, *tuned], watched, out)
+    weights.stream([base, *tuned], watched, out, told={"name": method})
     if not moved:
         shutil.rmtree(out)
         raise RunError(

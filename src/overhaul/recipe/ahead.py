@@ -69,7 +69,7 @@ def look_ahead(checked: Checked, data: Mapping[str, Examples] | None = None) -> 
     for known in checked.references_read():
         models.check_shapes(known)
     _check_anchors(checked, data)
-    with _planning(), warnings.catch_warnings():
+    with _planning(checked.recipe.stack), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         for known in (checked.model, *checked.references_read()):
             _told(partial(models.load_weights, known, checked.recipe.dtype, checked.recipe.trust_remote_code), "")
@@ -93,9 +93,10 @@ def _ask(network: nn.Module, checked: Checked, data: Mapping[str, Examples]) -> 
 
 
 @contextmanager
-def _planning() -> Iterator[None]:
+def _planning(stack: str | None) -> Iterator[None]:
     """Nothing is begun, and no random number is used up."""
-    with session.using(planning=True, scratch=None, device="cpu"), torch.random.fork_rng(devices=[]):
+    quiet = session.using(planning=True, scratch=None, device="cpu", stack=stack)
+    with quiet, torch.random.fork_rng(devices=[]):
         yield
 
 

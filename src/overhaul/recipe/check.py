@@ -25,6 +25,7 @@ from overhaul.recipe.encoded import check_encoded, encoded, opening
 from overhaul.recipe.materials import Materials, Reference, relative, source_of
 from overhaul.recipe.spec import Document, Recipe
 from overhaul.recipe.track import tracker
+from overhaul.stack import LayerStack
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,8 @@ def check(document: Document) -> Checked:
             outputs.check_classes(role, model, [find_form(form_of(*source)) for source in materials.rows[role]])
     compared = [request.compared_with for request in requests]
     outputs.check_opened(steps, materials.references, [name for name in compared if name is not None], trust)
+    if recipe.stack is not None and (network := models.planned(known)) is not None:
+        LayerStack.at(network, recipe.stack)  # refuses what is not there
     with opening(known):
         words = models.count_tokens(known)
     for role in used:

@@ -92,7 +92,7 @@ def compare(
     if processes.is_main():
         folder = RunFolder.claim(root, f"{document.name} (compared)", needed)
     processes.wait()
-    with folder.held(), folder.logged(), session.using(device=base.recipe.on):
+    with folder.held(), folder.logged(), session.using(device=base.recipe.on, stack=base.recipe.stack):
         return _Comparison(base, variants, folder, data).go()
 
 

@@ -59,7 +59,7 @@ def start(document: Document, root: Path) -> dict[str, Any]:
     if processes.is_main():
         folder = RunFolder.claim(root, document.name, disk_bytes(checked))
     processes.wait()
-    with folder.held(), folder.logged(), session.using(device=checked.recipe.on):
+    with folder.held(), folder.logged(), session.using(device=checked.recipe.on, stack=checked.recipe.stack):
         return Runner(checked, folder).go()
 
 
@@ -106,7 +106,8 @@ class Runner:
 
     def walk(self) -> tuple[list[Stage], list[dict[str, Any]], dict[str, Any]]:
         """As `go`; the stages, what the judge said of each, without times, and the report."""
-        start = Stage("before", key_of(model_key(self.checked.model), self.checked.recipe.dtype), self.checked.model)
+        parts = (model_key(self.checked.model), self.checked.recipe.dtype, *filter(None, [self.checked.recipe.stack]))
+        start = Stage("before", key_of(*parts), self.checked.model)
         stages = [start]
         judged = [self.judge(start)]
         for step in self.checked.steps:

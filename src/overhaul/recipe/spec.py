@@ -27,6 +27,8 @@ class Recipe(BaseModel):
         device: where it is worked on: `cpu`, `cuda`, `cuda:1`, `mps`; `auto` is the accelerator if there is one.
         track: where curves and measures also go when the run is done: `trackio` or `wandb`.
         trust_remote_code: run Python code that comes with the model.
+        stack: the path of the blocks that steps and judge mean, where the model has several lists of them and no main one
+            (`model.decoder.layers`), or where another than the main one is meant.
         materials: data by role, `{from: ...}` or a list of such; models, `{after: STEP}`, `{model: SOURCE}` or a list of
             such; and what a step makes beside the model, `{made: STEP, name: PRODUCT}`.
         steps: methods in order, each with its knobs.
@@ -43,6 +45,7 @@ class Recipe(BaseModel):
     device: str = "auto"
     track: Literal["trackio", "wandb"] | None = None
     trust_remote_code: bool = False
+    stack: str | None = None
     materials: dict[str, Any] = {}
     steps: list[Any] = []
     compare: list[Any] = []

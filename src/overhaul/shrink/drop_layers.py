@@ -17,20 +17,27 @@ How it differs from the released code:
 4. 1 - cos is computed as half the squared distance of unit vectors: exactly 0 where a block does nothing.
 5. A model without a head has no loss: there "perplexity" and "greedy" take how far its last hidden states turn (`prefix`).
 6. Losses without single blocks are taken along paths that share their beginnings (`prefix`), not one forward each.
+7. Blocks can be named: `drop` goes before the criterion, which passes over `keep`, and over the last block of a hybrid that
+   has attention.
+8. The shorter model reads and says a few tokens before it is handed on; if it cannot, the blocks are put back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Literal
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
+import torch
 from annotated_types import Ge
-from torch import nn
+from torch import Tensor, nn
 
 from overhaul import session
-from overhaul.data.examples import Examples
+from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
 from overhaul.method import Outcome, method
+from overhaul.modes import at_rest, uncompiled
+from overhaul.objectives import read_by
 from overhaul.prefix import path_losses
 from overhaul.stack import LayerStack
 from overhaul.trace import measure, turn, windows
@@ -51,22 +58,27 @@ def drop_layers(
     model: nn.Module,
     text: Examples | None = None,
     *,
-    count: Annotated[int, Ge(0)],
+    count: Annotated[int, Ge(0)] | None = None,
     criterion: Literal["block_influence", "window", "perplexity", "greedy", "reverse"] = "block_influence",
+    drop: list[int] | None = None,
+    keep: list[int] | None = None,
     keep_first: bool = True,
     skip_first_token: bool = True,
     batch_size: Annotated[int, Ge(1)] = 16,
 ) -> Outcome:
-    """Drop the blocks of a network that it misses least.
+    """Drop the blocks of a network that it misses least, or those that are named.
 
     Args:
         model: a network with one main stack of blocks. Blocks that open a stage of a ResNet always stay.
-        text: what the criterion is measured on: text, answers, or labelled images. Not needed for "reverse".
-        count: how many blocks to drop.
+        text: what the criterion is measured on: text, answers, or labelled images. Not needed for "reverse", nor where
+            `drop` names all.
+        count: how many blocks to drop, those that `drop` names included; as many as it names if not given.
         criterion: "block_influence", the blocks that turn the residual stream least, one by one; "window", the
             neighbouring blocks that together turn it least; "perplexity", the blocks without which, alone, the loss is
             lowest; "greedy", the same measured again after each drop; "reverse", the last ones.
-        keep_first: never drop the first block, which most models cannot do without.
+        drop: blocks that go in any case, by their numbers from 0.
+        keep: blocks that stay in any case.
+        keep_first: do not let the criterion drop the first block, which most models cannot do without.
         skip_first_token: leave the first token of a text out of the cosine. Images have no such token.
         batch_size: examples in one forward; does not change the choice.
 
@@ -75,37 +87,163 @@ def drop_layers(
         Layers: the score of each block (of each window, by its first block), and which blocks were removed.
 
     Raises:
-        RequestError: too few blocks can be dropped, `text` is missing, or the shorter model would not load again.
+        RequestError: too few blocks can be dropped, `text` is missing, or the shorter model would not load again or run.
     """
     stack = LayerStack.of(model)
-    candidates = [i for i in stack.droppable if i or not keep_first]
-    if count > len(candidates):
-        raise RequestError(
-            f"shrink.drop_layers: count={count}, but of the {len(stack)} blocks of {stack.path} only {len(candidates)} can "
-            f"be dropped{' (keep_first holds the first)' if keep_first else ''}."
-        )
+    choice = Choice.of(stack, count, drop or [], keep or [], keep_first)
     before = {"blocks_before": len(stack), "parameters_before": _parameters(model)}
     layers: dict[str, Scores] = {}
-    if criterion != "reverse" and (text is None or not len(text)):
+    if choice.count == len(choice.named):
+        removed = list(choice.named)
+    elif criterion != "reverse" and (text is None or not len(text)):
         raise RequestError(
             f"shrink.drop_layers: the criterion {criterion!r} is measured on examples, but the role `text` is missing or "
-            'empty. Give it, or write criterion: "reverse".'
+            'empty. Give it, name the blocks (`drop: [...]`), or write criterion: "reverse".'
         )
-    if text is None or criterion == "reverse" or session.current().planning:  # how many go is known before which
-        removed = candidates[::-1][:count]
+    elif text is None or criterion == "reverse" or session.current().planning:  # how many go is known before which
+        removed = choice.first(choice.candidates[::-1])
+        if criterion != "reverse" and len(removed) < len(stack) and not stack.can_drop(removed):
+            session.begins()  # others may be chosen
     elif criterion == "block_influence":
         scores = layers["block influence"] = influence(stack, text, 1, skip_first_token, batch_size)
-        removed = lowest(scores, candidates, count)
+        removed = choice.first(ranked(scores, choice.candidates))
     elif criterion == "window":
-        scores = layers["window influence"] = influence(stack, text, count, skip_first_token, batch_size)
-        removed = _best_window(stack, scores, candidates, count)
+        scores = layers["window influence"] = influence(stack, text, choice.count, skip_first_token, batch_size)
+        removed = _best_window(stack, scores, choice)
     else:
-        scores, removed = _by_loss(stack, text, candidates, count, batch_size, again=criterion == "greedy")
+        scores, removed = _by_loss(stack, text, choice, batch_size, again=criterion == "greedy")
         layers["loss without the block"] = scores
     layers["removed"] = {i: float(i in removed) for i in range(len(stack))}
-    stack.drop(removed)
+    stack.drop(removed, _trial(model, text))
     after = {"blocks_after": len(stack), "parameters_after": _parameters(model)}
     return Outcome(model, facts={"removed": removed, **before, **after}, layers=layers)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What may be dropped of a stack.
+
+    Attributes:
+        count: how many blocks go.
+        named: those that go in any case.
+        candidates: those of which a criterion chooses the others.
+        attention: the blocks of a hybrid that have attention, one of which stays.
+    """
+
+    count: int
+    named: Sequence[int]
+    candidates: Sequence[int]
+    attention: Sequence[int] = ()
+
+    @classmethod
+    def of(
+        cls, stack: LayerStack, count: int | None, drop: Sequence[int], keep: Sequence[int], keep_first: bool
+    ) -> Choice:
+        """What a request leaves to choose from.
+
+        Raises:
+            RequestError: it cannot be met.
+        """
+        what = "shrink.drop_layers"
+        if count is None and not drop:
+            raise RequestError(f"{what}: say how many blocks are to go (`count: 2`) or which (`drop: [3, 5]`).")
+        for name, places in (("drop", drop), ("keep", keep)):
+            for place in places:
+                if place not in range(len(stack)):
+                    raise RequestError(
+                        f"{what}: {name} names block {place}, but the blocks of {stack.path} are numbered from 0 to "
+                        f"{len(stack) - 1}, the last one."
+                    )
+            if len(set(places)) < len(places):
+                raise RequestError(f"{what}: {name} names a block twice: {list(places)}.")
+        if both := sorted(set(drop) & set(keep)):
+            raise RequestError(f"{what}: drop and keep both name block {both[0]}.")
+        count = len(drop) if count is None else count
+        if count < len(drop):
+            raise RequestError(f"{what}: count={count}, but drop names {len(drop)} blocks. Leave `count` out.")
+        stack.check([place for place in range(len(stack)) if place not in drop])
+        free = [i for i in stack.droppable if i not in {*drop, *keep} and (i or not keep_first)]
+        single = free
+        if stack.kinds > 1 and count > len(
+            drop
+        ):  # a config may tell kinds of blocks apart by rules that tie some together
+            single = [i for i in free if stack.can_drop([*drop, i])]
+        tied, free = len(free) - len(single), single
+        choice = cls(count, drop, free, stack.with_attention)
+        most = len(choice.first(free, len(stack)))
+        if count > most:
+            held = ["keep_first holds the first"] * keep_first + ["keep names some"] * bool(keep)
+            held += [f"{tied} only together with others, by its config: name them all, `drop: [...]`"] * bool(tied)
+            held += ["one with attention must stay"] * (most < len(free) + len(drop))
+            reasons = f" ({'; '.join(held)})" if held else ""
+            raise RequestError(
+                f"{what}: count={count}, but of the {len(stack)} blocks of {stack.path} only {most} can be dropped{reasons}."
+            )
+        return choice
+
+    def fits(self, removed: Collection[int]) -> bool:
+        """Whether these blocks may go together."""
+        return not self.attention or not set(self.attention) <= set(removed)
+
+    def first(self, order: Iterable[int], count: int | None = None) -> list[int]:
+        """The named blocks, then the first of `order` that may go, until there are `count`."""
+        removed = list(self.named)
+        for place in order:
+            if len(removed) < (self.count if count is None else count) and self.fits([*removed, place]):
+                removed.append(place)
+        return removed
+
+
+def _trial(model: nn.Module, text: Examples | None) -> Callable[[], None] | None:
+    """Whether a model still reads one example and still goes on from its first tokens, if it does so now."""
+    if text is not None and len(text):
+        batch = collate([text[0]])
+    elif getattr(model, "main_input_name", None) == "input_ids":
+        ids = torch.arange(1, 1 + TRIED)[None]
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    else:
+        return None
+    device = next(model.parameters()).device
+    batch = {name: value[:, :TRIED] if value.ndim == 2 else value for name, value in batch.items()}
+    batch = {name: value.to(device) for name, value in batch.items()}
+
+    @torch.no_grad()
+    def fails(says: bool) -> Exception | None:
+        try:
+            with at_rest(model), uncompiled(), torch.random.fork_rng(devices=[]):
+                _say(model, batch["input_ids"][:1]) if says else model(**read_by(model, batch))
+        except Exception as error:
+            return error
+        return None
+
+    # what the whole model does not do, because it takes something else besides, is not asked of the shorter one
+    asked = [says for says in (False, True) if fails(says) is None]
+
+    def tried() -> None:
+        for error in filter(None, map(fails, asked)):
+            raise RequestError(
+                f"shrink.drop_layers: without these blocks, {type(model).__name__} no longer runs "
+                f"({type(error).__name__}: {error}). Choose others: `keep: [...]` holds some, `drop: [...]` names them."
+            ) from error
+
+    return tried
+
+
+TRIED = 8
+"""Tokens that a shortened model is tried on."""
+
+
+def _say(model: Any, ids: Tensor) -> None:
+    """Two tokens with the cache, under a configuration of its own, so that the checkpoint's raises no warnings."""
+    from transformers import GenerationConfig
+
+    kept = model.generation_config
+    starts = {name: getattr(kept, name) for name in ("bos_token_id", "decoder_start_token_id")}
+    model.generation_config = GenerationConfig(max_new_tokens=2, use_cache=True, pad_token_id=0, **starts)
+    try:
+        model.generate(ids, attention_mask=torch.ones_like(ids))
+    finally:
+        model.generation_config = kept
 
 
 def influence(stack: LayerStack, examples: Examples, width: int, skip_first_token: bool, batch_size: int) -> Scores:
@@ -124,23 +262,29 @@ def influence(stack: LayerStack, examples: Examples, width: int, skip_first_toke
     return {start: float(seen[pair].mean) for start, pair in enumerate(windows(stack, width)) if pair in seen}
 
 
-def lowest(scores: Scores, candidates: Sequence[int], count: int) -> list[int]:
-    """The `count` candidates of lowest score, lowest first; ties go to the later block."""
-    return sorted(candidates, key=lambda i: (scores[i], -i))[:count]
+def ranked(scores: Scores, candidates: Sequence[int]) -> list[int]:
+    """The candidates by score, lowest first; ties go to the later block."""
+    return sorted(candidates, key=lambda i: (scores[i], -i))
 
 
-def _best_window(stack: LayerStack, scores: Scores, candidates: Sequence[int], count: int) -> list[int]:
-    starts = [start for start in scores if set(range(start, start + count)) <= set(candidates)]
-    if count and not starts:
+def _best_window(stack: LayerStack, scores: Scores, choice: Choice) -> list[int]:
+    windows = {start: range(start, start + choice.count) for start in scores}
+    may = {*choice.candidates, *choice.named}
+    starts = [
+        start
+        for start, window in windows.items()
+        if set(choice.named) <= set(window) <= may and choice.fits(list(window))
+    ]
+    if choice.count and not starts:
         raise RequestError(
-            f"shrink.drop_layers: {stack.path} has no {count} neighbouring blocks that can all be dropped; these can be: "
-            f'{list(candidates)}. Take fewer, or another criterion than "window".'
+            f"shrink.drop_layers: {stack.path} has no {choice.count} neighbouring blocks that can all be dropped; these can "
+            f'be: {sorted(may)}. Take fewer, or another criterion than "window".'
         )
-    return [i for start in lowest(scores, starts, 1) for i in range(start, start + count)]
+    return [i for start in ranked(scores, starts)[:1] for i in windows[start]]
 
 
 def _by_loss(
-    stack: LayerStack, examples: Examples, candidates: Sequence[int], count: int, batch_size: int, *, again: bool
+    stack: LayerStack, examples: Examples, choice: Choice, batch_size: int, *, again: bool
 ) -> tuple[Scores, list[int]]:
     """Each candidate's loss without it, and the blocks to drop: all by these losses, or one a round."""
 
@@ -148,26 +292,25 @@ def _by_loss(
         paths = [[i for i in range(len(stack)) if i not in cut] for cut in cuts]
         return path_losses(stack, paths, examples, batch_size)
 
-    scores = dict(zip(candidates, losses([[i] for i in candidates]), strict=True))
-    return scores, greedy(losses, candidates, count) if again else lowest(scores, candidates, count)
+    scores = dict(zip(choice.candidates, losses([[i] for i in choice.candidates]), strict=True))
+    return scores, greedy(losses, choice) if again else choice.first(ranked(scores, choice.candidates))
 
 
-def greedy(losses: Callable[[list[list[int]]], list[float]], candidates: Sequence[int], count: int) -> list[int]:
+def greedy(losses: Callable[[list[list[int]]], list[float]], choice: Choice) -> list[int]:
     """Drop one block a round, each time the one without which the loss is lowest; ties go to the later block.
 
     Args:
         losses: lists of dropped blocks -> what is to stay low (a loss, or a negative task score) for each.
-        candidates: blocks that may go.
-        count: rounds, each of which asks for all remaining candidates at once.
+        choice: the blocks that may go, and how many rounds there are; each asks for all remaining candidates at once.
 
     Returns:
         The dropped blocks in the order of choice.
     """
-    removed: list[int] = []
-    for _ in range(count):
-        left = [i for i in candidates if i not in removed]
+    removed = list(choice.named)
+    while len(removed) < choice.count:
+        left = [i for i in choice.candidates if i not in removed and choice.fits([*removed, i])]
         scores = dict(zip(left, losses([[*removed, i] for i in left]), strict=True))
-        removed += lowest(scores, left, 1)
+        removed += ranked(scores, left)[:1]
     return removed
 
 

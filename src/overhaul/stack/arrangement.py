@@ -1,9 +1,9 @@
 """Let a stack consist of other blocks, in another order, with everything that depends on their places.
 
-What is kept together: the list itself, every `layer_idx` (the slot of a block in the key-value cache), the config's
-number of blocks and its per-block lists, which follow the block and not its position. A block that is visited again is
-a shell of the first: new module objects over the same tensors, with a slot of its own. A module without attention that
-stands where the cache expects a block writes an empty entry to its slot, since transformers reads the length of what
+What is kept together: the list itself, every `layer_idx` or `layer_id` (the slot of a block in the key-value cache), the
+config's number of blocks and its per-block lists, which follow the block and not its position. A block that is visited
+again is a shell of the first: new module objects over the same tensors, with a slot of its own. A module without attention
+that stands where the cache expects a block writes an empty entry to its slot, since transformers reads the length of what
 was said from there.
 
 Every change is registered with an `ExitStack`: closing it takes all of them back, dropping it keeps them.
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from overhaul.stack.discovery import Blocks
+from overhaul.stack.discovery import Blocks, uncompiled
 
 if TYPE_CHECKING:
     from overhaul.stack import LayerStack
@@ -30,6 +30,7 @@ Entry = int | tuple[int, nn.Module]
 """One stop of a path: a block by its place, or (place, module): a module in the place of that block."""
 
 _PER_BLOCK = re.compile(r"layer|block|_types$")
+_LEADING = re.compile(r"^first_k_dense_replace$|^num_dense_layers$")  # how many blocks at the beginning have no experts
 _OF_PREDICTION_HEADS = "mtp_"
 _ONLY_IN_TRAINING = re.compile(r"drop|^p$|^training$")
 
@@ -77,12 +78,24 @@ def arrange(stack: LayerStack, path: Sequence[Entry]) -> ExitStack:
         undo.callback(fill, blocks, old)
         fill(blocks, [module for place, module in zip(places, modules, strict=True) if 0 <= place - before < len(old)])
         before += len(old)
+    _number(modules, places, undo)
+    return undo
+
+
+def _number(modules: Sequence[nn.Module], places: Sequence[int], undo: ExitStack) -> None:
+    """Tell blocks where they stand now, and those that share parts which part of them is theirs (Zamba 2)."""
+    shared: dict[int, tuple[nn.Module, str, dict[int, Any]]] = {}
     for position, block in enumerate(modules):
         for module in block.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                undo.callback(setattr, module, "layer_idx", module.layer_idx)
-                module.layer_idx = position  # pyright: ignore[reportArgumentType]
-    return undo
+            for name in _slots(module):
+                undo.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, position)
+            for name, value in vars(module).items():
+                if isinstance(value, dict) and value and "layer" in name and all(type(key) is int for key in value):
+                    shared[id(value)] = module, name, value
+    for module, name, value in shared.values():
+        undo.callback(setattr, module, name, value)
+        setattr(module, name, {n: value[place] for n, place in enumerate(places) if place in value})
 
 
 def fill(blocks: Blocks, modules: Sequence[nn.Module]) -> None:
@@ -99,7 +112,7 @@ def _modules(stack: LayerStack, path: Sequence[Entry]) -> list[nn.Module]:
     modules: list[nn.Module] = []
     for entry in path:
         if isinstance(entry, int):
-            modules.append(shell(blocks[entry]) if entry in seen else blocks[entry])
+            modules.append(shell(uncompiled(blocks[entry])) if entry in seen else blocks[entry])
             seen.add(entry)
         elif not has_slots:
             modules.append(entry[1])
@@ -109,7 +122,12 @@ def _modules(stack: LayerStack, path: Sequence[Entry]) -> list[nn.Module]:
 
 
 def _has_slot(block: nn.Module) -> bool:
-    return any(isinstance(getattr(module, "layer_idx", None), int) for module in block.modules())
+    return any(_slots(module) for module in block.modules())
+
+
+def _slots(module: nn.Module) -> list[str]:
+    """The attributes by which a module knows its slot in the cache; a part of several blocks has none (-1)."""
+    return [name for name in ("layer_idx", "layer_id") if type(held := vars(module).get(name)) is int and held >= 0]
 
 
 def _arrange_config(stack: LayerStack, places: Sequence[int], undo: ExitStack) -> None:
@@ -152,7 +170,32 @@ def per_block_values(config: Mapping[str, Any], order: Sequence[int], count: int
             changes[name] = type(value)(place for place, old in enumerate(order) if old in value)
         elif len(value) == count:
             changes[name] = type(value)(value[i] for i in order)
-    return changes
+        elif len(found := _written_out(value)) == count:
+            changes[name] = [[[found[i]], 1] for i in order]
+        elif name.endswith("_types") and all(isinstance(kind, str) for kind in value):  # a pattern that repeats
+            changes[name] = [value[i % len(value)] for i in order]
+    for name in [name for name in config if _LEADING.search(name) and type(config[name]) is int]:
+        changes[name] = sum(place < config[name] for place in order)
+    return changes | _outlets(config, order, count)
+
+
+def _outlets(config: Mapping[str, Any], order: Sequence[int], count: int) -> dict[str, Any]:
+    """The blocks after which a backbone hands out what it sees: they follow their blocks, and one is the last."""
+    names, indices = config.get("stage_names"), config.get("_out_indices")
+    if not isinstance(names, list) or len(names) != count + 1 or not indices:
+        return {}
+    names = [names[0], *(f"stage{n}" for n in range(1, len(order) + 1))]
+    kept = [n for n, old in enumerate([-1, *order]) if old + 1 in [index % (count + 1) for index in indices]]
+    kept = kept or [len(order)]
+    return {"stage_names": names, "_out_indices": kept, "_out_features": [names[n] for n in kept]}
+
+
+def _written_out(value: Sequence[Any]) -> list[Any]:
+    """The kinds of [[kinds, times], ...], one after the other; nothing where a list says something else."""
+    pairs = [part for part in value if isinstance(part, list | tuple) and len(part) == 2 and type(part[1]) is int]
+    if len(pairs) < len(value) or not all(isinstance(kinds, list | tuple) for kinds, _ in pairs):
+        return []
+    return [kind for kinds, times in pairs for _ in range(times) for kind in kinds]
 
 
 def _is_places(value: Sequence[Any], count: int) -> bool:
@@ -240,6 +283,20 @@ def _twin(stack: LayerStack) -> list[nn.Module]:
     return type(stack)(skeleton(stack.model), stack.path, stack.lists).blocks
 
 
+def retie(stack: LayerStack, undo: ExitStack) -> None:
+    """Let the modules around the stack know which tensors are one, by the names that these have now."""
+    if not is_hub_model(stack.model) or isinstance(stack.model.config, dict):
+        return
+    planned, steps = skeleton(stack.model), stack.path.split(".")[:-1]
+    for path in [".".join(steps[:n]) for n in range(len(steps) + 1)]:
+        module, twin = stack.model.get_submodule(path), planned.get_submodule(path)
+        for name in ("_tied_weights_keys", "all_tied_weights_keys"):
+            ours, theirs = vars(module).get(name), vars(twin).get(name)
+            if ours != theirs:
+                undo.callback(setattr, module, name, ours)
+                setattr(module, name, theirs)
+
+
 def is_hub_model(model: nn.Module) -> bool:
     """Whether a config can build this class again: a transformers or a diffusers model."""
     from transformers import PreTrainedModel
@@ -255,7 +312,9 @@ def skeleton(model: nn.Module) -> nn.Module:
     with torch.device("meta"), no_init_weights():
         if isinstance(model.config, dict):
             return kind.from_config(dict(model.config))
-        return kind(copy.deepcopy(model.config))
+        config: Any = model.config  # as it is read from a file: some entries are made of others there
+        options = {"attn_implementation": config._attn_implementation} if config._attn_implementation else {}
+        return kind(type(config).from_dict(config.to_dict(), **options))
 
 
 def faults(stack: LayerStack, origin: Sequence[int]) -> list[str]:
@@ -271,9 +330,10 @@ def faults(stack: LayerStack, origin: Sequence[int]) -> list[str]:
     inside = tuple(f"{path}." for path in stack.lists)
     found = _differences(_shapes(stack.model, inside), _shapes(planned, inside), "the rest of the model")
     twins = type(stack)(planned, stack.path, stack.lists).blocks
+    blocks = map(uncompiled, stack.blocks)
     if len(twins) != len(stack):
         found.append(f"the number of blocks in {stack.path}")
-    for place, block, twin in zip(origin, stack.blocks, twins, strict=False):
+    for place, block, twin in zip(origin, blocks, twins, strict=False):
         found += _differences(_shapes(block), _shapes(twin), f"block {place}")
         found += _differences(_settings(block), _settings(twin), f"block {place}")
     return found

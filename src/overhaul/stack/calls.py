@@ -18,7 +18,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from overhaul.errors import RequestError, RunError
-from overhaul.objectives import forward
+from overhaul.objectives import caches, forward
 from overhaul.stack import LayerStack
 
 State = tuple[Tensor | None, ...]
@@ -193,8 +192,7 @@ def invoke(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     if "labels" in inputs:
         return forward(model, inputs, states=True)
     unwrapped = getattr(model, "get_base_model", lambda: model)()  # peft's forward names no arguments
-    caches = "use_cache" in inspect.signature(unwrapped.forward).parameters
-    return model(**{**({"use_cache": False} if caches else {}), **inputs})
+    return model(**{**({"use_cache": False} if caches(unwrapped) else {}), **inputs})
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 Blocks = nn.ModuleList | nn.Sequential
+
+_ATTENTION = re.compile(r"(?<!linear_)attention")
 
 
 def stacks(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -32,6 +34,11 @@ def stacks(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def lists(model: nn.Module) -> list[str]:
+    """The paths of all lists of modules."""
+    return [name for name, module in model.named_modules() if isinstance(module, Blocks) and len(module)]
+
+
 def lists_of(model: nn.Module, path: str) -> tuple[str, ...]:
     """The lists that hold the blocks of the stack at `path`."""
     return _stages(model, path) or (path,)
@@ -41,12 +48,17 @@ def holds_blocks(module: nn.Module, named: Container[str] = ()) -> bool:
     """Whether a module is a list of blocks; `named` are the only classes that count, if there are any."""
     if not isinstance(module, nn.ModuleList | nn.Sequential) or not len(module):
         return False
-    elements = list(module)
+    elements = [uncompiled(element) for element in module]
     if named:
         return all(type(element).__name__ in named for element in elements)
     if any(not list(e.children()) or next(e.parameters(), None) is None for e in elements):
         return False
     return len({type(element) for element in elements}) == 1 or all(map(_is_checkpointed, elements))
+
+
+def uncompiled(block: nn.Module) -> nn.Module:
+    """A block as it was before `torch.compile`; another as it is."""
+    return getattr(block, "_orig_mod", block)
 
 
 def config_around(model: nn.Module, path: str) -> Any:
@@ -59,10 +71,40 @@ def config_around(model: nn.Module, path: str) -> Any:
     return None
 
 
+def with_attention(config: Any, count: int) -> list[int]:
+    """The blocks that have attention, where the config says so of each and others have none (a hybrid); else none."""
+    for name, value in () if config is None or isinstance(config, dict) else _lists(config):
+        if len(value) == count and name.endswith(("_type", "_types")) and all(isinstance(kind, str) for kind in value):
+            found = [n for n, kind in enumerate(value) if kind == "hybrid" or _ATTENTION.search(kind)]
+            if 0 < len(found) < count:
+                return found
+    return []
+
+
+def _lists(config: Any) -> Iterator[tuple[str, Any]]:
+    """The lists of a config, those that it makes of others included."""
+    for name in dict.fromkeys(("layer_types", "layers_block_type", *vars(config))):
+        value = getattr(config, name, None)
+        if isinstance(value, list | tuple) and value:
+            yield name, value
+
+
+def of_language(model: nn.Module, paths: Sequence[str]) -> list[str]:
+    """Of a model that says text and looks at something else besides, the stacks that belong to its language model."""
+    config: Any = getattr(model, "config", None)
+    if config is None or isinstance(config, dict) or getattr(config, "is_encoder_decoder", False):
+        return []
+    speaks = getattr(model, "can_generate", lambda: False)() or hasattr(model, "language_model")
+    text = config.get_text_config(decoder=True)
+    if not speaks or text is config:
+        return []
+    return [path for path in paths if (around := config_around(model, path)) is text or around == text]
+
+
 def contents(model: nn.Module) -> str:
     """What lists, else what children a network has, for an error message."""
     lists = [
-        f"{path} ({len(m)} x {type(m[0]).__name__})"
+        f"{path} ({len(m)} x {type(uncompiled(m[0])).__name__})"
         for path, m in model.named_modules()
         if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)
     ]
@@ -72,7 +114,7 @@ def contents(model: nn.Module) -> str:
 
 def pinned(model: nn.Module, path: str, blocks: Sequence[nn.Module]) -> dict[int, str]:
     """The blocks that must stay where they are, once, with the reason: the first, the last, or one known by its number."""
-    kinds = [{name for name, _ in block.named_parameters()} for block in blocks]
+    kinds = [{name for name, _ in uncompiled(block).named_parameters()} for block in blocks]
     found: dict[int, str] = {}
     last = len(blocks) - 1
     if last > 0 and all(kinds[0] > kind for kind in kinds[1:]):

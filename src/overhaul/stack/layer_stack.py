@@ -12,19 +12,23 @@ config follow the block and not its position (`arrangement`).
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from overhaul import session
 from overhaul.errors import RequestError, did_you_mean
 from overhaul.stack import discovery
-from overhaul.stack.arrangement import Entry, arrange, describe, faults
-from overhaul.stack.discovery import Blocks
+from overhaul.stack.arrangement import Entry, arrange, describe, faults, retie
 from overhaul.stack.paths import Following
 
 _AFTER = re.compile(r"(^|[._])(final|out|head)([._]|$)")
+
+
+class _Enough(Exception):
+    """What was to be found out is known."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,23 @@ class LayerStack:
 
     @classmethod
     def of(cls, model: nn.Module) -> LayerStack:
-        """The only stack of the model, or the only one whose depth a config declares.
+        """The main stack of the model: the only one, or the only one whose depth a config declares.
+
+        Of a model that says text and sees or hears besides (Gemma 3, Qwen-VL, Llava), it is that of its language model. What
+        a recipe names by `stack: PATH` (`session.Session.stack`) goes before all that, where a model has it.
 
         Raises:
             RequestError: there is no stack, or several that count as the main one; the message lists what was found.
         """
+        named = session.current().stack
+        if named is not None and named in discovery.lists(model):
+            return cls.at(model, named)
         found = cls.find(model)
-        main = [stack for stack in found if stack.declared] if len(found) > 1 else found
+        both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)  # one config counts either of them
+        main = [stack for stack in found if stack.declared] if len(found) > 1 and not both else found
+        if len(main) > 1:
+            language = discovery.of_language(model, [stack.path for stack in main])
+            main = [stack for stack in main if stack.path in language] or main
         if len(main) == 1:
             return main[0]
         if not found:
@@ -65,7 +79,7 @@ class LayerStack:
         listed = ", ".join(f"{stack.path} ({stack._kinds()})" for stack in found)
         raise RequestError(
             f"{type(model).__name__} has {len(found)} stacks of blocks and no single main one: {listed}. "
-            f'Take the one you mean: LayerStack.at(model, "{found[0].path}").'
+            f'Take the one you mean: LayerStack.at(model, "{found[0].path}"), or in a recipe `stack: {found[0].path}`.'
         )
 
     @classmethod
@@ -75,7 +89,7 @@ class LayerStack:
         Raises:
             RequestError: nothing lies there, or no such list.
         """
-        lists = [name for name, module in model.named_modules() if isinstance(module, Blocks) and len(module)]
+        lists = discovery.lists(model)
         if path not in lists:
             raise RequestError(f"{type(model).__name__} has no list of modules at {path!r}.{did_you_mean(path, lists)}")
         return cls(model, path, discovery.lists_of(model, path))
@@ -92,7 +106,7 @@ class LayerStack:
         return [block for blocks in self.holders for block in blocks]
 
     @property
-    def holders(self) -> list[Blocks]:
+    def holders(self) -> list[discovery.Blocks]:
         """The lists themselves."""
         return [self.model.get_submodule(path) for path in self.lists]  # pyright: ignore[reportReturnType]
 
@@ -111,6 +125,19 @@ class LayerStack:
         """The blocks that `drop` may take: those that nothing outside of them depends on."""
         fixed = self._pinned()
         return [i for i in range(len(self)) if i not in fixed]
+
+    @property
+    def kinds(self) -> int:
+        """How many kinds of blocks there are, by the names of their parameters."""
+        return len({tuple(name for name, _ in discovery.uncompiled(b).named_parameters()) for b in self.blocks})
+
+    @property
+    def with_attention(self) -> list[int]:
+        """The blocks that have attention in a hybrid whose others have none; empty in any other stack.
+
+        `take` keeps one of them: what such a model knows of positions in its cache and of masks, it knows by them.
+        """
+        return discovery.with_attention(self.config, len(self))
 
     def stage(self, place: int) -> int:
         """The list that holds the block at `place`: its stage in a ResNet, 0 in a plain stack."""
@@ -136,19 +163,35 @@ class LayerStack:
         passed = [len(b) for p, b in zip(self.lists, self.holders, strict=True) if order[p] < order[name]]
         return sum(passed) or -1
 
-    def drop(self, indices: Collection[int]) -> None:
+    def drop(self, indices: Collection[int], tried: Callable[[], None] | None = None) -> None:
         """Take blocks out, in place: the model is then a plain, shorter model of its class. See `take`."""
-        self.take(self._without(indices))
+        self.take(self._without(indices), tried)
 
-    def take(self, path: Sequence[int]) -> None:
+    def can_drop(self, indices: Collection[int]) -> bool:
+        """Whether `drop` would take these blocks out; nothing is changed."""
+
+        def enough() -> None:
+            raise _Enough
+
+        try:
+            self.drop(indices, enough)
+        except _Enough:
+            return True
+        except RequestError:
+            return False
+        return True
+
+    def take(self, path: Sequence[int], tried: Callable[[], None] | None = None) -> None:
         """Keep only the blocks along `path`, in that order, for good: a plain model of its class that loads anywhere.
 
         Args:
             path: places of blocks, each at most once, counted in the model as it is now.
+            tried: called when the model has these blocks; what it raises takes them back.
 
         Raises:
-            RequestError: a block does not exist, is fixed to its place or visited twice, no block would stay, or the
-                class cannot be built from its config with these blocks. The model is then as it was.
+            RequestError: a block does not exist, is fixed to its place or visited twice, no block would stay, no block of
+                a hybrid would have attention, or the class cannot be built from its config with these blocks. The model is
+                then as it was.
         """
         self.check(path)
         if list(path) == list(range(len(self))):
@@ -157,6 +200,11 @@ class LayerStack:
             raise RequestError(
                 f"The path {list(path)} visits a block twice, and a plain checkpoint would hold its weights twice. Save the "
                 "model as it is and the path beside it: overhaul.save(..., path=...)."
+            )
+        if self.with_attention and not set(path) & set(self.with_attention):
+            raise RequestError(
+                f"Of {self.path}, only the blocks {self.with_attention} have attention, and {type(self.model).__name__} "
+                "needs one of them to tell positions in its cache. Keep one."
             )
         known = faults(self, range(len(self)))
         count = len(self)
@@ -173,8 +221,16 @@ class LayerStack:
             undo.close()
             raise RequestError(
                 f"With the blocks {list(path)} in {self.path}, the config would not describe this "
-                f"{type(self.model).__name__}, so it would not load again: {new[0]} differs. Choose other blocks."
+                f"{type(self.model).__name__}, so it would not load again: {new[0]} differs. Choose other blocks: where "
+                "kinds of blocks take turns by a rule of the config, whole turns can go."
             )
+        try:
+            retie(self, undo)
+            if tried is not None:
+                tried()
+        except BaseException:
+            undo.close()
+            raise
 
     def following(self, path: Sequence[Entry]) -> Following:
         """Run along `path` from now on, or inside a `with`; closed, everything is as it was. `overhaul.save` saves the path.
@@ -221,7 +277,9 @@ class LayerStack:
                 )
 
     def _kinds(self) -> str:
-        return f"{len(self)} x {' / '.join(sorted({type(block).__name__ for block in self.blocks}))}"
+        return (
+            f"{len(self)} x {' / '.join(sorted({type(discovery.uncompiled(block)).__name__ for block in self.blocks}))}"
+        )
 
     def _pinned(self) -> dict[int, str]:
         """The blocks that are fixed to their place, with the reason."""

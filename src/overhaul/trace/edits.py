@@ -24,6 +24,7 @@ from overhaul.trace.streams import (
     Stream,
     argument,
     as_rows,
+    first_of,
     first_tensor,
     from_rows,
     leaving,
@@ -31,55 +32,7 @@ from overhaul.trace.streams import (
     with_argument,
     with_parts,
 )
-from overhaul.trace.watch import Shape
-
-Select = int | slice | Sequence[int] | Tensor | None
-"""A number (negative from the end), a slice, numbers, or a mask of booleans; None selects all."""
-
-
-@dataclass(frozen=True, eq=False)
-class Where:
-    """The part of a state that an edit reaches.
-
-    Attributes:
-        positions: tokens or image positions, counted in the forward that runs. A mask is [t], or [b, t] for other
-            positions in each sample.
-        samples: rows of the batch; a mask is [b].
-    """
-
-    positions: Select = None
-    samples: Select = None
-
-    @property
-    def everything(self) -> bool:
-        """Whether nothing is left out."""
-        return self.positions is None and self.samples is None
-
-    def region(self, batch: int, length: int, device: torch.device, name: str) -> Tensor | None:
-        """The selected positions as a mask [b, t], or None where all are.
-
-        Raises:
-            RequestError: the selection does not fit, or selects nothing.
-        """
-        if self.everything:
-            return None
-        if isinstance(self.positions, Tensor) and self.positions.ndim == 2:
-            positions = self.positions
-            if positions.dtype != torch.bool or tuple(positions.shape) != (batch, length):
-                raise RequestError(
-                    f"The mask of positions for {name} is {_described(positions)}, but the state has {batch} samples with "
-                    f"{length} positions: give booleans [{batch}, {length}], or [{length}] for all samples."
-                )
-        else:
-            positions = _selected(self.positions, length, f"positions for {name}")[None, :]
-        samples = _selected(self.samples, batch, f"samples for {name}")[:, None]
-        region = positions.to(device) & samples.to(device)
-        if not bool(region.any()):
-            raise RequestError(f"The edit of {name} selects none of {batch} samples with {length} positions.")
-        return region
-
-
-EVERYWHERE = Where()
+from overhaul.trace.where import EVERYWHERE, Site, Where, described
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,27 +117,27 @@ def check(edit: Any, width: int | None, name: str) -> None:
     if value is None:
         return
     if not isinstance(value, Tensor) or not value.is_floating_point() or not value.ndim:
-        raise RequestError(f"{kind} for {name} needs a tensor of floats [..., width], not {_described(value)}.")
+        raise RequestError(f"{kind} for {name} needs a tensor of floats [..., width], not {described(value)}.")
     if not bool(torch.isfinite(value).all()):
         raise RequestError(f"{kind} for {name} was given values that are not finite.")
     if width is not None and value.shape[-1] != width:
-        raise RequestError(f"{kind} for {name} was given {_described(value)}, but the stream is {width} wide.")
+        raise RequestError(f"{kind} for {name} was given {described(value)}, but the stream is {width} wide.")
     if isinstance(edit, ProjectOut):
         if value.ndim > 2:
-            raise RequestError(f"ProjectOut for {name} takes directions [d] or [k, d], not {_described(value)}.")
+            raise RequestError(f"ProjectOut for {name} takes directions [d] or [k, d], not {described(value)}.")
         if not bool(value.any()):
             raise RequestError(f"ProjectOut for {name} was given a direction of length zero, which removes nothing.")
 
 
-def check_fit(edit: Primitive, shape: torch.Size, name: str) -> None:
+def check_fit(edit: Primitive, shape: torch.Size, site: Site) -> None:
     """Refuse an edit that does not fit a state of this shape, [b, t, d].
 
     Raises:
         RequestError: the selection or the value does not fit.
     """
-    edit.where.region(shape[0], shape[1], torch.device("cpu"), name)
+    region = edit.where.region(shape, site, torch.device("cpu"))
     value = given(edit)
-    if value is None:
+    if value is None or (region is not None and not bool(region.any())):
         return
     fits = value.shape[-1] == shape[2]
     if fits and not isinstance(edit, ProjectOut):
@@ -194,27 +147,35 @@ def check_fit(edit: Primitive, shape: torch.Size, name: str) -> None:
             fits = False
     if not fits:
         raise RequestError(
-            f"{type(edit).__name__} for {name} was given {_described(value)}, which does not fit a state of the shape "
+            f"{type(edit).__name__} for {site.name} was given {described(value)}, which does not fit a state of the shape "
             f"{tuple(shape)} ([samples, positions, width])."
         )
 
 
-def apply(edit: Primitive, state: Tensor, entered: Tensor | None, name: str) -> Tensor:
-    """The state after an edit.
+def apply(edit: Primitive, state: Tensor, entered: Tensor | None, site: Site) -> Tensor | None:
+    """The state after an edit; None where none of its positions is among those of the state.
 
     Args:
         edit: what is done.
         state: [b, t, d].
         entered: what entered the block, for `Skip`, [b, t, d].
-        name: the site, for error messages.
+        site: where.
 
     Raises:
-        RequestError: the edit does not fit.
+        RequestError: the edit does not fit, or makes what the state's dtype cannot hold.
     """
-    check_fit(edit, state.shape, name)
-    changed = _changed(edit, state, entered).to(state.dtype)
-    region = edit.where.region(state.shape[0], state.shape[1], state.device, name)
-    return changed.expand_as(state) if region is None else torch.where(region[..., None], changed, state)
+    check_fit(edit, state.shape, site)
+    region = edit.where.region(state.shape, site, state.device)
+    if region is not None and not bool(region.any()):
+        return None
+    changed = _changed(edit, state, entered).to(state.dtype).expand_as(state)
+    result = changed if region is None else torch.where(region[..., None], changed, state)
+    if bool((state.isfinite() & ~result.isfinite()).any()):
+        raise RequestError(
+            f"{type(edit).__name__} for {site.name} makes values that {state.dtype} cannot hold (it ends at "
+            f"{torch.finfo(state.dtype).max:g}). Open the model in bfloat16 or float32, or make a smaller change."
+        )
+    return result
 
 
 def _changed(edit: Primitive, state: Tensor, entered: Tensor | None) -> Tensor:
@@ -237,72 +198,46 @@ def _changed(edit: Primitive, state: Tensor, entered: Tensor | None) -> Tensor:
             return entered
 
 
-def _selected(select: Select, size: int, what: str) -> Tensor:
-    """A selection along one dimension as a mask [size]."""
-    mask = torch.zeros(size, dtype=torch.bool)
-    if select is None:
-        return ~mask
-    if isinstance(select, slice):
-        mask[select] = True
-        return mask
-    numbers = torch.as_tensor([select] if isinstance(select, int) else select).cpu()
-    if numbers.dtype == torch.bool:
-        if tuple(numbers.shape) != (size,):
-            raise RequestError(f"The mask of {what} is {_described(numbers)}, but there are {size}: give [{size}].")
-        return numbers
-    if numbers.is_floating_point() or numbers.ndim != 1:
-        raise RequestError(f"The {what} are {_described(numbers)}: give whole numbers [k], or booleans [{size}].")
-    outside = numbers[(numbers < -size) | (numbers >= size)].tolist()
-    if outside:
-        raise RequestError(
-            f"The {what} name {outside[0]}, but there are only {size} in this forward (0 to {size - 1})."
-        )
-    mask[numbers.long()] = True
-    return mask
-
-
-def _described(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
-    return f"{type(value).__name__}"
-
-
-def edit_module(
-    chain: Sequence[Primitive], name: str, shape: Shape, module: nn.Module, args: Any, kwargs: Any, output: Any
-) -> Any:
+def edit_module(chain: Sequence[Primitive], site: Site, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """A hook after a module: its first tensor edited, in the form in which the module returned it."""
-    index = first_tensor(output)
-    value = None if index is None else parts(output)[index]
-    return with_parts(output, {index or 0: _edited(chain, name, value, shape.value)})
+    value = first_of(site.name, "returned", output)
+    return with_parts(output, {first_tensor(output) or 0: _edited(chain, site, value, site.shape.value)})
 
 
 def edit_entering(
-    chain: Sequence[Primitive], name: str, stream: Stream, block: nn.Module, args: Any, kwargs: Any
+    chain: Sequence[Primitive], site: Site, stream: Stream, block: nn.Module, args: Any, kwargs: Any
 ) -> Any:
     """A hook before a block: the call with its stream edited."""
     value = argument(block, stream, args, kwargs)
-    return with_argument(block, stream, args, kwargs, _edited(chain, name, value, None))
+    return with_argument(block, stream, args, kwargs, _edited(chain, site, value, None))
 
 
 def edit_leaving(
-    chain: Sequence[Primitive], name: str, stream: Stream, block: nn.Module, args: Any, kwargs: Any, output: Any
+    chain: Sequence[Primitive], site: Site, stream: Stream, block: nn.Module, args: Any, kwargs: Any, output: Any
 ) -> Any:
     """A hook after a block: what it returned, in its own form, with its stream edited."""
     at = leaving(block, args, kwargs, output)
     value = parts(output)[at[stream]] if stream in at else None
-    changed = {at.get(stream, 0): _edited(chain, name, value, None, argument(block, stream, args, kwargs))}
+    changed = {at.get(stream, 0): _edited(chain, site, value, None, argument(block, stream, args, kwargs))}
     if any(isinstance(edit, Skip) and edit.where.everything for edit in chain):
         changed |= {n: argument(block, other, args, kwargs) for other, n in at.items() if other != stream}
     return with_parts(output, changed)
 
 
-def _edited(chain: Sequence[Primitive], name: str, value: Any, shape: torch.Size | None, entered: Any = None) -> Tensor:
+def _edited(
+    chain: Sequence[Primitive], site: Site, value: Any, shape: torch.Size | None, entered: Any = None
+) -> Tensor:
     if not isinstance(value, Tensor):
-        raise RequestError(f"{name} has no such stream, so there is nothing to edit.")
-    rows = as_rows(value, shape, name)
-    before = as_rows(entered, shape, name) if isinstance(entered, Tensor) else None
-    for edit in chain:
+        raise RequestError(f"{site.name} has no such stream, so there is nothing to edit.")
+    rows = as_rows(value, shape, site.name)
+    before = as_rows(entered, shape, site.name) if isinstance(entered, Tensor) else None
+    for number, edit in enumerate(chain):
         if isinstance(edit, Skip) and (before is None or before.shape != rows.shape):
-            raise RequestError(f"{name} has another shape than what entered the block, so the block cannot be skipped.")
-        rows = apply(edit, rows, before, name)
+            raise RequestError(
+                f"{site.name} has another shape than what entered the block, so the block cannot be skipped."
+            )
+        changed = apply(edit, rows, before, site)
+        if changed is not None:
+            rows = changed
+            site.reached.add((site.name, number))
     return from_rows(rows, value)

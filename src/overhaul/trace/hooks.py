@@ -22,14 +22,17 @@ finds the modules whose outputs are the contributions of attention and MLP.
 4. Hooks run in the order in which their `with` blocks were entered, so a capture inside an intervention sees its effect.
    Within one intervention, edits of one site are done in the order in which they are given.
 5. Blocks are counted along the path in force when the `with` is entered (`LayerStack.following`).
+6. Positions are counted in the sequence, also where a cache holds those before; a forward without them is left as it is.
+7. Under activation checkpointing, what ran inside an intervention is recomputed with its edits, whenever the backward
+   pass comes. A checkpoint of one's own around a forward (`torch.utils.checkpoint`) needs the backward inside.
 """
 
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -37,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from overhaul.errors import RequestError, RunError, did_you_mean
-from overhaul.modes import at_rest
+from overhaul.modes import at_rest, uncompiled
 from overhaul.stack import LayerStack
 from overhaul.stack.calls import invoke, map_tensors
 from overhaul.trace import edits as primitives
@@ -50,6 +53,8 @@ Site = str | tuple[str, str]
 """A site, or two whose states are reduced together."""
 
 _ENTERING, _LEAVING, _INTO = "entering", "leaving", "into."
+_CHECKPOINT = "_gradient_checkpointing_func"
+"""Where transformers and diffusers keep the function that runs something now and again in the backward pass."""
 
 
 @contextmanager
@@ -82,9 +87,9 @@ def capture(
         RequestError: an unknown site, or (at the end) no position counted.
         RunError: (at the end) nothing passed a site.
     """
-    watch = Watch(reduce, skip_first, list(dict.fromkeys(_expanded(stack, sites))), given=mask)
+    watch = Watch(reduce, skip_first, list(dict.fromkeys(_expanded(stack, sites))), Shape(mask=mask))
     with ExitStack() as undo:
-        _run_uncompiled(undo)
+        undo.enter_context(uncompiled())
         for module in _around(stack):
             _hook(undo, module.register_forward_pre_hook, watch.note_mask)
         for block in stack.blocks:
@@ -159,8 +164,8 @@ def intervene(
     Raises:
         RequestError: an unknown site, one that is only read ("into.NAME"), `Skip` at anything but "leaving", a value that
             is not finite or of the wrong width; from a forward, before its first block runs: a selection or value that
-            does not fit the batch. With a cache, a forward holds only the new positions.
-        RunError: (at the end) nothing passed a site, so nothing was edited there.
+            does not fit the batch, or a result that the state's dtype cannot hold.
+        RunError: (at the end) nothing passed a site, or none of the positions did, so nothing was edited there.
     """
     width = getattr(stack.config, "hidden_size", None) if stream == MAIN else None
     chains: dict[str, list[Primitive]] = {}
@@ -171,26 +176,85 @@ def intervene(
             for edit in given if isinstance(given, Sequence) else [given]:
                 primitives.check(edit, None if _located(stack, name)[0] is None else width, name)
                 chains.setdefault(name, []).append(edit)
-    reached, shape = set[str](), Shape()
+    reached, shape = set[tuple[str, int]](), Shape()
+    install = partial(_install, stack, stream, chains, reached)
     with ExitStack() as undo:
-        _run_uncompiled(undo)
-        of_stream = {name: chain for name, chain in chains.items() if _located(stack, name)[0] is not None}
-        _hook(undo, stack.blocks[0].register_forward_pre_hook, partial(_check_fits, of_stream, stream))
-        for block in stack.blocks:
-            _hook(undo, block.register_forward_pre_hook, shape.note)
-        for name, chain in chains.items():
-            place, module = _located(stack, name)
-            if place is None:
-                _hook(undo, module.register_forward_hook, partial(primitives.edit_module, chain, name, shape))
-            elif name.startswith(_ENTERING):
-                _hook(undo, module.register_forward_pre_hook, partial(primitives.edit_entering, chain, name, stream))
-            else:
-                _hook(undo, module.register_forward_hook, partial(primitives.edit_leaving, chain, name, stream))
-            _hook(undo, module.register_forward_hook, partial(_note, reached, name))
+        undo.enter_context(uncompiled())
+        undo.enter_context(_recomputed_alike(stack.model, shape, install))
+        install(undo, shape)
         yield stack
-    missed = [name for name in chains if name not in reached]
+    missed = [name for name, chain in chains.items() if any((name, n) not in reached for n in range(len(chain)))]
     if missed:
-        raise RunError(f"Nothing passed {missed[0]}, so nothing was edited: no forward ran inside, or none reached it.")
+        raise RunError(
+            f"Nothing passed {missed[0]}, so nothing was edited: no forward ran inside, none reached it, or none held the "
+            "positions."
+        )
+
+
+def _install(
+    stack: LayerStack,
+    stream: Stream,
+    chains: Mapping[str, Sequence[Primitive]],
+    reached: set[tuple[str, int]],
+    undo: ExitStack,
+    shape: Shape,
+) -> None:
+    """Put the hooks of an intervention on; `undo` takes them off."""
+    of_stream = {name: chain for name, chain in chains.items() if _located(stack, name)[0] is not None}
+    for module in _around(stack):
+        _hook(undo, module.register_forward_pre_hook, partial(_call, shape.note_mask))
+    _hook(undo, stack.blocks[0].register_forward_pre_hook, shape.note_start)
+    _hook(undo, stack.blocks[0].register_forward_pre_hook, partial(_check_fits, of_stream, stream, shape))
+    for block in stack.blocks:
+        _hook(undo, block.register_forward_pre_hook, shape.note)
+    for name, chain in chains.items():
+        place, module = _located(stack, name)
+        at = primitives.Site(name, shape, reached)
+        if place is None:
+            _hook(undo, module.register_forward_hook, partial(primitives.edit_module, chain, at))
+        elif name.startswith(_ENTERING):
+            _hook(undo, module.register_forward_pre_hook, partial(primitives.edit_entering, chain, at, stream))
+        else:
+            _hook(undo, module.register_forward_hook, partial(primitives.edit_leaving, chain, at, stream))
+
+
+@contextmanager
+def _recomputed_alike(model: nn.Module, shape: Shape, install: Callable[[ExitStack, Shape], None]) -> Iterator[None]:
+    """Let what is checkpointed inside the `with` be recomputed as it ran, also in a backward pass that comes after it."""
+    inside = [True]
+
+    def edited(run: Callable[..., Any]) -> Callable[..., Any]:
+        then = replace(shape)
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            if torch._C._current_graph_task_id() == -1:
+                return run(*args, **kwargs)
+            with ExitStack() as undo:
+                if inside[0]:
+                    undo.callback(vars(shape).update, vars(replace(shape)))
+                    vars(shape).update(vars(then))
+                else:
+                    install(undo, replace(then))
+                return run(*args, **kwargs)
+
+        return again
+
+    with ExitStack() as undo:
+        for module in model.modules():
+            checkpoint = vars(module).get(_CHECKPOINT)
+            if checkpoint is not None:
+                undo.callback(setattr, module, _CHECKPOINT, checkpoint)
+                setattr(module, _CHECKPOINT, partial(_checkpointed, checkpoint, edited))
+        try:
+            yield
+        finally:
+            inside[0] = False
+
+
+def _checkpointed(
+    checkpoint: Callable[..., Any], edited: Callable[..., Any], run: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    return checkpoint(edited(run), *args, **kwargs)
 
 
 # sites
@@ -250,22 +314,17 @@ def _hook(undo: ExitStack, register: Callable[..., Any], hook: Callable[..., Any
     undo.callback(register(hook, with_kwargs=True).remove)
 
 
-def _run_uncompiled(undo: ExitStack) -> None:
-    # nothing can have been compiled where dynamo was never imported, and importing it takes seconds
-    if "torch._dynamo" in sys.modules:
-        undo.enter_context(torch.compiler.set_stance("force_eager"))
-
-
-def _note(reached: set[str], name: str, *call: Any) -> None:
-    reached.add(name)
+def _call(note: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> None:
+    note(module, args, kwargs)  # what a hook returns would take the place of the arguments
 
 
 def _check_fits(
-    chains: Mapping[str, Sequence[Primitive]], stream: Stream, block: nn.Module, args: Any, kwargs: Any
+    chains: Mapping[str, Sequence[Primitive]], stream: Stream, shape: Shape, block: nn.Module, args: Any, kwargs: Any
 ) -> None:
     state = argument(block, stream, args, kwargs)
     # maps of images change their size from stage to stage: each is checked where it is edited
     if isinstance(state, Tensor) and state.ndim == 3:
+        shape.note(block, args, kwargs)
         for name, chain in chains.items():
             for edit in chain:
-                primitives.check_fit(edit, state.shape, name)
+                primitives.check_fit(edit, state.shape, primitives.Site(name, shape))

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from functools import cache
@@ -53,12 +54,20 @@ def takes(module: nn.Module, name: str) -> bool:
 
 
 def parts(output: Any) -> tuple[Any, ...]:
-    """What a module returned, as a tuple."""
+    """What a module returned, as a tuple: also what an output of transformers or diffusers holds by name."""
+    if isinstance(output, Mapping):
+        return tuple(output.values())
     return tuple(output) if isinstance(output, tuple | list) else (output,)
 
 
 def with_parts(output: Any, values: Mapping[int, Tensor]) -> Any:
     """What a module returned, in its own form, with other values at these indices."""
+    if isinstance(output, Mapping):
+        changed: Any = copy.copy(output)
+        for n, name in enumerate(output):
+            if n in values:
+                changed[name] = values[n]
+        return changed
     if not isinstance(output, tuple | list):
         return values.get(0, output)
     return type(output)([values.get(n, old) for n, old in enumerate(output)])
@@ -67,6 +76,21 @@ def with_parts(output: Any, values: Mapping[int, Tensor]) -> Any:
 def first_tensor(output: Any) -> int | None:
     """The index of the first tensor in what a module returned."""
     return next((n for n, part in enumerate(parts(output)) if isinstance(part, Tensor)), None)
+
+
+def first_of(name: str, did: str, given: Any) -> Tensor:
+    """The first tensor in what a module returned or was given.
+
+    Raises:
+        RequestError: there is none.
+    """
+    index = first_tensor(given)
+    if index is None:
+        kinds = ", ".join(type(part).__name__ for part in parts(given)) or "nothing"
+        raise RequestError(
+            f"{name} {did} no tensor ({kinds}), so there is no state. Name a module inside or around it."
+        )
+    return parts(given)[index]
 
 
 def leaving(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> dict[str, int]:

@@ -10,21 +10,58 @@ import torch
 from torch import Tensor, nn
 
 from overhaul.errors import RequestError, RunError
-from overhaul.trace.streams import MAIN, Stream, argument, as_rows, first_tensor, leaving, parts, takes
+from overhaul.trace.streams import MAIN, Stream, argument, as_rows, first_of, leaving, parts, takes
 
 Result = TypeVar("Result")
 
 
 @dataclass
 class Shape:
-    """The shape of the stream in the forward that runs."""
+    """The stream in the forward that runs: its shape, and where it lies in its sequences.
+
+    Attributes:
+        value: its shape.
+        start: how many positions a cache holds before it.
+        cached: whether a cache is filled, so that what comes later runs in forwards of its own.
+        mask: the mask that the model was given, if it was, [b, positions so far].
+    """
 
     value: torch.Size | None = None
+    start: int = 0
+    cached: bool = False
+    mask: Tensor | None = None
 
     def note(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A hook before each block."""
         entering = argument(block, MAIN, args, kwargs)
         self.value = entering.shape if isinstance(entering, Tensor) else None
+
+    def note_start(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook before the first block."""
+        cache = next((value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")), None)
+        self.cached, self.start = cache is not None, 0
+        if cache is None:
+            return
+        try:
+            self.start = int(cache.get_seq_length())
+        except ValueError:  # a cache of states alone counts nothing; the mask does
+            length = argument(block, MAIN, args, kwargs).shape[1]
+            self.start = 0 if self.mask is None else max(self.mask.shape[1] - length, 0)
+
+    def note_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """A hook before the modules around the stack: the innermost runs last and so has the last word.
+
+        Returns:
+            Whether the module says something of padding.
+        """
+        if not takes(module, "attention_mask"):
+            return False
+        mask = argument(module, "attention_mask", args, kwargs)
+        # masks that were made ready for attention, [b, 1, t, t], say the same in another form
+        told = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+        if told:
+            self.mask = mask
+        return told
 
 
 @dataclass
@@ -35,9 +72,8 @@ class Watch(Generic[Result]):
         reduce: the reduction.
         skip_first: how many positions at the start of each sample do not count.
         wanted: the sites and pairs of sites.
-        shape: of the stream.
+        shape: of the stream, with the mask.
         seen: site -> result so far.
-        given: the mask that the model was given, if it was, [b, t].
     """
 
     reduce: Callable[..., Result | None]
@@ -45,7 +81,6 @@ class Watch(Generic[Result]):
     wanted: Sequence[str | tuple[str, str]]
     shape: Shape = field(default_factory=Shape)
     seen: dict[Any, Result] = field(default_factory=dict)
-    given: Tensor | None = None
     _users: dict[str, list[Any]] = field(default_factory=dict)
     _passed: dict[Any, bool] = field(default_factory=dict)  # whether any position counted
     _waiting: dict[Any, tuple[str, Tensor]] = field(default_factory=dict)
@@ -62,23 +97,17 @@ class Watch(Generic[Result]):
         return list(self._users)
 
     def note_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A hook before the modules around the stack: the innermost runs last and so has the last word."""
-        if takes(module, "attention_mask"):
-            mask = argument(module, "attention_mask", args, kwargs)
-            # masks that were made ready for attention, [b, 1, t, t], say the same in another form
-            if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
-                self.given, self._mask = mask, None
+        """A hook before the modules around the stack."""
+        if self.shape.note_mask(module, args, kwargs):
+            self._mask = None
 
     def read_module(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """A hook after a module."""
-        index = first_tensor(output)
-        self._arrive(name, None if index is None else parts(output)[index])
+        self._arrive(name, first_of(name, "returned", output))
 
     def read_into(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A hook before a module that is no block."""
-        given = (*args, *kwargs.values())
-        index = first_tensor(given)
-        self._arrive(name, None if index is None else given[index])
+        self._arrive(name, first_of(name, "was given", (*args, *kwargs.values())))
 
     def read_entering(self, name: str, stream: Stream, block: nn.Module, args: Any, kwargs: Any) -> None:
         """A hook before a block."""
@@ -139,8 +168,8 @@ class Watch(Generic[Result]):
         key = (batch, length, state.device)
         if self._mask is None or self._mask[0] != key:
             mask = torch.ones(batch, length, dtype=torch.bool, device=state.device)
-            if self.given is not None:
-                mask = self.given.to(state.device).bool()
+            if self.shape.mask is not None:
+                mask = self.shape.mask.to(state.device).bool()
                 if len(mask) != batch or mask.shape[1] < length or length != (self.shape.value or (0, length))[1]:
                     raise RequestError(
                         f"{name} gives a state of {batch} samples with {length} positions, to which the attention mask "

@@ -1,7 +1,8 @@
 """Whether checkpoints mean the same by the same numbers: names of tensors, words, and what their configs say.
 
 1. Names are compared as the class reads them: with or without the prefix before a model's body, as older and newer versions
-   of the library write them, and with a tied tensor stored once or twice.
+   of the library write them, and with a tied tensor stored once or twice. Where they differ, buffers that the class no
+   longer stores are left out, as the library leaves them out on loading.
 2. A word's embedding is a row. Where two tokenizers give one row to different words, a blend of the rows means nothing.
 3. What else the configs say differently (the base of rotary positions, head counts, the class) changes no shape, so only the
    user can tell whether it matters: it is said.
@@ -13,7 +14,10 @@ import json
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from torch import nn
 
 from overhaul.errors import RequestError
 from overhaul.models import Checkpoint, planned
@@ -35,19 +39,39 @@ def aligned(sources: Sequence[Source]) -> list[TensorIndex]:
     if not sources:
         raise RequestError("There is no model. Give at least one.")
     checkpoints = [facts_of(source) for source in sources]
-    first, *others = (TensorIndex.of(known) for known in checkpoints)
-    return [first, *(_renamed(checkpoints[0], first, *pair) for pair in zip(checkpoints[1:], others, strict=True))]
+    first, *others = indexes = [TensorIndex.of(known) for known in checkpoints]
+    if all(other.tensors.keys() == first.tensors.keys() for other in others):
+        return indexes
+    built = [_planned(known) for known in checkpoints]
+    first, *others = [_as_loaded(model, index) for model, index in zip(built, indexes, strict=True)]
+    return [first, *(_renamed(built[0], first, model, other) for model, other in zip(built[1:], others, strict=True))]
 
 
-def _renamed(ours: Checkpoint, first: TensorIndex, theirs: Checkpoint, other: TensorIndex) -> TensorIndex:
-    """The other's tensors under the first's names, where both classes can be built."""
-    if first.tensors.keys() == other.tensors.keys():
-        return other
+def _planned(known: Checkpoint) -> nn.Module | None:
+    """What the class builds; None where it is not known, and names have to be enough."""
     try:
-        one, two = planned(ours), planned(theirs)
+        return planned(known)
     except RequestError:
-        return other
-    if one is None or two is None:
+        return None
+
+
+def _as_loaded(model: Any, index: TensorIndex) -> TensorIndex:
+    """The index without what the library itself leaves out on loading, such as buffers that a class no longer stores."""
+    adjust = getattr(model, "_adjust_missing_and_unexpected_keys", None)
+    if adjust is None:
+        return index
+    known = model.state_dict().keys()
+    built = built_names(model, index.tensors)
+    unknown = {one for one in built.values() if one not in known}
+    told = SimpleNamespace(missing_keys=set[str](), unexpected_keys=set(unknown))
+    adjust(told)
+    gone = unknown - told.unexpected_keys
+    return replace(index, tensors={name: one for name, one in index.tensors.items() if built[name] not in gone})
+
+
+def _renamed(one: nn.Module | None, first: TensorIndex, two: nn.Module | None, other: TensorIndex) -> TensorIndex:
+    """The other's tensors under the first's names, where both classes can be built."""
+    if first.tensors.keys() == other.tensors.keys() or one is None or two is None:
         return other
     models = (one, two)
     ties = [dict(getattr(model, "all_tied_weights_keys", None) or {}) for model in models]

@@ -66,13 +66,18 @@ class TensorFacts:
 
     @property
     def depth(self) -> int:
-        """Its block; -1 before the first, `blocks` after the last."""
+        """Its block, from 0; -1 before the first (embeddings), `blocks` after the last (final norm, head). See `share`."""
         return self.places[self.name][1]
 
     @property
     def blocks(self) -> int:
         """Number of blocks in its stack."""
         return self.places[self.name][2]
+
+    @property
+    def share(self) -> float:
+        """The share of the blocks that lie before it, for ramps over depth: 0 before and at the first block, 1 after all."""
+        return max(self.depth, 0) / self.blocks if self.blocks else 0.0
 
     @property
     def numbers(self) -> int:

@@ -17,20 +17,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from overhaul.errors import RequestError, RunError
 from overhaul.weights.agreement import aligned, check_words, differences
+from overhaul.weights.card import describe
 from overhaul.weights.index import Source, TensorFacts, TensorIndex, check_alike
 from overhaul.weights.output import Combine, Storage, agreed, checked, write_new
 
 Coefficient = float | Callable[[TensorFacts], float]
-"""A number, or a function of the tensor: `lambda t: t.depth / t.blocks`."""
+"""A number, or a function of the tensor: `lambda t: t.share`, which is 0 for embeddings and 1 after the last block."""
 Chosen = Collection[int] | Callable[[TensorFacts], bool]
 """Depths, or a function of the tensor."""
 
@@ -124,6 +126,7 @@ def stream(
     *,
     only: Chosen | None = None,
     whole: bool = False,
+    told: Mapping[str, Any] | None = None,
     **storage: Unpack[Storage],
 ) -> Path:
     """Apply `combine` to every floating-point tensor and write a new checkpoint, with the first one's config and tokenizer.
@@ -135,6 +138,7 @@ def stream(
         only: the tensors to combine; the others are the first model's, and the other models need not have them.
         whole: give `combine` whole tensors, as a singular value decomposition needs, one at a time. Memory is then that
             of the largest tensor.
+        told: what lineage.json and the model card say of the making: the "name" of what combines, and what it was given.
         **storage: see `Storage`.
 
     Returns:
@@ -155,7 +159,12 @@ def stream(
     def combine_chosen(tensor: TensorFacts, models: list[Tensor]) -> Tensor:
         return combine(tensor, models) if chosen(tensor) else models[0]
 
-    return write_new(indexes[0], inputs, combine_chosen, Path(out), whole, storage)
+    described = partial(_described, sources, {"name": "weights.stream", "only": only, **(told or {})})
+    return write_new(indexes[0], inputs, combine_chosen, Path(out), whole, storage, described)
+
+
+def _described(sources: Sequence[Source], told: Mapping[str, Any], folder: Path) -> None:
+    describe(folder, sources, told["name"], {key: value for key, value in told.items() if key != "name"})
 
 
 def blend(
@@ -176,7 +185,8 @@ def blend(
         **storage: see `Storage`.
     """
     _check_count(coefficients, sources, "models")
-    return stream(sources, weighted_sum(coefficients), out, only=only, **storage)
+    told = {"name": "weights.blend", "coefficients": coefficients}
+    return stream(sources, weighted_sum(coefficients), out, only=only, told=told, **storage)
 
 
 def add_deltas(
@@ -199,7 +209,8 @@ def add_deltas(
         **storage: see `Storage`.
     """
     _check_count(coefficients, tuned, "tuned models")
-    return stream([base, *tuned], weighted_deltas(coefficients), out, only=only, **storage)
+    told = {"name": "weights.add_deltas", "coefficients": coefficients}
+    return stream([base, *tuned], weighted_deltas(coefficients), out, only=only, told=told, **storage)
 
 
 def scale_by_depth(
@@ -210,7 +221,8 @@ def scale_by_depth(
     Args:
         base: the model as it was.
         tuned: the model after training.
-        coefficient: 1 leaves the tuned tensor exactly, 0 the base's.
+        coefficient: 1 leaves the tuned tensor exactly, 0 the base's. As a function of depth, `lambda t: t.share` is a ramp
+            from 0 at embeddings and first block to 1 after the last; `t.depth` itself is -1 for embeddings.
         out: folder to write.
         **storage: see `Storage`.
     """
@@ -235,7 +247,8 @@ def restore(tuned: Source, base: Source, chosen: Chosen, out: str | Path, **stor
     wanted = _chooser(chosen, indexes[0])
     _check(indexes, [tuned, base], wanted, storage)
     inputs = {name: [indexes[wanted(tensor)].tensors[name]] for name, tensor in indexes[0].tensors.items()}
-    return write_new(indexes[0], inputs, _first, Path(out), False, storage)
+    described = partial(_described, [tuned, base], {"name": "weights.restore", "chosen": chosen})
+    return write_new(indexes[0], inputs, _first, Path(out), False, storage, described)
 
 
 def _check(

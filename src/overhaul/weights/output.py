@@ -61,8 +61,12 @@ def write_new(
     out: Path,
     whole: bool,
     storage: Storage,
+    described: Callable[[Path], None],
 ) -> Path:
-    """Write a checkpoint beside its place, file by file, and rename it; whatever goes wrong, nothing is left."""
+    """Write a checkpoint beside its place, file by file, and rename it; whatever goes wrong, nothing is left.
+
+    `described` writes the model card and the lineage.
+    """
     if out.exists():
         raise RequestError(f"{out} exists already; a checkpoint is never written over. Choose another folder.")
     name, most = storage.get("dtype"), storage.get("shard_bytes")
@@ -81,6 +85,7 @@ def write_new(
             for shard in shards:
                 _write_shard(shard, inputs, combine, partial / shard.file, whole)
             copy_rest(first, partial, shards, dtype)
+            described(partial)
             os.replace(partial, out)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
