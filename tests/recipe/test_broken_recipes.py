@@ -121,7 +121,7 @@ def _data(base: Path) -> None:
     rows(base / "nothing.jsonl", {"text": ""})
     rows(base / "broken.jsonl", *qa(2), "{not json")
     rows(base / "numbers.jsonl", "3", "4")
-    rows(base / "other.jsonl", {"prompt": "a", "completion": "b"})
+    rows(base / "other.jsonl", {"term": "a", "meaning": "b"})
     rows(base / "tasks.jsonl", *({"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(4)))
     rows(base / "pairs.jsonl", {"prompt": "a", "chosen": "b", "rejected": " "})
     rows(base / "chats.jsonl", {"messages": [{"role": "user", "content": "hi"}]})
@@ -319,9 +319,9 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "a file that is not there": (source("nowhere.jsonl"), "nowhere.jsonl does not exist"),
     "a file outside": (source("../people.jsonl"), r"may not climb out"),
     "a data set of the hub": (source("owner/name"), "'owner/name' is no file here"),
-    "a folder of nothing": (source("folder"), "neither a saved"),
+    "a folder of nothing": (source("folder"), "folder is empty"),
     "a file of another kind": (source("strange.xyz"), ".xyz"),
-    "an empty file": (source("empty.jsonl"), "empty.jsonl has no rows"),
+    "an empty file": (source("empty.jsonl"), "empty.jsonl is empty"),
     "a line that is no JSON": (source("broken.jsonl"), "broken.jsonl, line 3"),
     "lines that are no objects": (source("numbers.jsonl"), "numbers.jsonl, line 1"),
     "a mapping for rows": (source("mapping.json"), "mapping.json"),
@@ -342,9 +342,9 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "pieces too short": (source("text.jsonl", length=4), "length"),
     "pieces longer than the context": (source("text.jsonl", length=200), "Write `length: 128`"),
     "a question longer than the context": (source("long.jsonl"), "'text' has an example of"),
-    "an answer of blanks": (source("blank.jsonl"), "has no answer"),
+    "an answer of blanks": (source("blank.jsonl"), "line 3: .answer. is empty"),
     "a preference for nothing": (
-        both(material("preferences", {"from": "pairs.jsonl"}), steps({"align.dpo": {"steps": 2}})), "lacks an answer"
+        both(material("preferences", {"from": "pairs.jsonl"}), steps({"align.dpo": {"steps": 2}})), "line 1: .rejected. is empty"
     ),
     "a text of nothing": (source("nothing.jsonl"), "no example is left"),
     "braces that do not close": (source("people.jsonl", prompt="{question"), "prompt"),
@@ -403,8 +403,8 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "images for a language model": (both(source("pictures.jsonl"), judge()), "'text' holds images, which LlamaForCausalLM"),
     "text for an image model": (model("vit"), "has no tokenizer"),
     "images of another size": (images("wide.jsonl"), "'text' holds images, which ViTForImageClassification"),
-    "a label beyond the classes": (images("eleven.jsonl"), "has the label 11"),
-    "a label below the classes": (images("negative.jsonl"), "has the label -1"),
+    "a label beyond the classes": (images("eleven.jsonl"), "line 3: .label. is 11"),
+    "a label below the classes": (images("negative.jsonl"), "line 2: .label. is -1"),
     "labels in words": (images("words.jsonl"), "cat"),
     "a model that says nothing": (model("headless", judge(kept={"perplexity": "text"}), steps(drop(1))), "has no head"),
     # judge

@@ -27,9 +27,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from overhaul import models, session
 from overhaul.data.examples import Examples, collate
-from overhaul.data.forms import find_form
 from overhaul.data.lazy import TextFile
-from overhaul.data.materials import Row, Source, form_of, positions_of
+from overhaul.data.materials import Row, Source, positions_of
+from overhaul.data.values import FileRow, place_of
 from overhaul.errors import MaterialWarning, OverhaulError, RequestError
 from overhaul.judge import judge as judging
 from overhaul.method import Material, Outcome
@@ -153,21 +153,16 @@ def _some(spec: Source, rows: Sequence[Row]) -> Sequence[Row]:
     """Rows that are encoded in a moment and stand for all."""
     if len(rows) <= AFFORDED and not any(isinstance(value, TextFile) for row in rows[:2] for value in row.values()):
         return rows
-    sizes = [(sum(positions_of(spec, _whole(spec, row, number))), number) for number, row in enumerate(rows)]
+    sizes = [(sum(positions_of(spec, row)), number) for number, row in enumerate(rows)]
     longest = sorted(number for _, number in sorted(sizes)[-SHOWN:])
     places = dict.fromkeys([*range(min(SHOWN, len(rows))), *longest, *range(max(0, len(rows) - SHOWN), len(rows))])
-    return [{name: _begun(value) for name, value in rows[place].items()} for place in places]
+    return [_shortened(rows[place], f"row {place + 1}") for place in places]
 
 
-def _whole(spec: Source, row: Row, number: int) -> Row:
-    for column in map(spec.column, find_form(form_of(spec, [row])).columns):
-        if row.get(column) is None:
-            raise RequestError(f"{spec.from_}: row {number + 1} has no {column!r}: {str(dict(row))[:80]}.")
-    return row
-
-
-def _begun(value: Any) -> Any:
-    return next(value.stretches(STRETCH), "") if isinstance(value, TextFile) else value
+def _shortened(row: Row, otherwise: str) -> Row:
+    """The row with the beginning of a text that lies in a file."""
+    values = {k: next(v.stretches(STRETCH), "") if isinstance(v, TextFile) else v for k, v in row.items()}
+    return FileRow(place_of(row, otherwise), values)
 
 
 def _told(work: Callable[[], Result], where: str) -> Result | None:
