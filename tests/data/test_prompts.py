@@ -125,7 +125,8 @@ def test_a_column_of_text_that_nothing_reads_is_said(tokenizer: Any) -> None:
     ],
 )
 def test_what_is_not_meant_to_be_read_is_not(more: Any, options: Any, tokenizer: Any) -> None:
-    rows = [{"question": "hi", "answer": "yes", **more}]
+    row = {"question": "hi", "answer": "yes", **more}
+    rows = [row, {**row, **options.get("unless", {})}]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         examples(rows, tokenizer, prompt="{question}:", **options)

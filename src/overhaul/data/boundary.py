@@ -123,9 +123,9 @@ def _by_offsets(place: int, encoding: Any, text: str, span: Span) -> Found:
         before = encoding.token_to_chars(first - 1) if first else None
     starts, last, behind = encoding.token_to_chars(first)[0], len(ids), len(ids)
     if end < len(text):
-        last = max(first, _holding(encoding, range(end - 1, begin - 1, -1)) or first) + 1
+        last = max(first + 1, _behind(encoding, range(end - 1, begin - 1, -1)))
     if until < len(text):
-        behind = max(last, 1 + (_holding(encoding, range(until - 1, end - 1, -1)) or 0))
+        behind = max(last, _behind(encoding, range(until - 1, end - 1, -1)))
     # some tokenizers leave the space that a token holds out of its offsets
     spaced = starts >= begin > 0 and text[begin - 1].isspace() and not text[begin].isspace()
     if before and before[1] < begin and spaced and str(encoding.tokens[first]).startswith(SPACES):
@@ -140,6 +140,18 @@ def _holding(encoding: Any, places: range) -> int | None:
         if token is not None:
             return token
     return None
+
+
+def _behind(encoding: Any, places: range) -> int:
+    """How many tokens there are up to the last one of the first of these characters which any token holds."""
+    token = _holding(encoding, places)
+    if token is None:
+        return 0
+    begin, end = encoding.token_to_chars(token)
+    # the bytes of one character may be tokens of their own, which all have its place
+    while (following := encoding.token_to_chars(token + 1)) and begin <= following[0] < end:
+        token += 1
+    return token + 1
 
 
 def _by_prefix(tokenizer: Any, texts: Sequence[str], spans: Sequence[Span], special: bool) -> list[Found]:
