@@ -29,7 +29,7 @@ MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MARK = "ZqxxqZ"
 """What stands in place of a turn to see where the template writes it; `_mark` makes one that no turn holds."""
 
-_THOUGHT_ENDS = re.compile(r"</\w+>")
+_TAG = re.compile(r"</?\w+>")
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """What a turn may hold beside its content that is learnt with it."""
@@ -170,10 +170,12 @@ class Writer:
         begin = len(commonprefix([text, before]))
         end = len(text) - len(commonprefix([text[begin:][::-1], after[::-1]]))
         thinks = "</" in last["content"] or bare != last
-        ends = _THOUGHT_ENDS.split(last["content"])[-1].strip()[-8:]
-        if not found or mark in after or (begin < len(before) and not thinks) or ends not in text[begin:end]:
+        parts = [
+            part.strip() for part in _TAG.split(last["content"])
+        ]  # a template may write a thought in lines of its own
+        if not found or mark in after or (begin < len(before) and not thinks) or parts[-1][-8:] not in text[begin:end]:
             raise RowError(place, "the chat template does not write its last answer as it is given.")
-        if thinks and last["content"].strip() not in text:
+        if thinks and not all(part in text for part in parts):
             _warn("The chat template leaves out thoughts of an answer: what it writes is learnt and scored.")
         if said and said[-1][0] <= begin < said[-1][1]:  # the template itself says what is the assistant's
             begin, until = said[-1]
