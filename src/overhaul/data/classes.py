@@ -126,7 +126,7 @@ def number_of(value: Any, numbers: Mapping[str, int], labels: Labels | None, pla
         return numbers[value]
     if isinstance(value, str) and is_number(value):
         value = _whole(value)
-    if hasattr(value, "item") and not getattr(value, "shape", ()):  # numpy's and torch's
+    if not isinstance(value, str) and hasattr(value, "item") and not getattr(value, "shape", ()):  # numpy's and torch's
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:  # not so of NaN and infinity
         raise RequestError(f"{place}: {column!r} is {value!r}, and the name or the number of a class is needed.")
