@@ -223,7 +223,7 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
         if all(name in checked.rows for name in step.names(role))
     }
     lengths = {
-        role: [n for spec, rows in parts for row in rows for n in positions_of(spec, row)]
+        role: [n for spec, rows in parts for n in [n for row in rows for n in positions_of(spec, row)][: spec.limit]]
         for role, parts in read.items()
     }
     size = int(step.knobs.get("batch_size") or 16)
