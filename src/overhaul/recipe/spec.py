@@ -13,7 +13,7 @@ import yaml
 from annotated_types import Ge, Lt
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from overhaul.errors import RequestError, did_you_mean
+from overhaul.errors import SEE, RequestError, did_you_mean
 
 
 class Recipe(BaseModel):
@@ -133,7 +133,7 @@ def _parse(text: str, name: str, base: Path) -> Document:
         raise RequestError(f"The recipe {name} must be a mapping with `model:` and `steps:`.")
     for field in loaded:
         if field not in Recipe.model_fields:
-            raise RequestError(f"A recipe has no field {field!r}.{did_you_mean(str(field), Recipe.model_fields)}")
+            raise RequestError(f"A recipe has no field {field!r}.{did_you_mean(str(field), Recipe.model_fields)}{SEE}")
     _check_values(name, loaded)
     try:
         recipe = Recipe.model_validate(loaded)
