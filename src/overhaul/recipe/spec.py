@@ -20,7 +20,8 @@ class Recipe(BaseModel):
     """What a recipe file may say.
 
     Attributes:
-        model: a folder, a hub name (`owner/name@revision`), `starter:NAME`, or `new:FOLDER`: a config without weights, which the seed draws.
+        model: a folder, a hub name (`owner/name@revision`), `starter:NAME`, or `new:FOLDER`: a config without weights, which
+            the seed draws.
         title: for the report.
         seed: every step starts from it.
         dtype: how weights are held while they are worked on; the saved model keeps the dtype it came with.
