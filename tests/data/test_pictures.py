@@ -399,7 +399,7 @@ def test_a_class_folder_may_be_a_link(tmp_path: Path) -> None:
 def test_one_number_is_one_class(tmp_path: Path) -> None:
     for name in ("1", "01"):
         save(grey(), tmp_path, "i", name, "a.png")
-    with pytest.raises(RequestError, match="the classes '1' and '01' are one number, 1"):
+    with pytest.raises(RequestError, match="the classes '01' and '1' are one number, 1"):
         load(tmp_path, labels=DEFAULT)
 
 

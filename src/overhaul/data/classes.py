@@ -36,7 +36,9 @@ class Classes:
     def named(cls, names: Collection[str]) -> Classes:
         """Classes of which only the names are known: numbers are stated by themselves."""
         if all(map(is_number, names)):
-            return cls({name: _whole(name) for name in sorted(names, key=_whole)}, stated=True)
+            return cls(
+                {name: _whole(name) for name in sorted(names, key=lambda name: (_whole(name), name))}, stated=True
+            )
         return cls({name: number for number, name in enumerate(sorted(names))}, stated=False)
 
 
