@@ -319,7 +319,8 @@ def encode(rows: Sequence[Row], spec: Source, processor: Any) -> Examples:
         raise RequestError(f"{spec.from_} holds pictures, which need an image processor; the model has a tokenizer.")
     processor = with_template(processor, spec.chat_template)
     source = _source_of(rows)
-    if source is None or form.kind not in ("tokens", "pairs"):
+    # a class is one number an example, which the cache has no place for, and another model's is another one
+    if source is None or form.kind not in ("tokens", "pairs") or "label" in form.columns:
         with _naming(rows, spec):
             return _with_verifier(form.encode(rows, spec, processor)[: spec.limit], spec)
     options = spec.model_dump_json(exclude={"from_", "split", "where", "unless", "limit", "verify"})
