@@ -132,6 +132,13 @@ def test_what_is_not_meant_to_be_read_is_not(more: Any, options: Any, tokenizer:
         examples(rows, tokenizer, prompt="{question}:", **options)
 
 
+@pytest.mark.parametrize("named", ["{answer}", "{said}"])
+def test_a_prompt_does_not_give_the_answer_away(named: str, tokenizer: Any) -> None:
+    rows = [{"question": "hi", "said": "yes"}]
+    with pytest.raises(RequestError, match=r"names the answer \(\{said\}\), so the model would read what it is to say"):
+        examples(rows, tokenizer, form="qa", prompt=f"{{question}} {named}:", columns={"answer": "said"})
+
+
 def recipe(base: Path, folder: Path, **material: Any) -> dict[str, Any]:
     (base / "a.jsonl").write_text("\n".join(map(json.dumps, ALPACA)))
     source = {"from": str(base / "a.jsonl"), "as": "qa", "columns": {"question": "instruction", "answer": "output"}}

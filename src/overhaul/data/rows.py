@@ -66,6 +66,11 @@ class Reader:
             RequestError: `columns:` names what nothing reads; the model does not know the classes.
         """
         put = Prompt.of(options.prompt).names if form.asked else ()
+        if "answer" in form.columns and options.column("answer") in map(options.column, put):
+            raise RequestError(
+                f"{options.from_}: `prompt:` names the answer ({{{options.column('answer')}}}), so the model would read what "
+                "it is to say. Take it out."
+            )
         learnt = (*form.columns, *form.optional, *put, *(shape.reads if shape else ()), *read_too, *BESIDE)
         for name in options.columns:
             if name not in learnt and form.kind != "rows":
