@@ -68,8 +68,8 @@ class Reader:
         put = Prompt.of(options.prompt).names if form.asked else ()
         if "answer" in form.columns and options.column("answer") in map(options.column, put):
             raise RequestError(
-                f"{options.from_}: `prompt:` names the answer ({{{options.column('answer')}}}), so the model would read what "
-                "it is to say. Take it out."
+                f"{options.from_}: `prompt:` names the answer ({{{options.column('answer')}}}), so the model would read "
+                "what it is to say. Take it out."
             )
         learnt = (*form.columns, *form.optional, *put, *(shape.reads if shape else ()), *read_too, *BESIDE)
         for name in options.columns:
