@@ -206,9 +206,12 @@ def compare(
 def plan(recipe: RecipeFile) -> None:
     """Check a recipe and print its steps, peak memory and time, before any weight is read."""
     gc.disable()  # what libraries make when they are imported stays; looking it through takes a tenth of the time
-    from overhaul.recipe.plan import planned
+    try:
+        from overhaul.recipe.plan import planned
 
-    planned(recipe).print(console)
+        planned(recipe).print(console)
+    finally:
+        gc.enable()
     console.print("The recipe is in order; nothing was written.")
 
 
