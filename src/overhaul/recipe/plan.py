@@ -28,7 +28,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from overhaul.data.materials import positions_of
 from overhaul.models import DTYPES, Checkpoint, facts
 from overhaul.recipe.ahead import look_ahead
 from overhaul.recipe.check import Checked, Step, check
@@ -223,8 +222,7 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
         if all(name in checked.rows for name in step.names(role))
     }
     lengths = {
-        role: [n for spec, rows in parts for row in rows for n in positions_of(spec, row)]
-        for role, parts in read.items()
+        role: [n for part in parts for each in checked.positions(*part) for n in each] for role, parts in read.items()
     }
     size = int(step.knobs.get("batch_size") or 16)
     positions = max([1, *(largest_batch(each, size) for each in lengths.values())])
