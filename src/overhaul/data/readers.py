@@ -196,8 +196,8 @@ def _plain_object(line: bytes | str, encoding: str) -> dict[str, Any] | None:
     """The object that is a line of UTF-8; None for any other line, which is then looked at more closely."""
     try:
         text = line if isinstance(line, str) else str(line, encoding)
-        row, end = _JSON.scan_once(text, 0)
-    except (ValueError, RecursionError, StopIteration):
+        row, end = _JSON.raw_decode(text)
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and not text[end:].strip(" \t\r\n") else None
 
