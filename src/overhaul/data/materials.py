@@ -212,7 +212,10 @@ def _choose(spec: Source, rows: Sequence[Row], reader: Reader, said: list[str]) 
         for name in [name for name, each in wanted.items() if reader.matches(row, each)]:
             del wanted[name]
         full = spec.limit is not None and len(chosen.places) >= spec.limit
-        if full or not reader.matches(row, spec.where) or (spec.unless and reader.matches(row, spec.unless)):
+        left_out = (spec.where and not reader.matches(row, spec.where)) or (
+            spec.unless and reader.matches(row, spec.unless)
+        )
+        if full or left_out:
             continue
         place = place_of(row, f"{spec.from_}, row {n + 1}")
         try:

@@ -206,8 +206,20 @@ def _parsed(place: str, text: str) -> Any:
         raise RequestError(f"{place}: JSON that cannot be read ({error}).") from None
 
 
+def _plain_object(line: bytes | str, encoding: str) -> dict[str, Any] | None:
+    """The object that is a line of UTF-8; None for any other line, which is then looked at more closely."""
+    try:
+        text = line if isinstance(line, str) else str(line, encoding)
+        row, end = _JSON.raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and not text[end:].strip(" \t\r\n") else None
+
+
 def _line(path: Path, encoding: str, number: int, line: bytes | str) -> Row:
     place = f"{path}, line {number}"
+    if (row := _plain_object(line, encoding)) is not None:
+        return FileRow(place, row)
     text = line if isinstance(line, str) else decoded(path, line, encoding, number)
     try:
         row = _parsed(place, text)

@@ -58,10 +58,11 @@ def as_text(value: Any, place: str, column: str, empty: bool = False) -> str:
     Raises:
         RequestError: it is anything else, or empty where it may not be.
     """
-    if hasattr(value, "item") and not getattr(value, "shape", ()):  # numpy's numbers
-        value = value.item()
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        value = str(value)
+    if not isinstance(value, str):
+        if hasattr(value, "item") and not getattr(value, "shape", ()):  # numpy's numbers
+            value = value.item()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            value = str(value)
     if not isinstance(value, str):
         raise RequestError(f"{place}: {column!r} is {_named(value)}, and a text is needed. {_way_out(value, column)}")
     if not empty and not value.strip():
