@@ -24,7 +24,7 @@ from typing import Any
 
 from overhaul import processes, session
 from overhaul.errors import RequestError, writing
-from overhaul.files import contents, read_json, write_json, write_text
+from overhaul.files import contents, read_json, remove, write_json, write_text
 from overhaul.models import Checkpoint
 
 
@@ -84,7 +84,8 @@ def _check_room(root: Path, needed_bytes: int) -> None:
 
 
 def _refuse_links(root: Path) -> None:
-    for path in root.glob("*"):
+    inside = (path for path in root.glob("*/*") if path.parent != root / "model")  # there, links are the user's own
+    for path in [*root.glob("*"), *inside]:
         if path.is_symlink():
             raise RequestError(
                 f"{path} is a link; a run folder holds what it wrote itself. Remove it, or choose another."
@@ -94,7 +95,7 @@ def _refuse_links(root: Path) -> None:
 def _tidy(root: Path) -> None:
     """Take away what a killed run left half-written."""
     for stale in [*root.glob(".*.partial"), *root.glob("steps/.*.partial")]:
-        stale.unlink() if stale.is_symlink() or stale.is_file() else shutil.rmtree(stale)
+        remove(stale)
 
 
 def _lock(root: Path) -> int | None:
@@ -203,7 +204,7 @@ class RunFolder:
         """
         if not place.exists():
             return False
-        record = read_json(place / "step.json")
+        record = read_json(place / "step.json", holds=("name", "made"))
         if record is not None:
             kept = record.get("files")
             if kept is None or kept == _stamps(place / "model"):
@@ -212,7 +213,7 @@ class RunFolder:
                 f"{place / 'model'} was changed after its step was finished; the step is done again.", stacklevel=2
             )
         with writing(place):
-            shutil.rmtree(place)
+            remove(place)
         return False
 
     def scratch(self, key: str) -> Path:
@@ -249,7 +250,7 @@ class RunFolder:
         ours = read_json(listed, list) or [path.name for path in target.glob("*")]
         with writing(target):
             for stale in (partial, old):
-                shutil.rmtree(stale, ignore_errors=True)
+                remove(stale)
             partial.mkdir(parents=True)
             for file in sorted(source.iterdir()):
                 _put(file, partial)
