@@ -95,6 +95,7 @@ def writing(place: Path) -> Iterator[None]:
             errno.ENOTDIR: "part of the path is a file, not a folder",
             errno.EEXIST: "a file lies where a folder should be",
             errno.EISDIR: "a folder lies where a file should be",
+            errno.ENAMETOOLONG: "its name is too long",
             errno.ELOOP: "it is a link, which is not followed",
         }
         full = "No space left" in str(error)

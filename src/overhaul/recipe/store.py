@@ -85,10 +85,10 @@ def _check_room(root: Path, needed_bytes: int) -> None:
 
 def _refuse_links(root: Path) -> None:
     inside = (path for path in root.glob("*/*") if path.parent != root / "model")  # there, links are the user's own
-    for path in [*root.glob("*"), *inside]:
-        if path.is_symlink():
+    for path in [*root.glob("*"), *inside, *root.glob("steps/*/*")]:
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):  # to open a pipe may never end
             raise RequestError(
-                f"{path} is a link; a run folder holds what it wrote itself. Remove it, or choose another."
+                f"{path} is a link or no file; a run folder holds what it wrote itself. Remove it, or choose another."
             )
 
 
@@ -165,11 +165,13 @@ class RunFolder:
             RunError: it cannot be written.
         """
         marker = root / "run.json"
-        if root.is_file():
+        with writing(root):
+            taken = root.is_file()
+        if taken:
             raise RequestError(f"{root} is a file; -o names a folder.")
         if os.path.lexists(marker):
             _refuse_links(root)
-            holds = (read_json(marker) or {}).get("recipe", owner)
+            holds = (read_json(marker, holds=("recipe",)) or {}).get("recipe", owner)
             if holds != owner:
                 raise RequestError(
                     f"{root} holds the run of another recipe ({holds!r}, not {owner!r}). Choose another folder with -o."

@@ -58,7 +58,7 @@ def drop_layers(
     model: nn.Module,
     text: Examples | None = None,
     *,
-    count: Annotated[int, Ge(1)] | None = None,
+    count: Annotated[int, Ge(0)] | None = None,
     criterion: Literal["block_influence", "window", "perplexity", "greedy", "reverse"] = "block_influence",
     drop: list[int] | None = None,
     keep: list[int] | None = None,
