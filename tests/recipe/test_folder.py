@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from overhaul.errors import RequestError, RunError
+from overhaul.errors import RequestError, RunError, writing
 from overhaul.fit.checkpoints import TrainingCheckpoint
 from overhaul.recipe.plan import largest_batch
 from overhaul.recipe.run import run
@@ -108,6 +108,14 @@ def test_what_is_no_file_in_a_run_folder_is_named(
 def test_a_name_that_is_too_long_is_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="its name is too long"):
         run(recipe_for(folder), tmp_path / ("x" * 300))
+
+
+def test_a_limit_on_files_is_said_however_a_library_tells_it(tmp_path: Path) -> None:
+    for error in (OSError(27, "File too large"), ValueError("I/O error: File too large (os error 27)")):
+        with pytest.raises(RunError, match="larger than may be written"), writing(tmp_path):
+            raise error
+    with pytest.raises(ValueError, match="something else"), writing(tmp_path):
+        raise ValueError("something else")
 
 
 def test_a_link_where_a_file_is_written_first_is_replaced(folder: Path, tmp_path: Path) -> None:

@@ -108,7 +108,9 @@ def _ask_others(networks: _Networks, checked: Checked, data: Mapping[str, Exampl
     for name in dict.fromkeys([*given, *judged]):
         reference = checked.references.get(name, {})
         other = networks.of(models.facts(reference["model"])) if "model" in reference else None
-        for role in sorted(given.get(name, set()) | judged.get(name, set())) if other is not None else ():
+        if other is None:
+            continue
+        for role in sorted(given.get(name, set()) | judged.get(name, set())):
             try:
                 width = _width(role, data[role], other)
                 _check_said(role, data[role], width, type(other).__name__, role in judged.get(name, ()))
