@@ -12,6 +12,7 @@ import pytest
 
 from overhaul import cli
 from overhaul.claims import _claim
+from overhaul.errors import RequestError
 from overhaul.recipe.begin import packaged
 
 COMMAND = [str(Path(sys.executable).parent / "overhaul")]
@@ -124,3 +125,20 @@ Args:
         (0, "Do it: this and that."), (4, "x_i = a    if b"), (0, "1. First: one goes on."), (0, "2. Second."),
         (0, "Args:"), (4, "a: what it is: so."), (4, "b, c: both."),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["", '{"a', "[]", "{}"])
+def test_a_damaged_report_is_named(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(damage)
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(RequestError, match=r"report\.json is damaged"):
+        cli.report(tmp_path)
+
+
+@pytest.mark.smoke
+def test_closed_outputs_and_a_folder_that_is_gone(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m overhaul methods shrink.prune"
+    assert subprocess.run(["bash", "-c", f"{command} >&-"], timeout=60).returncode == 0
+    (tmp_path / "gone").mkdir()
+    gone = f"cd {tmp_path}/gone; rmdir ../gone; {command}"
+    done = subprocess.run(["bash", "-c", gone], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "The folder in which the command was given cannot be read" in done.stderr

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from overhaul import __version__
-from overhaul.errors import OverhaulError
+from overhaul.errors import OverhaulError, reading
 
 app = typer.Typer(
     help="Change a trained network, layer by layer, without training it again, and prove what the change did.",
@@ -33,7 +33,7 @@ app = typer.Typer(
 starters_app = typer.Typer(help="Small trained models and data that ship with Overhaul.", invoke_without_command=True)
 app.add_typer(starters_app, name="starters")
 
-console = Console(width=None if sys.stdout.isatty() else 110)
+console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 110)
 errors = Console(stderr=True)
 notes = Console(stderr=True)
 
@@ -71,6 +71,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
+        with reading("The folder in which the command was given"):
+            os.getcwd()  # native libraries end the process where it is gone
         code = app(arguments, prog_name="overhaul", standalone_mode=False)
     except Exception as error:
         # what is said of work that was broken off, in the middle of an import for one, is not the reason
@@ -219,13 +221,18 @@ def plan(recipe: RecipeFile) -> None:
 def report(folder: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]) -> None:
     """Print a finished run's table again, and write its report.html anew."""
     from overhaul.errors import RequestError
+    from overhaul.files import read_json
     from overhaul.report.html import write_html
     from overhaul.report.terminal import print_table
 
     source = folder / "report.json"
     if not source.exists():
         raise RequestError(f"{folder} holds no report.json: it is not the folder of a finished run.")
-    content = json.loads(source.read_text())
+    content = read_json(source, holds=("title", "stages", "measures", "steps", "samples", "warnings"))
+    if content is None:
+        raise RequestError(
+            f"{source} is damaged. The command that made the run writes it again, and does nothing else."
+        )
     write_html(content, folder / "report.html")
     print_table(content, console)
     console.print(f"\nreport  {folder / 'report.html'}", soft_wrap=True)

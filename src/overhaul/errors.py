@@ -89,27 +89,26 @@ def writing(place: Path) -> Iterator[None]:
     """Turn the operating system's refusals to write into one readable error."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:  # safetensors has its own kind, which tells the system's number in words
         reasons = {
             errno.ENOSPC: "the disk is full",
             errno.EDQUOT: "the disk quota is used up",
+            errno.EFBIG: "the file is larger than may be written there",
             errno.EROFS: "the file system is read-only",
             errno.EACCES: "permission was denied",
             errno.EPERM: "permission was denied",
             errno.ENOTDIR: "part of the path is a file, not a folder",
             errno.EEXIST: "a file lies where a folder should be",
             errno.EISDIR: "a folder lies where a file should be",
+            errno.ENAMETOOLONG: "its name is too long",
             errno.ELOOP: "it is a link, which is not followed",
         }
-        full = "No space left" in str(error)
-        reason = reasons.get(errno.ENOSPC if full else error.errno or 0)
+        told = re.search(r"os error (\d+)", str(error))
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        reason = reasons.get(errno.ENOSPC if "No space left" in str(error) else number or 0)
         if reason is None:
             raise
         raise RunError(
             f"Could not write {place}: {reason}. What was finished before is kept; make room or choose another folder "
             "with -o and give the same command again."
         ) from error
-    except Exception as error:  # safetensors reports a full disk as its own kind of error
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise RunError(f"Could not write {place}: the disk is full. What was finished before is kept.") from error
-        raise

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,30 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, kind: type = dict) -> Any:
-    """What a file of JSON holds; None where it is not there, or damaged or no `kind`, which a warning says."""
+def remove(path: Path) -> None:
+    """Take away a file, a link (not what it leads to) or a folder with all in it; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read_json(path: Path, kind: type = dict, holds: Collection[str] = ()) -> Any:
+    """What a file of JSON holds; None where it is not there, or damaged or no `kind`, which a warning says.
+
+    Args:
+        path: of the file.
+        kind: what it must be.
+        holds: keys that it must have.
+    """
     try:
+        if path.exists() and not path.is_file():  # to read a pipe may never end
+            raise OSError("it is no file")
         found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, kind):
+        lost = [name for name in holds if name not in found] if isinstance(found, kind) else []
+        if isinstance(found, kind) and not lost:
             return found
-        reason = f"it holds no {kind.__name__}"
+        reason = f"it lacks {lost[0]!r}" if lost else f"it holds no {kind.__name__}"
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

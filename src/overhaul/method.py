@@ -96,7 +96,7 @@ class Method:
             if name not in known:
                 raise RequestError(f"{self.name} has no knob {name!r}.{did_you_mean(name, known)}")
         try:
-            return dict(self.schema(**knobs))
+            checked = dict(self.schema(**knobs))
         except ValidationError as error:
             problem = error.errors()[0]
             name = str(problem["loc"][0])
@@ -106,6 +106,10 @@ class Method:
             raise RequestError(
                 f"{self.name}: {name}={knobs.get(name)!r} is not possible: {problem['msg']} ({name} is {kind})."
             ) from None
+        for name, given in knobs.items():
+            if isinstance(given, bool) and not isinstance(checked[name], bool):  # it would count as 0 or 1
+                raise RequestError(f"{self.name}: {name}={given} is not possible: write a number, not {given}.")
+        return checked
 
     def arguments(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
         """What the function takes: all knobs, checked, those of a group in their dataclass."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from overhaul.data.examples import IGNORED, Batch
+from overhaul.data.examples import IGNORED, SEQUENCES, Batch, Examples, length
 from overhaul.errors import RequestError
 from overhaul.modes import at_rest
 
@@ -130,6 +130,30 @@ def headless(model: nn.Module) -> bool:
     known = MODEL_MAPPING.get(type(model.config), ())
     plain = vars(type(model)).get("plain", type(model))  # of a converted class
     return plain in (known if isinstance(known, list | tuple) else (known,)) and not hasattr(model, "logit_scale")
+
+
+def check_positions(model: nn.Module, examples: Examples) -> None:
+    """Whether the model has a position for every token, also of what was made of the data: another answer or question.
+
+    Raises:
+        RequestError: an example is longer.
+    """
+    config: Any = getattr(model, "config", None)
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if examples.kind not in ("tokens", "pairs") or not isinstance(most, int):
+        return
+    for place in examples.by_length():
+        item = examples.items[place]
+        if length(item) <= most:  # both sequences of a pair together, and those that follow are no longer
+            return
+        size = max(item[ids].shape[0] for ids in SEQUENCES.values() if ids in item)
+        if size > most:
+            row = examples.rows[place] if examples.rows else {}
+            said = str(next(iter(row.values()), ""))[:60]
+            raise RequestError(
+                f"An example has {size} tokens and the model ends at {most} positions; it begins with {said!r}. Shorten its "
+                "question or its answers; wrong and paraphrased ones and refusals count too."
+            )
 
 
 def without_head(name: str) -> str:

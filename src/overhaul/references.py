@@ -24,7 +24,17 @@ from torch import Tensor, nn
 from overhaul import session
 from overhaul.data.examples import IGNORED, Batch, Examples
 from overhaul.modes import at_rest
-from overhaul.objectives import Term, evaluate, evaluate_answers, forward, kl_sum, output_head, sequence_nll, units
+from overhaul.objectives import (
+    Term,
+    check_positions,
+    evaluate,
+    evaluate_answers,
+    forward,
+    kl_sum,
+    output_head,
+    sequence_nll,
+    units,
+)
 
 COLUMN = "reference"
 """The column in which `Reference.examples` carry the cached output."""
@@ -41,6 +51,7 @@ def reference_nll(model: nn.Module, examples: Examples, batch_size: int) -> Floa
     Returns:
         Nats summed over the answer's tokens, [n], float32 on the CPU, in the order of `examples`.
     """
+    check_positions(model, examples)
     order = examples.by_length()
     batches = examples.select(order).batches(batch_size)
     nll = torch.empty(len(examples))
@@ -119,6 +130,7 @@ def cache_outputs(
         A Reference. It takes k * d values an example with k loss-carrying positions (k * vocabulary, or the number of
         classes, without a head).
     """
+    check_positions(model, examples)
     head = None if examples.classified else output_head(model)
     seen: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) if head is not None else None
@@ -156,6 +168,7 @@ def cache_states(model: nn.Module, examples: Examples, batch_size: int) -> Examp
         examples: the examples on which the states are needed.
         batch_size: examples in one forward.
     """
+    check_positions(model, examples)
     device = next(model.parameters()).device
     order = examples.by_length()
     column: list[Tensor] = [torch.empty(0)] * len(examples)

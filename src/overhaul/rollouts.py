@@ -28,6 +28,18 @@ AT_ONCE = 64
 """Answers whose log-probabilities are had from one forward."""
 
 
+def longest_answer(prompts: Examples) -> int:
+    """Tokens of the longest answer that is given.
+
+    Raises:
+        RequestError: none is.
+    """
+    longest = max(len(item["input_ids"]) - len(prompt_of(item)) for item in prompts)
+    if not longest:
+        raise RequestError("No answer is given whose length could be the limit; say how long one may be (new_tokens).")
+    return longest
+
+
 def rollouts(
     model: nn.Module,
     prompts: Examples,
@@ -67,9 +79,7 @@ def rollouts(
             "Answers can be drawn to questions or texts that come with their tokenizer, and to no others."
         )
     begun = [prompt_of(item) for item in prompts]
-    longest = max(len(item["input_ids"]) - len(prompt) for item, prompt in zip(prompts, begun, strict=True))
-    if not (limit := new_tokens or longest):
-        raise RequestError("No answer is given whose length could be the limit; say how long one may be (new_tokens).")
+    limit = new_tokens or longest_answer(prompts)
     stops = sorted({*stop_tokens(model, tokenizer), *turn_ends(prompts)})
     with torch.random.fork_rng(), at_rest(model):
         torch.manual_seed(torch.initial_seed() if seed is None else seed)

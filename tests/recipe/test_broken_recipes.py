@@ -117,6 +117,7 @@ def _data(base: Path) -> None:
     rows(base / "blank.jsonl", *qa(2), {"person": "z", "question": "who?", "answer": "  "})
     rows(base / "ragged.jsonl", *qa(2), {"person": "z", "question": "who?"})
     rows(base / "long.jsonl", *qa(2), {"person": "z", "question": "a" * 140, "answer": "b"})
+    rows(base / "wrong.jsonl", *qa(2, wrong=["a" * 200], paraphrase="a" * 200))
     rows(base / "text.jsonl", {"text": "some words " * 40})
     rows(base / "nothing.jsonl", {"text": ""})
     rows(base / "broken.jsonl", *qa(2), "{not json")
@@ -233,6 +234,8 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "two methods in a step": (steps({"forget.npo": {}, "shrink.heal": {}}), "a step is"),
     "a step that is a number": (steps(3), "a step is"),
     "knobs in a list": (steps({"forget.npo": ["lr"]}), "the knobs of forget.npo must be a mapping"),
+    "true for a number": (npo(batch_size=True), "batch_size=True is not possible"),
+    "a batch that takes hours to draw": (npo(batch_size=1e18), "batch_size=1e\\+18 is not possible"),
     "a number that is none": (npo(lr=float("nan")), "lr: nan is no number"),
     # methods and knobs
     "a method that is not there": (steps("forget.nop"), "no method 'forget.nop'"),
@@ -257,6 +260,16 @@ BROKEN: dict[str, tuple[Change, str]] = {
         both(material("teacher", {"model": "wide"}), steps({"shrink.heal": {"target": "teacher"}})),
         "the teacher has 96 outputs and the model 64",
     ),
+    "a teacher that reads images": (
+        both(material("teacher", {"model": "vit"}), steps({"shrink.heal": {"target": "teacher"}})),
+        "The model 'teacher'.*'text' holds tokens, which ViTForImageClassification does not take",
+    ),
+    "another model that reads images": (
+        both(material("other", {"model": "vit"}), steps("inspect.layer_map")), "The model 'other'.*does not take"
+    ),
+    "refusals beyond the context": (
+        both(npo(), steps({"forget.dpo": {"steps": 2, "refusals": ["a" * 200]}})), "ends at 128 positions"
+    ),
     "a teacher that is data": (
         steps({"shrink.heal": {"target": "teacher", "teacher": "text"}}), "teacher reads a model, but the material 'text'"
     ),
@@ -279,6 +292,13 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "preferences without pairs": (steps({"align.dpo": {"preferences": "retain"}}), "must be prompts with a chosen"),
     "prompts without a verifier": (
         both(material("prompts", {"from": "tasks.jsonl", "as": "prompt"}), steps({"align.rlvr": {"steps": 2}})), "verify"
+    ),
+    "prompts to which nobody knows how long an answer is": (
+        both(
+            material("prompts", {"from": "tasks.jsonl", "as": "prompt", "verify": "exact"}),
+            steps({"align.rlvr": {"steps": 2, "batch_size": 2}}),
+        ),
+        "how long one may be",
     ),
     "answers drawn from images": (images("pictures.jsonl", {"align.rlvr": {"prompts": "text"}}), "prompts"),
     # what only forgetting knows
@@ -354,6 +374,10 @@ BROKEN: dict[str, tuple[Change, str]] = {
         source("chats.jsonl", verify="gsm8k", columns={"prompt": "messages"}, **{"as": "prompt"}), "no column 'answer'"
     ),
     "a chat without a template": (source("told.jsonl"), "chat template"),
+    "a template that divides by zero": (source("told.jsonl", chat_template="{{ 1/0 }}"), "refuses its messages: division"),
+    "a template without end": (
+        source("told.jsonl", chat_template="{% for n in range(999999999) %}x{% endfor %}"), "Range too big"
+    ),
     "a chat without an answer": (model("chatting", source("chats.jsonl")), "assistant"),
     "text and images in one": (
         both(material("text", [{"from": "text.jsonl"}, {"from": "pictures.jsonl"}]), steps(HEAL)), "cannot mix"
@@ -428,6 +452,32 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "an option that no metric has": (judge(kept={"accuracy": {"on": "retain", "k": 3}}), "'k'"),
     "no tries": (judge(kept={"pass_at_k": {"on": "retain", "k": 0}}), "k=0 is not possible"),
     "a truth ratio without wrong answers": (judge(forgotten={"truth_ratio": "forget"}), "'wrong'"),
+    "prompts that no verifier can judge": (
+        both(
+            material("asked", {"from": "pairs.jsonl", "as": "prompt"}), judge(kept={"accuracy": "asked"}),
+        ),
+        "reads the column 'answer'",
+    ),
+    "tries that no verifier can judge": (
+        both(material("asked", {"from": "pairs.jsonl", "as": "prompt"}), judge(kept={"pass_at_k": "asked"})),
+        "reads the column 'answer'",
+    ),
+    "wrong answers beyond the context": (
+        both(material("asked", {"from": "wrong.jsonl"}), judge(forgotten={"truth_ratio": "asked"})),
+        "ends at 128 positions",
+    ),
+    "paraphrases beyond the context": (
+        both(material("asked", {"from": "wrong.jsonl"}), judge(forgotten={"paraphrase_probability": "asked"})),
+        "ends at 128 positions",
+    ),
+    "an anchor that reads images": (
+        both(material("other", {"model": "vit"}), judge(kept={"perplexity": {"on": "text", "anchor": "other"}})),
+        "The model 'other'.*does not take",
+    ),
+    "an anchor that says nothing": (
+        both(material("other", {"model": "headless"}), judge(kept={"perplexity": {"on": "text", "anchor": "other"}})),
+        "The model 'other'.*no output head",
+    ),
     "quality against nobody": (judge(forgotten={"forget_quality": "forget"}), "retrained"),
     "an anchor with fewer words": (
         both(material("retrained", {"model": "few-words"}), judge(forgotten={"answer_probability": "forget"})),

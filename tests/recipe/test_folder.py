@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from overhaul.errors import RequestError
+from overhaul.errors import RequestError, RunError, writing
 from overhaul.fit.checkpoints import TrainingCheckpoint
 from overhaul.recipe.plan import largest_batch
 from overhaul.recipe.run import run
@@ -38,7 +40,7 @@ def values(report: dict[str, Any]) -> list[Any]:
     return [measure["values"] for measure in report["measures"] if measure["group"] != "cost"]
 
 
-@pytest.mark.parametrize("damage", [b"", b'{"recipe"', b"\x00\xff\xfe", b'"text"', b"null"])
+@pytest.mark.parametrize("damage", [b"", b'{"recipe"', b"\x00\xff\xfe", b'"text"', b"null", b"{}"])
 def test_every_small_file_may_be_damaged_and_the_run_goes_on(damage: bytes, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = run(recipe_for(folder), out).report
@@ -85,6 +87,35 @@ def test_a_link_in_a_run_folder_is_not_followed(name: str, folder: Path, tmp_pat
     with pytest.raises(RequestError, match="link|another recipe|not empty"):
         run(recipe_for(folder), out)
     assert [path.name for path in theirs.iterdir()] == ["kept.txt"] and (theirs / "kept.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "place", ["steps/01-x", "judged/x.json", "steps/.x.working", ".model.old", "run.log", "run.json"]
+)
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("/nowhere"), os.mkfifo], ids=["link", "pipe"])
+def test_what_is_no_file_in_a_run_folder_is_named(
+    place: str, make: Callable[[Path], None], folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (out / place).parent.mkdir(parents=True, exist_ok=True)
+    (out / "run.json").write_text('{"recipe": "recipe"}')
+    (out / place).unlink(missing_ok=True)
+    make(out / place)
+    with pytest.raises(RequestError, match=f"{place} is a link or no file"):
+        run(recipe_for(folder), out)
+
+
+def test_a_name_that_is_too_long_is_said(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="its name is too long"):
+        run(recipe_for(folder), tmp_path / ("x" * 300))
+
+
+def test_a_limit_on_files_is_said_however_a_library_tells_it(tmp_path: Path) -> None:
+    for error in (OSError(27, "File too large"), ValueError("I/O error: File too large (os error 27)")):
+        with pytest.raises(RunError, match="larger than may be written"), writing(tmp_path):
+            raise error
+    with pytest.raises(ValueError, match="something else"), writing(tmp_path):
+        raise ValueError("something else")
 
 
 def test_a_link_where_a_file_is_written_first_is_replaced(folder: Path, tmp_path: Path) -> None:

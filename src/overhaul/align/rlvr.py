@@ -33,7 +33,7 @@ from overhaul.errors import RequestError
 from overhaul.fit import Regime, Training
 from overhaul.method import Outcome, method
 from overhaul.objectives import Term, answer_tokens, token_nll
-from overhaul.rollouts import LOGPROB, answer_logprobs, rollouts
+from overhaul.rollouts import LOGPROB, answer_logprobs, longest_answer, rollouts
 
 ADVANTAGE, REFERENCE = "advantage", "reference_logprob"
 TULU = Regime(steps=2000, batch_size=48, lr=5e-7, warmup=0.0, schedule="constant")
@@ -119,6 +119,8 @@ def learn_from(
             "align.rlvr: `prompts` must be questions that come with their tokenizer, and these are "
             f"{prompts.kind if len(prompts) else 'none'}."
         )
+    if new_tokens is None:
+        longest_answer(prompts)  # refuses before training what a batch without answers would
     reference = copy.deepcopy(model).requires_grad_(False) if beta else None
     loop = Training(model, {"prompts": prompts}, **training.loop, name="rlvr")
     loop.belongs |= {"samples": samples, "updates": updates, "batch size": training.batch_size, "beta": beta}

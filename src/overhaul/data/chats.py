@@ -251,7 +251,7 @@ class Writer:
             )
         except TemplateSyntaxError as error:
             raise RequestError(f"The chat template cannot be read: line {error.lineno}: {error.message}.") from None
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             reason = str(getattr(error, "message", None) or error).strip().rstrip(".")
             raise RowError(place, f"the chat template refuses its messages: {reason}.") from None
         return written[0], said[0] if said else []

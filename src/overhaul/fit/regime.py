@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 from overhaul.fit.optimizers import adamw
 from overhaul.fit.schedules import Schedule
@@ -26,7 +26,7 @@ class Regime:
     """
 
     steps: Annotated[int, Gt(0)] = 200
-    batch_size: Annotated[int, Ge(1)] = 16
+    batch_size: Annotated[int, Ge(1), Le(2**24)] = 16  # drawing more alone would take hours
     lr: Annotated[float, Gt(0)] = 1e-5
     warmup: Annotated[float, Ge(0)] = 0.1
     schedule: Schedule = "linear"

@@ -43,6 +43,7 @@ from overhaul.fit.optimizers import OptimizerFactory, adamw
 from overhaul.fit.parallel import Workers, workers
 from overhaul.fit.schedules import Factor, Schedule, learning_rate
 from overhaul.fit.step import Step
+from overhaul.objectives import check_positions
 
 
 class Training:
@@ -119,6 +120,8 @@ class Training:
     def __enter__(self) -> Training:
         if not self.chosen:
             raise RequestError("Nothing to train: no parameter of the model is selected and requires gradients.")
+        for examples in self.data.values():
+            check_positions(self.model, examples)
         session.begins()
         checkpoint = self.checkpoint = TrainingCheckpoint(self.name, self.belongs)
         resumed = checkpoint.exists()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -57,7 +57,7 @@ class Training:
 
     epochs: Annotated[float, Gt(0)] = 10.0
     steps: Annotated[int, Gt(0)] | None = None
-    batch_size: Annotated[int, Ge(1)] = 32
+    batch_size: Annotated[int, Ge(1), Le(2**24)] = 32
     lr: Annotated[float, Gt(0)] = 1e-5
     warmup: Annotated[float, Ge(0)] = 0.1
     schedule: Schedule = "linear"

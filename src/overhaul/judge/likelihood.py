@@ -33,7 +33,7 @@ from overhaul._batching import same
 from overhaul.data.examples import IGNORED, Batch, Encoded, Examples, collate
 from overhaul.errors import RequestError, RunError
 from overhaul.modes import at_rest
-from overhaul.objectives import forward
+from overhaul.objectives import check_positions, forward
 from overhaul.references import head_only_at, output_head
 
 BATCH_TOKENS, CPU_BATCH_TOKENS = 4096, 1024
@@ -96,9 +96,10 @@ def score(model: nn.Module, examples: Examples, batch_tokens: int | None = None)
         batch_tokens: most tokens in one forward, padding included; what suits the model's device if None.
 
     Raises:
-        RequestError: an example has no answer tokens.
+        RequestError: an example has no answer tokens, or more tokens than the model has positions.
         RunError: the model's outputs are not finite.
     """
+    check_positions(model, examples)
     session.begins()
     found: dict[int, Scored] = {}
     for places, _, logits, labels in answers_of(model, examples, budget(model, batch_tokens)):

@@ -79,6 +79,7 @@ def look_ahead(checked: Checked, data: Mapping[str, Examples] | None = None) -> 
         network = networks.of(checked.model)
         if network is not None:
             _ask(network, checked, data)
+        _ask_others(networks, checked, data)
         _Stages(checked, data, networks, network).go()
 
 
@@ -92,6 +93,31 @@ def _ask(network: nn.Module, checked: Checked, data: Mapping[str, Examples]) -> 
         _check_said(role, examples, widths[examples.kind], type(network).__name__, role in judged)
     for request in checked.requests:
         _told(partial(judging.try_out, network, request, data), "")
+
+
+def _ask_others(networks: _Networks, checked: Checked, data: Mapping[str, Examples]) -> None:
+    """Whether the models beside the recipe's read what they will be given: a step's examples, or what is compared on."""
+    given: dict[str, set[str]] = {}
+    for step in checked.steps:
+        examples = {name for name in step.materials if name in data}
+        for role in step.method.roles:
+            if role.is_model and role.name in step.reads:
+                for name in step.names(role.name):
+                    given.setdefault(name, set()).update(examples)
+    judged = {name: set[str]() for name in checked.anchors}
+    for request in checked.requests:
+        judged.get(request.compared_with or "", set()).update(request.roles.values())
+    for name in dict.fromkeys([*given, *judged]):
+        reference = checked.references.get(name, {})
+        other = networks.of(models.facts(reference["model"])) if "model" in reference else None
+        if other is None:
+            continue
+        for role in sorted(given.get(name, set()) | judged.get(name, set())):
+            try:
+                width = _width(role, data[role], other)
+                _check_said(role, data[role], width, type(other).__name__, role in judged.get(name, ()))
+            except RequestError as error:
+                raise RequestError(f"The model {name!r} ({reference['model']}): {error}") from error
 
 
 @contextmanager

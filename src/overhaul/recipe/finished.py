@@ -27,6 +27,8 @@ def found(root: Path, document: Document) -> dict[str, Any] | None:
     """The report of the finished run of exactly this recipe in `root`; None if there is none, or something changed since."""
     path = root / FILE
     try:
+        if not path.is_file():
+            return None
         kept = json.loads(path.read_text(encoding="utf-8"))
         places = [Path(place) for place in kept["places"]]
         if kept["recipe"] != document.text or kept["base"] != str(document.base) or kept["code"] != _code():

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -26,7 +25,7 @@ from torch import nn
 from overhaul import __version__, models, processes, session
 from overhaul.data.examples import Encoded, Examples
 from overhaul.errors import OverhaulError, RequestError, RunError, writing
-from overhaul.files import read_json, write_json, write_text
+from overhaul.files import read_json, remove, write_json, write_text
 from overhaul.judge import cost as costs
 from overhaul.judge import judge as judging
 from overhaul.judge.measure import Measure
@@ -244,7 +243,7 @@ class Runner:
         partial = place.with_name(f".{place.name}.partial")
         if processes.is_main():
             with writing(partial):
-                shutil.rmtree(partial, ignore_errors=True)
+                remove(partial)
                 partial.mkdir(parents=True)
         given: dict[str, Any] = {}
         if (subject := step.method.subject) is not None:
@@ -288,7 +287,7 @@ class Runner:
         anchors = {name: self.reference_key(name, []) for name in self.checked.anchors}
         parts = (stage.key, requests, roles, self.code, anchors, libraries())
         path = self.folder.judged(key_of(*parts))
-        if processes.is_main() and read_json(path) is None:
+        if processes.is_main() and read_json(path, holds=("measures", "samples")) is None:
             session.say(f"judging {stage.name}" if stage.record else "judging the model as it came")
             anchored = self.anchors()
             model = self.load(stage)
@@ -310,7 +309,7 @@ class Runner:
         digest, sample = self.sample()
         parts = (list(by_key), digest, self.checked.recipe.dtype, self.code, machine.describe())
         path = self.folder.timed(key_of(*parts))
-        if processes.is_main() and read_json(path) is None:
+        if processes.is_main() and read_json(path, holds=by_key) is None:
             session.say("timing the models in turn")
             self.model = None
             dtype = models.DTYPES[self.checked.recipe.dtype]

@@ -24,7 +24,7 @@ from typing import Any
 
 from overhaul import processes, session
 from overhaul.errors import RequestError, writing
-from overhaul.files import contents, read_json, write_json, write_text
+from overhaul.files import contents, read_json, remove, write_json, write_text
 from overhaul.models import Checkpoint
 
 
@@ -84,17 +84,18 @@ def _check_room(root: Path, needed_bytes: int) -> None:
 
 
 def _refuse_links(root: Path) -> None:
-    for path in root.glob("*"):
-        if path.is_symlink():
+    inside = (path for path in root.glob("*/*") if path.parent != root / "model")  # there, links are the user's own
+    for path in [*root.glob("*"), *inside, *root.glob("steps/*/*")]:
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):  # to open a pipe may never end
             raise RequestError(
-                f"{path} is a link; a run folder holds what it wrote itself. Remove it, or choose another."
+                f"{path} is a link or no file; a run folder holds what it wrote itself. Remove it, or choose another."
             )
 
 
 def _tidy(root: Path) -> None:
     """Take away what a killed run left half-written."""
     for stale in [*root.glob(".*.partial"), *root.glob("steps/.*.partial")]:
-        stale.unlink() if stale.is_symlink() or stale.is_file() else shutil.rmtree(stale)
+        remove(stale)
 
 
 def _lock(root: Path) -> int | None:
@@ -164,11 +165,13 @@ class RunFolder:
             RunError: it cannot be written.
         """
         marker = root / "run.json"
-        if root.is_file():
+        with writing(root):
+            taken = root.is_file()
+        if taken:
             raise RequestError(f"{root} is a file; -o names a folder.")
         if os.path.lexists(marker):
             _refuse_links(root)
-            holds = (read_json(marker) or {}).get("recipe", owner)
+            holds = (read_json(marker, holds=("recipe",)) or {}).get("recipe", owner)
             if holds != owner:
                 raise RequestError(
                     f"{root} holds the run of another recipe ({holds!r}, not {owner!r}). Choose another folder with -o."
@@ -203,7 +206,7 @@ class RunFolder:
         """
         if not place.exists():
             return False
-        record = read_json(place / "step.json")
+        record = read_json(place / "step.json", holds=("name", "made"))
         if record is not None:
             kept = record.get("files")
             if kept is None or kept == _stamps(place / "model"):
@@ -212,7 +215,7 @@ class RunFolder:
                 f"{place / 'model'} was changed after its step was finished; the step is done again.", stacklevel=2
             )
         with writing(place):
-            shutil.rmtree(place)
+            remove(place)
         return False
 
     def scratch(self, key: str) -> Path:
@@ -249,7 +252,7 @@ class RunFolder:
         ours = read_json(listed, list) or [path.name for path in target.glob("*")]
         with writing(target):
             for stale in (partial, old):
-                shutil.rmtree(stale, ignore_errors=True)
+                remove(stale)
             partial.mkdir(parents=True)
             for file in sorted(source.iterdir()):
                 _put(file, partial)

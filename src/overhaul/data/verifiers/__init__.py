@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +65,8 @@ def find_verifier(name: str) -> Verifier:
     return VERIFIERS[name]
 
 
-def score(row: Row, text: str) -> float:
-    """How right `text` is, from 0 to 1, by the row's verifier, its task's, or word by word.
+def verifier_of(row: Row) -> Verifier:
+    """The row's verifier, its task's, or that which compares word by word.
 
     Raises:
         RequestError: the row names a verifier that is not there, or lacks a column that it reads.
@@ -78,7 +78,22 @@ def score(row: Row, text: str) -> float:
             raise RequestError(
                 f"The verifier {found.name!r} reads the column {column!r}, which a row lacks: {dict(row)!r}."
             )
-    return float(found.check(row, text))
+    return found
+
+
+def check_rows(rows: Sequence[Row]) -> None:
+    """Whether every row has what its verifier reads, before answers are drawn to it.
+
+    Raises:
+        RequestError: as `verifier_of`.
+    """
+    for row in rows:
+        verifier_of(row)
+
+
+def score(row: Row, text: str) -> float:
+    """How right `text` is, from 0 to 1, by the row's verifier, see `verifier_of`."""
+    return float(verifier_of(row).check(row, text))
 
 
 def verify(row: Row, text: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from overhaul.data.verifiers import verify
+from overhaul.data.verifiers import check_rows, verify
 from overhaul.judge.evidence import Evidence
 from overhaul.judge.generation import repeated_share, rouge_l, rouge_l_f1
 from overhaul.judge.metrics import Value, mean, metric
@@ -24,6 +24,7 @@ def accuracy(role: Evidence) -> Value:
     """Share of greedy answers that the task's verifier accepts, or of images whose label is the most probable one."""
     if role.kind == "images":
         return mean([float(one.hits[0]) for one in role.scored])
+    check_rows(role.examples.rows)
     return mean([float(verify(role.examples.rows[one.place], one.text)) for one in role.answered])
 
 

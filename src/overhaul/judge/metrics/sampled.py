@@ -15,7 +15,7 @@ from typing import Annotated
 from annotated_types import Ge, Gt
 from pydantic import AfterValidator
 
-from overhaul.data.verifiers import find_verifier, score, verify
+from overhaul.data.verifiers import check_rows, find_verifier, score, verify
 from overhaul.data.verifiers.exact import normalise
 from overhaul.judge.evidence import Evidence
 from overhaul.judge.metrics import Value, mean, metric
@@ -36,6 +36,7 @@ def at_least_one(n: int, right: int, k: int) -> float:
 def pass_at_k(role: Evidence, *, k: Count = 1, samples: Count = 10, temperature: Temperature = 1.0) -> Value:
     """Mean chance that one of k sampled answers is right by the row's verifier; at least `samples` are drawn."""
     rows, n = role.examples.rows, max(k, samples)
+    check_rows(rows)
     drawn = role.sampled(n, temperature)
     return mean([at_least_one(n, sum(verify(rows[one.place], text) for text in one.texts), k) for one in drawn])
 
@@ -46,6 +47,7 @@ def validity(
 ) -> Value:
     """Mean score of sampled answers by the verifier that is named, or the row's: are they well-formed, right or not?"""
     rows = [row if verifier is None else {**row, "verify": verifier} for row in role.examples.rows]
+    check_rows(rows)
     return mean(
         [mean([score(rows[one.place], text) for text in one.texts])[0] for one in role.sampled(samples, temperature)]
     )
