@@ -199,6 +199,9 @@ def test_a_row_that_is_missing_is_refused_before_any_model_is_opened(roles: Role
         unlearning_table({"original": never_called, "retrain": never_called}, **roles)
     with pytest.raises(RequestError, match="No model is called 'control'"):
         unlearning_table({"original": never_called}, **roles, retrained=None, null="control")
+    one = {**roles, "forget": roles["forget"][:1]}
+    with pytest.raises(RequestError, match="Relearning.*a single example"):
+        unlearning_table({"original": never_called}, **one, retrained=None)
 
 
 def test_images_have_the_columns_that_images_allow() -> None:

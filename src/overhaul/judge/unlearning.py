@@ -34,7 +34,7 @@ from overhaul.judge.generation import rouge_l_f1
 from overhaul.judge.judge import LIMIT
 from overhaul.judge.likelihood import auc
 from overhaul.judge.metrics.membership import by_min_k
-from overhaul.judge.robustness import Attacks
+from overhaul.judge.robustness import Attacks, apart
 from overhaul.judge.standards import privacy_leakage
 from overhaul.modes import at_rest
 from overhaul.outcome import Outcome
@@ -137,6 +137,9 @@ def unlearning_table(
             raise RequestError(f"No model is called {name!r}.{did_you_mean(name, models)}")
     data = {"forget": forget, "retain": retain, "holdout": holdout}
     judged = Judged(data, attacks or Attacks(by=by), by, limit)
+    apart(
+        forget, judged.attacks.share, judged.attacks.by
+    )  # what relearning refuses is refused before anything is judged
     kinds: dict[str, Kind] = {name: kind for kind, name in named.items() if name is not None}  # pyright: ignore[reportAssignmentType]
     order = [*kinds, *(name for name in models if name not in kinds)]
     found = {name: judged.measure(opened(models[name])) for name in session.progress(order, "judging", len(order))}
