@@ -279,7 +279,7 @@ def rows_of(examples: Examples) -> list[dict[str, Any]]:
     return [
         {
             **row,
-            "question": told.decode(prompt_of(item)),
+            "question": told.decode(prompt_of(item)) or "a",  # no row may be without one
             "answer": told.decode(item["labels"][item["labels"] != IGNORED]),
         }
         for row, item in zip(examples.rows, examples, strict=True)

@@ -132,7 +132,9 @@ def starters() -> dict[str, Path]:
 
 
 def locate(source: str | Path, *, weights: bool = True, code: bool = False) -> Path:
-    """The folder behind a path, `starter:NAME`, or a hub name (which is fetched: config, tokenizer and safetensors).
+    """The folder behind a path, `starter:NAME`, or a hub name, with `@revision` or without.
+
+    From the hub, config, tokenizer and safetensors are fetched.
 
     Args:
         source: as the user wrote it.
@@ -153,17 +155,21 @@ def locate(source: str | Path, *, weights: bool = True, code: bool = False) -> P
         folder = Path(text).expanduser()
         if folder.is_dir():
             return folder
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", text):
+    hub = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?", text)
+    if hub is None:
         raise RequestError(
             f"The model folder {text!r} does not exist. A model is a folder with config.json and *.safetensors, "
-            f"a hub name (owner/name), or a starter: {', '.join(f'starter:{name}' for name in starters())}. "
+            f"a hub name (owner/name, or owner/name@revision), or a starter: "
+            f"{', '.join(f'starter:{name}' for name in starters())}. "
             f"{NEW}FOLDER starts from the folder's config alone."
         )
     from huggingface_hub import snapshot_download
 
     allowed = ["*.json", "*.model", "*.txt", "*.jinja", *["*.safetensors"] * weights, *["*.py"] * code]
+    name, revision = hub.groups()
+    ignored = ["consolidated*.safetensors"]
     try:
-        return Path(snapshot_download(text, allow_patterns=allowed, ignore_patterns=["consolidated*.safetensors"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=allowed, ignore_patterns=ignored))
     except Exception as error:  # the hub client raises many kinds; the user needs one message
         raise RequestError(f"{text!r} is no folder here, and it could not be fetched from the hub: {error}") from error
 

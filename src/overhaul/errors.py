@@ -60,6 +60,10 @@ class RunError(OverhaulError):
     """The work was started and could not be finished. What was finished before is kept."""
 
 
+SEE = " docs/recipes.md lists all that a recipe may say."
+"""Ends what is said of a word that recipes do not have."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint that ends an error message: the nearest known word, or else all of them."""
     known = sorted(known)

@@ -169,3 +169,11 @@ def test_the_text_of_a_csv_file_stays_what_it_is(tmp_path: Path) -> None:
         {"code": "NA", "dial": "0044", "share": "0.5", "whole": "1", "empty": "", "far": "nan"},
         {"code": "ES", "dial": "0049", "share": "2", "whole": "-3", "empty": "x", "far": "inf"},
     ]
+
+
+def test_a_limit_holds_for_the_pieces_of_a_text_too(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("some words to read " * 100)
+    pieces = examples("long.txt", tokenizer, base=tmp_path, length=16)
+    few = examples("long.txt", tokenizer, base=tmp_path, length=16, limit=3)
+    assert len(pieces) > 10 and len(few) == len(few.rows) == 3
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(few.items, pieces.items, strict=False))

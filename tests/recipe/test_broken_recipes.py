@@ -349,7 +349,8 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "a question longer than the context": (source("long.jsonl"), "'text' has an example of"),
     "an answer of blanks": (source("blank.jsonl"), "line 3: .answer. is empty"),
     "a preference for nothing": (
-        both(material("preferences", {"from": "pairs.jsonl"}), steps({"align.dpo": {"steps": 2}})), "line 1: .rejected. is empty"
+        both(material("preferences", {"from": "pairs.jsonl"}), steps({"align.dpo": {"steps": 2}})),
+        "line 1: .rejected. is empty",
     ),
     "a text of nothing": (source("nothing.jsonl"), "no example is left"),
     "braces that do not close": (source("people.jsonl", prompt="{question"), "prompt"),

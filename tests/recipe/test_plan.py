@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+import overhaul as oh
 from overhaul.recipe.check import check
 from overhaul.recipe.machine import describe, measured
 from overhaul.recipe.plan import Planned, matmul_speed, plan
@@ -88,3 +89,17 @@ def test_the_machine_is_described_and_its_speed_is_plausible() -> None:
     said = describe()
     assert said["cores"] >= 1 and said["memory_bytes"] > 1e9 and said["torch"] == torch.__version__
     assert 1e8 < matmul_speed(128) < 1e16
+
+
+def test_a_plan_counts_what_opening_judging_and_saving_take(folder: Path, tmp_path: Path) -> None:
+    recipe = {
+        "model": str(folder),
+        "materials": {"text": {"from": "starter:docs", "limit": 4, "length": 64}},
+        "steps": [{"shrink.drop_layers": {"count": 1}}],
+    }
+    quiet = oh.plan(recipe)
+    facts = quiet.model
+    assert quiet.around_bytes == 4 * facts.parameters + facts.bytes
+    judged = oh.plan({**recipe, "judge": {"kept": {"perplexity": "text"}}})
+    assert judged.around_bytes > quiet.around_bytes
+    assert "opening, judging and saving" in repr(judged) and " to " in repr(judged)

@@ -26,7 +26,7 @@ print(json.dumps([planned, measured]))
 
 GONE = {"person": ["Ada Quill", "Thea Sable"]}
 PEOPLE = {"from": "starter:people"}
-TEXT = [{"from": "starter:docs", "limit": 60}, {"from": "starter:addition", "limit": 200}]
+TEXT = [{"from": "starter:docs", "limit": 130}, {"from": "starter:addition", "limit": 200}]
 LANGUAGE: dict[str, Any] = {
     "model": "starter:docs-llama",
     "materials": {

@@ -76,7 +76,7 @@ def rlvr(
         RequestError: `prompts` are no questions with a tokenizer, or a row lacks what its verifier reads.
         RunError: training diverged (the last good weights are kept).
     """
-    if prompts.kind == "tokens":
+    if prompts.kind == "tokens" and prompts.processor is not None:
         check_verified("align.rlvr", prompts.rows)
     return learn_from(score, model, prompts, samples, updates, beta, clip_ratio, temperature, new_tokens, training)
 

@@ -45,7 +45,7 @@ class Source(BaseModel):
         where: only rows with these values: `{column: value}`, or a list of values of which one must be there; a class by its
             name or its number.
         unless: only rows without them.
-        limit: most rows, and most pieces of text.
+        limit: most rows, and most examples that are made of them: a long text is several.
         length: most tokens of a piece of text; a longer one is cut into several.
         prompt: how a question is put, with `{question}` in its place.
         chat_template: instead of the tokenizer's own: a Jinja template, or a file that holds one.
@@ -316,7 +316,7 @@ def encode(rows: Sequence[Row], spec: Source, processor: Any) -> Examples:
     source = _source_of(rows)
     if source is None or form.kind not in ("tokens", "pairs"):
         with _naming(rows, spec):
-            return _with_verifier(form.encode(rows, spec, processor), spec)
+            return _with_verifier(form.encode(rows, spec, processor)[: spec.limit], spec)
     options = spec.model_dump_json(exclude={"from_", "split", "where", "unless", "limit", "verify"})
     key = sha(source, form.name, options, version_of(__name__), _written(processor), repr(processor))
     path = cache_folder() / f"{key}.arrow"
@@ -324,7 +324,7 @@ def encode(rows: Sequence[Row], spec: Source, processor: Any) -> Examples:
         with _naming(rows, spec):
             store(form.parts(rows, spec, processor), path)
     items, kept = opened(path, key)
-    return _with_verifier(Examples(items, kept, processor), spec)
+    return _with_verifier(Examples(items, kept, processor)[: spec.limit], spec)
 
 
 def tried(rows: Sequence[Row], spec: Source, processor: Any, used: Collection[str] = ()) -> list[str]:

@@ -51,7 +51,7 @@ def read(source: str, split: str, encoding: str, base: Path) -> Found:
             )
         if files:
             return Found(read_files(files, encoding, path.parent) if several else read_file(path, encoding))
-    if source.count("/") == 1 and not source.startswith(".") and not glob.has_magic(source):
+    if source.partition("@")[0].count("/") == 1 and not source.startswith(".") and not glob.has_magic(source):
         return _read_hub(source, split)
     raise RequestError(f"{source} does not exist (looked in {base}).")
 
@@ -69,8 +69,9 @@ def inside(source: str, base: Path) -> Path:
 def _read_hub(source: str, split: str) -> Found:
     from datasets import load_dataset
 
+    name, _, revision = source.partition("@")
     try:
-        loaded = load_dataset(source, split=split)
+        loaded = load_dataset(name, split=split, revision=revision or None)
     except Exception as error:  # the hub client raises many kinds; the user needs one message
         raise RequestError(f"{source!r} is no file here, and no dataset could be fetched: {error}") from error
     return from_dataset(loaded, source)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from overhaul.data.examples import Examples
-from overhaul.errors import RequestError, did_you_mean
+from overhaul.errors import SEE, RequestError, did_you_mean
 from overhaul.judge.evidence import kind_of
 from overhaul.judge.measure import Measure
 from overhaul.judge.metrics import METRICS
@@ -96,10 +96,12 @@ def check(
     requests: list[Request] = []
     for group, metrics in _mapping(spec, "judge").items():
         if group not in GROUPS:
-            raise RequestError(f"judge has no group {group!r}.{did_you_mean(str(group), GROUPS)}")
+            raise RequestError(f"judge has no group {group!r}.{did_you_mean(str(group), GROUPS)}{SEE}")
         for name, on in _mapping(metrics, f"judge.{group}").items():
             if name not in METRICS:
-                raise RequestError(f"judge.{group}: there is no metric {name!r}.{did_you_mean(str(name), METRICS)}")
+                raise RequestError(
+                    f"judge.{group}: there is no metric {name!r}.{did_you_mean(str(name), METRICS)}{SEE}"
+                )
             for one in on if isinstance(on, list) else [on]:
                 requests += _requests(group, name, one, roles, anchors)
     seen: dict[tuple[str, str], Request] = {}

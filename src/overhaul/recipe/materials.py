@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from overhaul import models
 from overhaul.data.classes import Labels
 from overhaul.data.materials import Row, Source, form_of, load_rows, with_files
-from overhaul.errors import RequestError, did_you_mean, reading
+from overhaul.errors import SEE, RequestError, did_you_mean, reading
 from overhaul.recipe.spec import Document, Recipe
 
 Reference = dict[str, Any]
@@ -88,7 +88,7 @@ def _reference(role: str, value: Reference, document: Document) -> Reference:
     for key in value:
         if key not in REFERENCES[kind]:
             raise RequestError(
-                f"The material {role!r} has no option {key!r}.{did_you_mean(str(key), REFERENCES[kind])}"
+                f"The material {role!r} has no option {key!r}.{did_you_mean(str(key), REFERENCES[kind])}{SEE}"
             )
     if kind == "after" and type(value[kind]) is int:  # a step's number
         value = {"after": str(value[kind])}
@@ -175,7 +175,7 @@ def source_of(role: str, part: Any) -> Source:
     fields = [info.alias or name for name, info in Source.model_fields.items()]
     for name in part:
         if name not in fields:
-            raise RequestError(f"The material {role!r} has no option {name!r}.{did_you_mean(str(name), fields)}")
+            raise RequestError(f"The material {role!r} has no option {name!r}.{did_you_mean(str(name), fields)}{SEE}")
     try:
         return Source.model_validate(part)
     except ValidationError as error:

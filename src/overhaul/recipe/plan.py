@@ -29,6 +29,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from overhaul.data.materials import positions_of
+from overhaul.importance import VALUES_AT_ONCE
+from overhaul.judge.likelihood import CPU_BATCH_TOKENS, LOGITS
 from overhaul.models import DTYPES, Checkpoint, facts
 from overhaul.recipe.ahead import look_ahead
 from overhaul.recipe.check import Checked, Step, check
@@ -84,11 +86,13 @@ class Plan:
     Attributes:
         model: what it starts from.
         steps: the estimates.
+        around_bytes: what opening, judging and saving a model takes between the steps.
         warnings: what is no error.
     """
 
     model: Checkpoint
     steps: list[Planned]
+    around_bytes: int
     warnings: list[str]
 
     def print(self, console: Console) -> None:
@@ -105,6 +109,8 @@ class Plan:
             f"{facts.dtype}, {humanise(facts.bytes, 'bytes')} on disk"
         )
         console.print(table)
+        between = humanise(self.around_bytes, "bytes")
+        console.print(f"Between the steps, opening, judging and saving the model take {between}.")
         console.print(
             f"Beside each peak, the interpreter and its libraries take {humanise(libraries_bytes(), 'bytes')}."
         )
@@ -124,7 +130,7 @@ def planned(source: str | Path | Mapping[str, Any]) -> Plan:
         RequestError: the recipe or its data is wrong; the message says what to write instead.
     """
     checked = check(read(source))
-    return Plan(checked.model, plan(checked), checked.warnings)
+    return Plan(checked.model, plan(checked), around_bytes(checked), checked.warnings)
 
 
 def plan(checked: Checked, flops_per_second: float | None = None) -> list[Planned]:
@@ -150,6 +156,15 @@ def _checkpoint_bytes(step: Step, checked: Checked) -> int:
     lora = step.knobs.get("weights") == "lora"
     trained = _adapters(checked.model.shapes, int(step.knobs["rank"])) if lora else checked.model.parameters
     return trained * ((4 if lora or width == 4 else width + 4) + 8)
+
+
+def around_bytes(checked: Checked) -> int:
+    """What opening, judging and saving a model takes between the steps: its weights, and a copy of its files or a batch."""
+    model, shape = checked.model, Shape.of(checked.model.config)
+    width = DTYPES[checked.recipe.dtype].itemsize
+    tokens = min(CPU_BATCH_TOKENS, LOGITS // max(1, shape.logits)) if checked.requests else 0
+    judged = tokens * (width * shape.live + shape.logits * (width + 8))
+    return model.parameters * width + max(model.bytes, judged)
 
 
 def libraries_bytes() -> int:
@@ -223,7 +238,7 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
         if all(name in checked.rows for name in step.names(role))
     }
     lengths = {
-        role: [n for spec, rows in parts for row in rows for n in positions_of(spec, row)]
+        role: [n for spec, rows in parts for n in [n for row in rows for n in positions_of(spec, row)][: spec.limit]]
         for role, parts in read.items()
     }
     size = int(step.knobs.get("batch_size") or 16)
@@ -237,10 +252,12 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
         models += 1 + any(role.kind == "checkpoint" and role.name in step.reads for role in step.method.roles)
     trained = _adapters(model.shapes, int(step.knobs["rank"])) if lora else model.parameters
     beside = 4 if lora or dtype == "bfloat16" else 0  # adapters beside the model, masters beside its weights
+    single = step.knobs.get("importance") in ("auto", "sample") and 2 * trained <= VALUES_AT_ONCE
     held = {
         "stream": STREAMED_BYTES,
         "forward": activations,
-        "gradient": 8 * trained + max(width * trained, activations),
+        # gradients of single examples, and their squares
+        "gradient": 8 * trained + max(width * trained, activations, 8 * VALUES_AT_ONCE * single),
         "training": (8 + beside) * trained + (max, add)[len(lengths) > 1](4 * trained, activations),
     }[step.method.memory]
     cached = width * shape.hidden * sum(map(sum, lengths.values())) if models > 1 else 0

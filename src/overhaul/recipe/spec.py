@@ -13,7 +13,7 @@ import yaml
 from annotated_types import Ge, Lt
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from overhaul.errors import RequestError, did_you_mean
+from overhaul.errors import SEE, RequestError, did_you_mean
 
 WANTED = {
     "list_type": "a list is wanted here, one line with `- ...` for each thing",
@@ -27,7 +27,8 @@ class Recipe(BaseModel):
     """What a recipe file may say.
 
     Attributes:
-        model: a folder, a hub name, `starter:NAME`, or `new:FOLDER`: a config without weights, which the seed draws.
+        model: a folder, a hub name (`owner/name@revision`), `starter:NAME`, or `new:FOLDER`: a config without weights, which
+            the seed draws.
         title: for the report.
         seed: every step starts from it.
         dtype: how weights are held while they are worked on; the saved model keeps the dtype it came with.
@@ -141,7 +142,7 @@ def _parse(text: str, name: str, base: Path) -> Document:
         raise RequestError(f"The recipe {name} must be a mapping with `model:` and `steps:`.")
     for field in loaded:
         if field not in Recipe.model_fields:
-            raise RequestError(f"A recipe has no field {field!r}.{did_you_mean(str(field), Recipe.model_fields)}")
+            raise RequestError(f"A recipe has no field {field!r}.{did_you_mean(str(field), Recipe.model_fields)}{SEE}")
     _check_values(name, loaded)
     try:
         recipe = Recipe.model_validate(loaded)

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 from overhaul.data.encode import BATCH
 from overhaul.data.examples import Examples, Kind
 from overhaul.data.prompts import QUESTION, Prompt
-from overhaul.errors import RequestError, did_you_mean, shifted
+from overhaul.errors import SEE, RequestError, did_you_mean, shifted
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
@@ -136,7 +136,7 @@ def find_form(name: str) -> Form:
         RequestError: there is none.
     """
     if name not in FORMS:
-        raise RequestError(f"There is no form {name!r}.{did_you_mean(name, FORMS)}")
+        raise RequestError(f"There is no form {name!r}.{did_you_mean(name, FORMS)}{SEE}")
     return FORMS[name]
 
 

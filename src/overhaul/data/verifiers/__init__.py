@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from overhaul.errors import RequestError, did_you_mean
+from overhaul.errors import SEE, RequestError, did_you_mean
 
 Row = Mapping[str, Any]
 Check = Callable[[Row, str], float]
@@ -61,7 +61,7 @@ def find_verifier(name: str) -> Verifier:
         RequestError: there is none.
     """
     if name not in VERIFIERS:
-        raise RequestError(f"There is no verifier {name!r}.{did_you_mean(name, VERIFIERS)}")
+        raise RequestError(f"There is no verifier {name!r}.{did_you_mean(name, VERIFIERS)}{SEE}")
     return VERIFIERS[name]
 
 
