@@ -129,7 +129,10 @@ def examples(
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
         unknown = problem["type"] == "extra_forbidden"
-        fields = {info.alias or name for name, info in Source.model_fields.items()} - {"from", "as"} | {"form", "labels"}
+        fields = {info.alias or name for name, info in Source.model_fields.items()} - {"from", "as"} | {
+            "form",
+            "labels",
+        }
         reason = (
             f"there is none.{did_you_mean(where, fields)}" if unknown else problem["msg"].removeprefix("Value error, ")
         )

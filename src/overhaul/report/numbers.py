@@ -194,7 +194,7 @@ def small_print(measure: Measure, counted: bool = True) -> str:
     """What stands under a measure's name: "n = 20 · should fall", "one forward · fastest of 9 · less is better"."""
     n, plainly = count(measure) if counted else "", measure.get("help", "")
     counts = f"fastest of {n}" if measure["group"] == "cost" else f"n\u00a0=\u00a0{n}"
-    return " · ".join(part for part in (plainly, counts if n else "", aim(measure)) if part)
+    return " · ".join(part for part in (plainly, counts if n not in ("", MISSING) else "", aim(measure)) if part)
 
 
 def count(measure: Measure) -> str:
