@@ -283,7 +283,7 @@ class Comparison:
 def arrowed(measure: Mapping[str, Any]) -> str:
     """Label, role and the wanted direction: "answer probability on forget ↓"."""
     wanted = measure["better"] if measure["group"] == "cost" else measure["wanted"]
-    return f"{numbers.subject(measure)}\N{NO-BREAK SPACE}{ARROWS.get(wanted) or f'→ {numbers.like(measure)}'}"
+    return f"{numbers.subject(measure)} {ARROWS.get(wanted) or f'→ {numbers.like(measure)}'}"
 
 
 def _deviation(values: Sequence[Number]) -> float:
