@@ -35,7 +35,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "data": ("data",),
     "models": (
         "_auto checkpoints models processor conversions stack modes outcome",
-        "weight_files architectures quantised companions recomputed",
+        "weight_files architectures adapter_folders quantised companions recomputed",
     ),
     "ground": ("errors session processes files versions",),
 }

@@ -239,3 +239,17 @@ def test_a_damaged_list_of_modules_is_refused_before_anything_is_read(damage: st
     (place / "modules.json").write_text(damage)
     with pytest.raises(RequestError, match=r"modules\.json"):
         models.check_shapes(models.facts(place))
+
+
+def test_modules_that_cannot_do_without_their_folders_are_missed(tmp_path: Path) -> None:
+    place = layout(bert(), tmp_path / "m")
+    listed = json.loads((place / "modules.json").read_text())
+    dense = {"idx": 3, "name": "3", "path": "more/3_Dense", "type": "sentence_transformers.models.Dense"}
+    (place / "modules.json").write_text(json.dumps([*listed, dense]))
+    with pytest.raises(RequestError, match=r"names more/3_Dense \(Dense\), which the folder lacks"):
+        models.check_shapes(models.facts(place))
+    (place / "more" / "3_Dense").mkdir(parents=True)
+    (place / "more" / "3_Dense" / "config.json").write_text("{}")
+    model, processor = models.open_model(place)
+    out = models.save(model, processor, tmp_path / "out")
+    assert (out / "more" / "3_Dense" / "config.json").is_file(), "wherever below the folder it lies"

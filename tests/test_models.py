@@ -442,3 +442,113 @@ def test_a_header_that_describes_no_tensors_is_refused_in_words(header: str, tmp
     (tmp_path / "model" / "model.safetensors").write_bytes(len(content).to_bytes(8, "little") + content)
     with pytest.raises(RequestError, match="its header describes no tensors"):
         models.facts(tmp_path / "model")
+
+
+def test_an_adapter_of_a_tied_embedding_is_refused(tmp_path: Path) -> None:
+    tied = models.save(tiny_llama(), None, tmp_path / "tied")
+    untied = models.save(tiny_llama(tie_word_embeddings=False), None, tmp_path / "untied")
+    ids = torch.arange(12).reshape(2, 6)
+    for n, name in enumerate(("embed_tokens", "lm_head")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            place, _ = adapter(tied, tmp_path / f"a{n}", target_modules=[name, "q_proj"])
+            other, wrapped = adapter(untied, tmp_path / f"b{n}", target_modules=[name, "q_proj"])
+            for attempt in (
+                lambda place=place: models.check_shapes(models.facts(place)),
+                lambda p=place: models.open_model(p),
+            ):
+                with pytest.raises(RequestError, match=f"adapts .*{name}, which its base ties to another"):
+                    attempt()
+            opened, _ = models.open_model(other)
+        with torch.no_grad():
+            torch.testing.assert_close(opened(ids).logits, wrapped(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 8}, r"lora_A.weight has the shape \(2, 32\), and \(8, 32\)"),
+        ({"peft_type": "ODD"}, "does not fit its base .*Correct adapter_config.json"),
+        ({"lora_alpha": "x"}, "does not fit its base .*Correct adapter_config.json"),
+        ({"target_modules": ["nothing"]}, "does not fit its base .*not found in the base"),
+        ({"target_modules": ["q_proj"]}, r"down_proj.lora_A.weight, .* is on one side only"),
+        ({"target_modules": ["q_proj", "down_proj", "v_proj"]}, r"v_proj.lora_A.weight, .* is on one side only"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_told_without_weights(
+    changes: dict[str, Any], message: str, folder: Path, tmp_path: Path
+) -> None:
+    place, _ = adapter(folder, tmp_path / "adapter")
+    options = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps({**options, **changes}))
+    for attempt in (lambda: models.check_shapes(models.facts(place)), lambda: models.open_model(place)):
+        with pytest.raises(RequestError, match=message) as refused:
+            attempt()
+        assert "\n" not in str(refused.value)
+    (place / "adapter_config.json").write_text(json.dumps({**options, "base_model_name_or_path": str(place)}))
+    with pytest.raises(RequestError, match="names its own folder as its base"):
+        models.facts(place)
+
+
+def test_what_the_weights_lack_is_told_from_headers(folder: Path, tmp_path: Path) -> None:
+    for n, changes in enumerate(
+        (
+            {"tie_word_embeddings": False},
+            {"num_hidden_layers": 5},
+            {"architectures": ["LlamaForSequenceClassification"]},
+        )
+    ):
+        lacking = copied(folder, tmp_path / f"c{n}", **changes)
+        for attempt in (lambda p=lacking: models.check_shapes(models.facts(p)), lambda p=lacking: models.open_model(p)):
+            with pytest.raises(RequestError, match=r"the weights lack \d tensors, such as"):
+                attempt()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("generation_config.json", "{", "generation_config.json is not valid JSON"),
+        ("generation_config.json", "[]", "generation_config.json is not valid JSON: it holds a list"),
+        (
+            "generation_config.json",
+            '{"cache_implementation": "odd"}',
+            "cannot be read: Invalid .*Correct it, or remove it",
+        ),
+        ("config.json", {"quantization_config": {}}, r"`quantization_config` is \{\} and names no method"),
+        ("config.json", {"quantization_config": False}, "`quantization_config` is False and names no method"),
+        ("model.safetensors", torch.int8, r"most of the weights are whole numbers \(i8\)"),
+    ],
+)
+def test_what_transformers_would_trip_over_is_refused_from_files(
+    name: str, content: Any, message: str, folder: Path, tmp_path: Path
+) -> None:
+    odd = copied(folder, tmp_path / "odd", **(content if isinstance(content, dict) else {}))
+    if isinstance(content, torch.dtype):
+        held = load_file(odd / name)
+        save_file({key: tensor.to(content) for key, tensor in held.items()}, odd / name)
+    elif isinstance(content, str):
+        (odd / name).write_text(content)
+    with pytest.raises(RequestError, match=message):
+        models.check_shapes(models.facts(odd))
+
+
+def test_an_index_without_metadata_and_weights_one_folder_below_are_told(folder: Path, tmp_path: Path) -> None:
+    shards = sharded(tiny_llama(), tmp_path / "shards", "20KB")
+    index = shards / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+    with pytest.raises(RequestError, match="index.json has no `metadata`, without which transformers does not read it"):
+        models.facts(shards)
+    below = copied(folder, tmp_path / "below")
+    (below / "weights").mkdir()
+    (below / "model.safetensors").rename(below / "weights" / "model.safetensors")
+    with pytest.raises(RequestError, match=r"holds no weights, but .*weights does \(model.safetensors\)"):
+        models.facts(below)
+    (tmp_path / "above").mkdir()
+    shutil.copytree(folder, tmp_path / "above" / "m")
+    with pytest.raises(RequestError, match=r"has no config.json.* /.*m has one: open that"):
+        models.facts(tmp_path / "above")
+
+
+def test_a_model_without_weights_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="has no weights"):
+        models.save(tiny_llama().to("meta"), None, tmp_path / "m")

@@ -34,6 +34,7 @@ LINEAGE, MADE_OF = "lineage.json", "made_of"
 """What a folder says of its making, and where it names the folders whose tensors it was made of."""
 
 _NOT_BUILT = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "_diffusers_version"}
+_WHOLE = ("bool", "u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64")
 _HEADER_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
@@ -196,6 +197,11 @@ def facts(source: str | Path, *, seed: int = 0, trust_remote_code: bool = False)
     config = _config(folder)
     files = weight_files(folder)
     shapes, dtype = _shapes(files)
+    if dtype in _WHOLE and not config.get("quantization_config"):
+        raise RequestError(
+            f"{folder}: most of the weights are whole numbers ({dtype}), and config.json has no `quantization_config` that "
+            "says what they stand for. Take the checkpoint that was quantised, or the config that was saved with this one."
+        )
     if config.get("quantization_config"):  # it is opened, and saved again, in the dtype that was quantised
         dtype = _dtype_in(config, "bfloat16")
     return Checkpoint(text, folder, config, shapes, dtype, _size(files), tuple(files), trusted=trust_remote_code)
@@ -246,6 +252,8 @@ def _facts_of_adapter(source: str, folder: Path, trusted: bool) -> Checkpoint:
             "Remove the entry, or say `trust_remote_code: true` if you trust it."
         )
     named = options.get("base_model_name_or_path")
+    if isinstance(named, str) and Path(named).is_dir() and Path(named).samefile(folder):
+        raise RequestError(f"{folder / ADAPTER_CONFIG} names its own folder as its base (base_model_name_or_path).")
     if not isinstance(named, str) or not named:
         raise RequestError(f"{folder / ADAPTER_CONFIG} does not name its base: write base_model_name_or_path.")
     beside = folder / named
@@ -275,14 +283,16 @@ def _facts_of_adapter(source: str, folder: Path, trusted: bool) -> Checkpoint:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
-        inside = next(
-            (f" {one.parent} has one: open that." for one in sorted(folder.glob("*Transformer/config.json"))), ""
-        )
+        below = sorted(folder.glob("*/config.json"), key=lambda path: not path.parent.name.endswith("Transformer"))
+        inside = next((f" {one.parent} has one: open that." for one in below), "")
         raise RequestError(f"{folder} has no config.json, so it is not a Hugging Face checkpoint.{inside}")
     config = read_json(path)
     named = config.get("architectures")
     if not named and "_class_name" not in config and _class_in_map(config) is None:
-        raise RequestError(f"{path} names no `architectures`, so the model class is not known.")
+        raise RequestError(
+            f"{path} names no `architectures`, so the model class is not known. Add it, such as "
+            '`"architectures": ["LlamaForCausalLM"]`.'
+        )
     if named and not (isinstance(named, list) and isinstance(named[0], str)):
         raise RequestError(f"{path}: `architectures` must be a list with the name of a class, not {named!r}.")
     if not isinstance(config.get("_class_name", ""), str):

@@ -16,6 +16,8 @@ from overhaul.errors import RequestError
 
 MODULES = "modules.json"
 _SETTINGS = (MODULES, "sentence_bert_config.json", "config_sentence_transformers.json")
+_WITH_FILES = frozenset({"Dense", "Pooling", "WeightedLayerPooling", "LayerNorm", "LSTM", "CNN"})
+"""Modules of sentence-transformers that read something from their folders."""
 _CODE = "transformers_modules."
 LARGEST = 50_000_000_000
 """The size in bytes up to which transformers saves one file."""
@@ -49,17 +51,24 @@ def module_folders(source: Path) -> list[str]:
     """The folders of sentence-transformers' modules beside the model in `source`, by its modules.json; none elsewhere.
 
     Raises:
-        RequestError: the file is damaged.
+        RequestError: the file is damaged, or names a module that cannot do without its folder, which is not there.
     """
     path = source / MODULES
     if not path.is_file():
         return []
     try:
-        named = [str(entry["path"]) for entry in json.loads(path.read_text(encoding="utf-8"))]
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        named = {str(entry["path"]): str(entry.get("type")).rpartition(".")[2] for entry in entries}
     except (ValueError, TypeError, KeyError, AttributeError):
         raise RequestError(f"{path} is damaged: it must list modules, each with its path. Fetch it again.") from None
-    inside = {child.name for child in source.iterdir() if child.is_dir()}
-    return [name for name in dict.fromkeys(named) if name in inside]
+    inside = [name for name in named if name and not Path(name).is_absolute() and ".." not in Path(name).parts]
+    for name in inside:
+        if named[name] in _WITH_FILES and not (source / name).is_dir():
+            raise RequestError(
+                f"{path} names {name} ({named[name]}), which the folder lacks. Fetch the checkpoint again, or take that "
+                "module out of modules.json."
+            )
+    return [name for name in inside if (source / name).is_dir()]
 
 
 def largest_file(model: Any) -> int:

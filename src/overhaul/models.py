@@ -7,12 +7,13 @@ when it is opened and before it is saved. No code that comes with a model is run
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from overhaul import quantised, session
+from overhaul.adapter_folders import check_fits, merged
 from overhaul.architectures import build, check_code, check_counts, class_of, in_words, own_class, planned
 from overhaul.architectures import refusal as refusal
 from overhaul.checkpoints import ADAPTER_CONFIG, Checkpoint, facts, listed, read_json, saved_from_memory
@@ -67,7 +69,7 @@ def load_weights(known: Checkpoint, dtype: str, trust_remote_code: bool = False)
     if trust_remote_code:
         known = replace(known, trusted=True)
     if known.base is not None:
-        return _merged(known, known.base.open(dtype, trust_remote_code=trust_remote_code))
+        return merged(known, known.base.open(dtype, trust_remote_code=trust_remote_code))
     options = _options(known, dtype)
     kind = class_of(known)
     session.begins()
@@ -99,6 +101,7 @@ def _options(known: Checkpoint, dtype: str) -> dict[str, Any]:
     check_counts(known)
     if not known.is_new:
         _refuse_what_lies_beside(known)
+        _check_generation(known)
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
     if known.library == "diffusers":
         return {**options, "torch_dtype": DTYPES[dtype]}
@@ -149,6 +152,22 @@ def _refuse_what_lies_beside(known: Checkpoint) -> None:
         )
 
 
+def _check_generation(known: Checkpoint) -> None:
+    """Whether generation_config.json can be read: transformers passes over a damaged one, and then generates otherwise.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    if (path := known.folder / "generation_config.json").exists():
+        from transformers import GenerationConfig
+
+        with (
+            in_words(known, "generation_config.json cannot be read", " Correct it, or remove it."),
+            quiet_transformers(),
+        ):
+            GenerationConfig.from_dict(read_json(path))
+
+
 def _drawn(known: Checkpoint) -> nn.Module:
     """A model with the weights that its library gives to a new one, drawn from the checkpoint's seed alone."""
     with torch.random.fork_rng(devices=[]):
@@ -157,32 +176,6 @@ def _drawn(known: Checkpoint) -> nn.Module:
             model = build(known)
     apply_late(model)
     return model
-
-
-def _merged(known: Checkpoint, base: nn.Module) -> nn.Module:
-    """A base with an adapter that became part of its weights: a plain model of the base's class, as peft merges it."""
-    from peft import PeftModel, get_peft_model_state_dict
-
-    try:
-        with warnings.catch_warnings():  # peft asks transformers by a name that is about to go
-            warnings.simplefilter("ignore", FutureWarning)
-            wrapped: Any = PeftModel.from_pretrained(base, str(known.folder))  # pyright: ignore[reportArgumentType]
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(
-            f"{known.source} does not fit its base {known.base and known.base.source}: {error}"
-        ) from error
-    expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
-    wrong = sorted(
-        expected - known.shapes.keys() or {name for name in known.shapes.keys() - expected if "lora_" in name}
-    )
-    if wrong:
-        raise RequestError(
-            f"{known.source} does not fit its base {known.base and known.base.source}: {listed(wrong)} is on one side only."
-        )
-    if not hasattr(wrapped, "merge_and_unload"):
-        kind = type(next(iter(wrapped.peft_config.values()))).__name__
-        raise RequestError(f"{known.source} is an adapter of the kind {kind}, which cannot become part of the weights.")
-    return wrapped.merge_and_unload(safe_merge=True).requires_grad_(True).eval()
 
 
 def check_shapes(known: Checkpoint) -> nn.Module:
@@ -197,7 +190,10 @@ def check_shapes(known: Checkpoint) -> nn.Module:
         RequestError: a tensor has another shape than the config says, a block is one too many, or an adapter lies beside.
     """
     if known.base is not None:
-        return check_shapes(known.base)
+        model = check_shapes(known.base)
+        if known.base.base is None:  # else it is the first adapter's base that is known, not what both made
+            check_fits(known, copy.deepcopy(model))
+        return model
     _options(known, "float32")
     if (model := planned(known)) is None:
         raise refusal(known)
@@ -210,6 +206,7 @@ def check_shapes(known: Checkpoint) -> nn.Module:
                 f"{known.source}: {name} has the shape {shape} in the weights, but config.json describes {expected[name]}. "
                 "Config and weights do not belong together."
             )
+    _check_missing(known, model, expected.keys() - known.shapes.keys())
     patterns = {_NUMBERS.sub(".*.", name) for name in expected}
     left_out = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     for name in known.shapes.keys() - expected.keys():
@@ -220,6 +217,23 @@ def check_shapes(known: Checkpoint) -> nn.Module:
                 "would be lost. Config and weights do not belong together."
             )
     return model
+
+
+def _check_missing(known: Checkpoint, model: Any, names: Set[str]) -> None:
+    """Refuse weights that lack what the class would fill at random.
+
+    Where they hold names that the class does not have, these may be what is missing, by a name of old: that is seen when
+    they are read.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    may_lack = {name for pair in tied.items() if known.shapes.keys() & {*pair} for name in pair}
+    missing = sorted(name for name in names - may_lack if not any(re.search(pattern, name) for pattern in ignored))
+    if missing and known.shapes.keys() <= model.state_dict().keys():
+        raise RequestError(
+            f"{known.source}: the weights lack {len(missing)} tensors, such as {missing[0]!r}, which config.json describes. "
+            "Config and weights do not belong together, or the weights were fetched in part."
+        )
 
 
 _NUMBERS = re.compile(r"\.\d+\.")
@@ -257,6 +271,8 @@ def save(model: nn.Module, processor: Any, folder: str | Path, *, dtype: str | N
 
 def _check_finite(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Refuse numbers that are none, and those that a smaller dtype of the files makes to such. Masks may be infinite."""
+    if any(p.is_meta for p in model.parameters()):
+        raise RunError("The model has no weights (it is on the meta device); nothing was saved.")
     bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
     bad += [name for name, b in model.named_buffers() if b.is_floating_point() and b.isnan().any()]
     if bad:

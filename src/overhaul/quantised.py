@@ -47,8 +47,12 @@ def loading(known: Checkpoint) -> dict[str, Any]:
         RequestError: transformers cannot do so here.
     """
     given = known.config.get("quantization_config")
-    if not given:
+    if given is None:
         return {}
+    if not given:
+        raise RequestError(
+            f"{known.folder / 'config.json'}: `quantization_config` is {given!r} and names no method. Remove the entry."
+        )
     method = given.get("quant_method") if isinstance(given, Mapping) else None
     if method is None and isinstance(given, Mapping) and any(name.startswith("load_in_") for name in given):
         method = "bitsandbytes"

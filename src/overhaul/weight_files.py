@@ -172,12 +172,16 @@ def _none(folder: Path, held: Sequence[Path]) -> str:
             f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which can run code when opened. Convert "
             "them once with `model.save_pretrained(folder)` in an environment you trust, which writes safetensors."
         )
+    below = next(iter(sorted(folder.glob("*/*.safetensors"))), None)
+    if below is not None:
+        return f"{folder} holds no weights, but {below.parent} does ({below.name}): move them beside config.json."
     return f"{folder} holds no *.safetensors weights. {NEW}{folder} starts from its config alone."
 
 
 def _named_files(index: Path, held: Sequence[Path]) -> list[Path]:
     """The files that an index names, if it tells the truth."""
-    where: Any = read_json(index).get("weight_map")
+    content = read_json(index)
+    where: Any = content.get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
         raise RequestError(f"{index} is no index of weights: it has no `weight_map`. Save the model again.")
     names = sorted(set(where.values()))
@@ -194,6 +198,11 @@ def _named_files(index: Path, held: Sequence[Path]) -> list[Path]:
         raise RequestError(
             f"{index} says that {where[wrong[0]]} holds {listed(wrong)}, which it does not. Index and files are of "
             "different models or states: fetch or save the checkpoint again."
+        )
+    if not isinstance(content.get("metadata"), dict):
+        raise RequestError(
+            f"{index} has no `metadata`, without which transformers does not read it. Add {{}} under that name, or save the "
+            "model again."
         )
     return named
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from conftest import tiny_llama
 from made_tokenizers import KINDS, byte_level, metaspace, word_piece
+from overhaul.data import boundary
 from overhaul.data.boundary import following, joined, without_overlap
 from overhaul.data.encode import encode_qa, encode_text
 from overhaul.data.examples import IGNORED, PROMPT_OVERLAP, Examples
@@ -58,6 +61,17 @@ def test_a_question_with_its_answer_has_the_tokens_of_the_whole_text(prompt: str
         assert "".join(begun.split()) + "".join(overlap.split()) == tight
         if overlap:
             assert row["prompt"].endswith(overlap)
+
+
+def test_what_is_told_from_bytes_is_told_from_offsets(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(0)
+    pieces = [*"ab Z.é🦦\n7:", "  ", "</s>", "<s>", "yes", " where", "In Marrowick", "\u00a0", "\u3000"]
+    said = ["".join(draw.choices(pieces, k=draw.randrange(12))) for _ in range(800)]
+    pairs = [boundary.joined(one, other) for one, other in itertools.pairwise(said) if other.strip()]
+    texts, spans = zip(*pairs, strict=True)
+    told = boundary.find(tokenizer, texts, spans)
+    monkeypatch.setattr(boundary, "MANY", len(texts) + 1)
+    assert told == boundary.find(tokenizer, texts, spans)
 
 
 def test_the_answer_gains_no_space(tokenizer: Any) -> None:

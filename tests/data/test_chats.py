@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +264,46 @@ def test_a_large_file_of_chats_is_a_small_one(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"messages": ASKED[:1]}])))
     with pytest.raises(RequestError, match=r"a.jsonl, line 1201: a chat must end with an assistant turn"):
         examples("a.jsonl", tokenizer, base=tmp_path)
+
+
+@pytest.mark.parametrize("answer", ["so 🦦", "so 一", "Größe é\u0301"])
+def test_the_last_character_is_whole_where_its_bytes_are_tokens(answer: str) -> None:
+    made = byte_level() if "🦦" not in answer else metaspace("first")
+    for template in ("chatml", "gemma"):
+        tokenizer = talking(template, made)
+        examples_ = encode_chat([{"messages": [ASKED[0], {"role": "assistant", "content": answer}]}], tokenizer)
+        ids = answers_alone(examples_)[0]["labels"]
+        alone = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        assert ids[ids != IGNORED].tolist()[-3:] == alone[-3:], "each byte of the last character is of the answer"
+
+
+def test_thoughts_are_told_from_what_they_end_in() -> None:
+    thinking = [ASKED[0], {"role": "assistant", "content": "<think>no</think>Yes."}]  # the template adds lines
+    made = encode_chat([{"messages": thinking}], talking("qwen-3", byte_level()))
+    assert made.rows[0]["answer"].strip().endswith("no\n</think>\n\nYes.")
+    with warnings.catch_warnings():  # that it leaves out the thought
+        warnings.simplefilter("ignore", MaterialWarning)
+        made = encode_chat([{"messages": thinking}], talking("deepseek-r1", byte_level()))
+    assert made.rows[0]["answer"].strip() == "Yes."
+
+
+def test_a_chat_may_hold_any_word_and_a_template_writes_an_answer_once() -> None:
+    odd = [{"role": "user", "content": "what is ZqxxqZ and ZqxxqZZ?"}, {"role": "assistant", "content": "ZqxxqZ!"}]
+    tokenizer = talking("chatml", byte_level())
+    made = encode_chat([{"messages": odd}], tokenizer)
+    assert tokenizer.decode(learnt(made.items[0])) == "ZqxxqZ!<|im_end|>\n"
+    twice = "{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}{{ messages[-1].content }}"
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(RequestError, match="the chat template does not write its last answer as it is given"),
+    ):
+        warnings.simplefilter("ignore", MaterialWarning)  # that it does not begin an answer so
+        examples([{"messages": odd}], tokenizer, form="chat", chat_template=twice)
+
+
+@pytest.mark.parametrize("tools", ["[{]", "get_time", {"name": "x"}, [1], 7])
+def test_tools_that_are_none_are_refused(tools: Any) -> None:
+    with pytest.raises(RequestError, match="Row 1: its tools must be a list of schemas"):
+        encode_chat([{"messages": ASKED, "tools": tools}], talking("tools", byte_level()))
+    for nothing in (None, [], "", "[]"):
+        encode_chat([{"messages": ASKED, "tools": nothing}], talking("tools", byte_level()))

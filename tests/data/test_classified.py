@@ -12,6 +12,7 @@ from torch import nn
 
 import overhaul as oh
 from overhaul import models
+from overhaul.data import lazy
 from overhaul.data.examples import collate
 from overhaul.errors import RequestError
 from overhaul.forget.ssd import ssd
@@ -122,3 +123,14 @@ def test_a_language_model_does_not_take_classes_for_tokens(folder: Path, tokeniz
         heal(models.open_model(folder)[0], data(), steps=1)
     with pytest.raises(RequestError, match="as: classified"):
         heal(classifier("Bert"), oh.examples(sentences(), words(), length=16), steps=1)
+
+
+def test_a_large_file_of_classes_is_a_small_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [json.dumps({"text": f"ada {n}", "label": ("good", "bad")[n % 2]}) for n in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    small, numbers = oh.examples("a.jsonl", words(), base=tmp_path, form="classified"), {"good": 0, "bad": 1}
+    monkeypatch.setattr(lazy, "LARGE", 100)
+    for labels, first in ((None, [1, 0]), (numbers, [0, 1]), ({"good": 1, "bad": 0}, [1, 0])):
+        made = oh.examples("a.jsonl", words(), base=tmp_path, form="classified", labels=labels)
+        assert [int(item["labels"]) for item in made][:2] == first
+        assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(made, small, strict=True))

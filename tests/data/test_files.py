@@ -241,3 +241,49 @@ def test_a_saved_data_set_keeps_the_names_of_its_classes(tmp_path: Path) -> None
     labels: Labels = {"cat": 0, "dog": 1, "zebra": 2}
     spec = Source.model_validate({"from": "d", "as": "rows", "where": {"label": "cat"}})
     assert [row["text"] for row in load_rows(spec, tmp_path, labels=labels)] == ["a"]
+
+
+LINE = '{"question": "q", "answer": "a"}'
+
+
+def test_links_to_folders_are_followed_and_rings_refused(tmp_path: Path) -> None:
+    for name in ("elsewhere", "data"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "elsewhere" / "b.jsonl").write_text(LINE)
+    (tmp_path / "data" / "a.jsonl").write_text(LINE)
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    assert len(read(tmp_path, "data")) == 2
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
+    with pytest.raises(RequestError, match="more/back is a link to a folder that it lies in"):
+        read(tmp_path, "data")
+    (tmp_path / "elsewhere" / "back").unlink()
+    (tmp_path / "data" / "c.jsonl").symlink_to("gone.jsonl")
+    with pytest.raises(RequestError, match=r"c.jsonl is a link to gone.jsonl, which is not there"):
+        read(tmp_path, "data")
+
+
+def test_a_file_beside_its_packed_self_is_not_read_twice(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(LINE)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINE.encode()))
+    for name in (".", "a.*"):
+        with pytest.raises(RequestError, match=r"a.jsonl and .*a.jsonl.gz are one file, of which one is packed"):
+            read(tmp_path, name)
+
+
+def test_patterns_work_below_a_folder_of_any_name(tmp_path: Path) -> None:
+    odd = tmp_path / "run [1] of *"
+    odd.mkdir()
+    (odd / "a.jsonl").write_text(LINE)
+    assert len(read(odd, "*.jsonl")) == 1
+
+
+def test_a_list_inside_of_one_row_is_no_set_of_rows(tmp_path: Path) -> None:
+    row = {"question": "q", "answer": "a", "choices": [{"text": "a"}, {"text": "b"}]}
+    (tmp_path / "a.json").write_text(json.dumps(row))
+    assert read(tmp_path, "a.json") == [row]
+    (tmp_path / "a.json").write_text(json.dumps({"version": "1", "data": [row]}))
+    assert read(tmp_path, "a.json") == [row]
+    (tmp_path / "a.csv").write_bytes("question,answer\nq,é\n".encode("utf-32"))
+    with pytest.raises(RequestError, match=r"written in UTF-32. Write `encoding: utf-32`"):
+        read(tmp_path, "a.csv")
+    assert read(tmp_path, "a.csv", encoding="utf-32")[0]["answer"] == "é"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -358,3 +359,73 @@ def test_a_saved_data_set_of_pictures_goes_by_the_names_of_its_classes(tmp_path:
     assert numbers(load(tmp_path, "d")) == {"cat": 0, "dog": 1}
     (row,) = load(tmp_path, "d", labels=ANIMALS, where={"label": "dog"})
     assert row["label"] == 1 and row["image"].image.getpixel((0, 0)) == 7
+
+
+def test_names_that_a_data_set_gives_to_any_column_are_its_values(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features(
+        {"text": Value("string"), "kind": ClassLabel(names=["dog", "cat"]), "key": ClassLabel(names=["A", "B"])}
+    )
+    made = Dataset.from_dict({"text": ["it barks", "it purrs"], "kind": [0, 1], "key": [1, 0]}, features=features)
+    made.save_to_disk(tmp_path / "d")
+    for name in ("p/train-0.parquet", "p/train-1.parquet", "d.parquet"):
+        (tmp_path / "p").mkdir(exist_ok=True)
+        made.to_parquet(tmp_path / name)
+    for name in ("d", "d.parquet", "p", "p/*.parquet"):
+        options: dict[str, Any] = {"as": "classified", "columns": {"label": "kind"}}
+        assert [row["kind"] for row in load(tmp_path, name, labels=ANIMALS, **options)][:2] == [1, 2]
+        assert [row["kind"] for row in load(tmp_path, name, labels={"LABEL_0": 0, "LABEL_1": 1}, **options)][:2] == [
+            0,
+            1,
+        ]
+        assert len(load(tmp_path, name, labels=ANIMALS, where={"kind": "cat"}, **options)) in (1, 2)
+        asked = load(tmp_path, name, **{"as": "qa", "columns": {"question": "text", "answer": "key"}})
+        assert [row["key"] for row in asked][:2] == ["B", "A"]
+    Dataset.from_dict({"kind": [0]}, features=Features({"kind": ClassLabel(names=["cat", "dog"])})).to_parquet(
+        tmp_path / "p" / "train-1.parquet"
+    )
+    with pytest.raises(RequestError, match=r"train-1.parquet numbers the classes of 'kind' in another way"):
+        load(tmp_path, "p", labels=ANIMALS, **{"as": "classified", "columns": {"label": "kind"}})
+
+
+def test_a_class_folder_may_be_a_link(tmp_path: Path) -> None:
+    save(grey(), tmp_path, "i", "dog", "a.png")
+    save(grey(), tmp_path, "cats", "a.png")
+    (tmp_path / "i" / "cat").symlink_to(tmp_path / "cats")
+    assert numbers(load(tmp_path, labels=ANIMALS)) == {"cat": 2, "dog": 1}
+
+
+def test_one_number_is_one_class(tmp_path: Path) -> None:
+    for name in ("1", "01"):
+        save(grey(), tmp_path, "i", name, "a.png")
+    with pytest.raises(RequestError, match="the classes '01' and '1' are one number, 1"):
+        load(tmp_path, labels=DEFAULT)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, True, None, "", [1], np.array([1, 2]), 1.5])
+def test_what_is_no_class_is_refused(value: Any, tmp_path: Path) -> None:
+    spec = Source.model_validate({"from": "rows", "as": "classified"})
+    with pytest.raises(RequestError, match="rows, row 1: 'label' is .*the name or the number of a class is needed"):
+        load_rows(spec, tmp_path, [{"text": "a", "label": value}], DEFAULT)
+
+
+def test_numbers_of_classes_may_have_lost_their_wholeness_and_stand_not_beside_names(tmp_path: Path) -> None:
+    spec = Source.model_validate({"from": "rows", "as": "classified"})
+    rows: list[dict[str, Any]] = [{"text": str(n), "label": f"{n}.0"} for n in range(11)]
+    assert [row["label"] for row in load_rows(spec, tmp_path, rows, DEFAULT)] == list(range(11))
+    both: list[dict[str, Any]] = [{"text": "a", "label": 0}, {"text": "b", "label": "good"}]
+    with pytest.raises(RequestError, match=r"holds names of classes \(good\) and numbers \(0\)"):
+        load_rows(spec, tmp_path, both)
+    assert [row["label"] for row in load_rows(spec, tmp_path, both, {"bad": 0, "good": 1})] == [0, 1]
+
+
+def test_a_config_says_its_classes_in_one_way() -> None:
+    unnamed = {str(n): f"LABEL_{n}" for n in range(3)}
+    assert labels_of({"label2id": ANIMALS, "id2label": unnamed}) == ANIMALS
+    assert labels_of({"architectures": ["LlamaForSequenceClassification"], "num_labels": "3"}) is not None
+    with pytest.raises(RequestError, match="other numbers in `id2label` than in `label2id`"):
+        labels_of({"label2id": ANIMALS, "id2label": {"0": "cat", "1": "dog", "2": "zebra"}})
+    spec = Source.model_validate({"from": "rows", "as": "classified"})
+    with pytest.raises(RequestError, match=r"numbers its classes \[0, 5\], which are not 0 to 1"):
+        load_rows(spec, Path(), [{"text": "a", "label": "b"}], {"a": 0, "b": 5})

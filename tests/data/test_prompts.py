@@ -125,10 +125,18 @@ def test_a_column_of_text_that_nothing_reads_is_said(tokenizer: Any) -> None:
     ],
 )
 def test_what_is_not_meant_to_be_read_is_not(more: Any, options: Any, tokenizer: Any) -> None:
-    rows = [{"question": "hi", "answer": "yes", **more}]
+    row = {"question": "hi", "answer": "yes", **more}
+    rows = [row, {**row, **options.get("unless", {})}]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         examples(rows, tokenizer, prompt="{question}:", **options)
+
+
+@pytest.mark.parametrize("named", ["{answer}", "{said}"])
+def test_a_prompt_does_not_give_the_answer_away(named: str, tokenizer: Any) -> None:
+    rows = [{"question": "hi", "said": "yes"}]
+    with pytest.raises(RequestError, match=r"names the answer \(\{said\}\), so the model would read what it is to say"):
+        examples(rows, tokenizer, form="qa", prompt=f"{{question}} {named}:", columns={"answer": "said"})
 
 
 def recipe(base: Path, folder: Path, **material: Any) -> dict[str, Any]:

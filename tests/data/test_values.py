@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +17,7 @@ from overhaul.data import lazy
 from overhaul.data.examples import IGNORED
 from overhaul.data.lazy import View
 from overhaul.data.materials import Source, examples, load_rows
-from overhaul.errors import RequestError
+from overhaul.errors import MaterialWarning, RequestError
 
 
 def read(folder: Path, name: str, **options: Any) -> Any:
@@ -246,3 +249,38 @@ def test_paths_from_python_may_climb(tmp_path: Path, tokenizer: Any, monkeypatch
         assert [row["answer"] for row in examples(source, tokenizer).rows] == ["a"], source
     with pytest.raises(RequestError, match="climb out"):
         read(tmp_path / "notebooks", "../a.jsonl")
+
+
+def test_short_fractions_and_a_negative_nought_stay_as_they_are_written(tmp_path: Path) -> None:
+    for kind in (pa.float16(), pa.float32(), pa.float64()):
+        held = pa.array([0.1, None, 2.5], pa.float64()).cast(kind) if kind != pa.float16() else None
+        held = pa.array(np.array([0.1, 2.5, 2.5], np.float16)) if held is None else held
+        parquet(tmp_path, question=["q"] * 3, answer=held)
+        assert answers(tmp_path, "a.parquet", unless={"answer": None})[0] == "0.1"
+    assert answers(jsonl(tmp_path, '{"question": "q", "answer": -0}'), "a.jsonl") == ["-0"]
+
+
+def test_days_and_exact_fractions_are_found_as_they_are_written(tmp_path: Path) -> None:
+    days = [date(2024, 1, 1), date(2024, 1, 2)]
+    parquet(tmp_path, question=["q", "q"], answer=["a", "b"], day=days, part=[Decimal("1.10"), Decimal("2.00")])
+    (tmp_path / "a.csv").write_text("question,answer,day,part\nq,a,2024-01-01,1.10\nq,b,2024-01-02,2\n")
+    for name in ("a.parquet", "a.csv"):
+        for wanted in ({"day": days[0]}, {"day": "2024-01-01"}, {"part": Decimal("1.1")}):
+            assert answers(tmp_path, name, where=wanted) == ["a"] and answers(tmp_path, name, unless=wanted) == ["b"]
+
+
+def test_a_value_of_a_filter_that_no_row_has_is_said(tmp_path: Path) -> None:
+    jsonl(tmp_path, *({"question": "q", "answer": name, "person": name} for name in ("ada", "bea")))
+    spec = {"from": "a.jsonl", "where": {"person": ["ada", "adda"]}, "unless": {"answer": ["bea", "ceo"]}}
+    said: list[str] = []
+    assert [row["answer"] for row in load_rows(Source.model_validate(spec), tmp_path, said=said)] == ["ada"]
+    assert said == [
+        "a.jsonl: no row has the person 'adda' of `where:`.",
+        "a.jsonl: no row has the answer 'ceo' of `unless:`.",
+    ]
+
+
+def test_choices_that_nothing_reads_are_said(tokenizer: Any) -> None:
+    rows = [{"question": "who?", "answer": "ada", "choices": ["ada quill", "bea marsh"], "more": {"a": ["very long"]}}]
+    with pytest.warns(MaterialWarning, match="the columns 'choices', 'more' hold text and are never read"):
+        examples(rows, tokenizer)

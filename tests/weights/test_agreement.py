@@ -193,3 +193,12 @@ def test_a_blend_with_a_head_of_another_task_opens_as_its_first_model_does(tmp_p
     out = weights.blend(two, [0.5, 0.5], tmp_path / "out")
     with pytest.warns(UserWarning, match=r"also holds score\.weight: heads of other tasks"):
         models.open_model(out)
+
+
+def test_codes_of_quantised_weights_are_not_counted_with(tmp_path: Path) -> None:
+    two = two_llamas(tmp_path)
+    config = json.loads((two[1] / "config.json").read_text())
+    (two[1] / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(RequestError, match="is quantised .*its numbers are codes"):
+        weights.blend(two, [0.5, 0.5], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

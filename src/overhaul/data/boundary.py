@@ -20,10 +20,14 @@ from typing import Any, NamedTuple
 import torch
 
 from overhaul.data.examples import IGNORED, PROMPT_OVERLAP, Encoded
+from overhaul.data.widths import first_tokens
 from overhaul.errors import RowError
 
 SPACES = ("Ġ", "▁")
 """How tokens begin that hold the space before them."""
+
+MANY = 100
+"""Texts from which on it is worth to know how many bytes each token stands for."""
 
 FOLLOWED = "a"
 """A word that stands for any answer where none is given."""
@@ -97,8 +101,11 @@ def find(tokenizer: Any, texts: Sequence[str], spans: Sequence[Span], special: b
     if backend is None:
         places = _by_prefix(tokenizer, texts, spans, special)
     else:
-        encodings = backend.encode_batch(texts, add_special_tokens=special)
-        places = [_by_offsets(*each) for each in zip(range(len(texts)), encodings, texts, spans, strict=True)]
+        places = _by_bytes(tokenizer, texts, spans, special)
+        left = [n for n, found in enumerate(places) if found is None]
+        encodings = backend.encode_batch([texts[n] for n in left], add_special_tokens=special)
+        for n, encoding in zip(left, encodings, strict=True):
+            places[n] = _by_offsets(n, encoding, texts[n], spans[n])
     bos = tokenizer.bos_token_id
     return [_with_one(bos, found) for found in places] if special and bos is not None else places
 
@@ -109,6 +116,31 @@ def _with_one(bos: int, found: Found) -> Found:
     if first > 1 and ids[0] == bos == ids[1]:
         return Found(ids[1:], first - 1, last - 1, until - 1, overlap)
     return found
+
+
+def _apart(text: str, begin: int) -> bool:
+    """Whether an answer begins behind what is no white space, with at most one space."""
+    before = text[begin - 1] if begin else text[:1]
+    return not before.isspace() and not text[begin : begin + 2].isspace()
+
+
+def _by_bytes(tokenizer: Any, texts: Sequence[str], spans: Sequence[Span], special: bool) -> list[Any]:
+    """Of many texts that end with their answers, those whose answers begin with a token; None for every other one.
+
+    Runs of white space are left to the offsets too, of which some tokenizers leave it out.
+    """
+    if len(texts) < MANY or any(span.end < len(text) for text, span in zip(texts, spans, strict=True)):
+        return [None] * len(texts)
+    begins = [span.begin for span in spans]
+    # one text stands for all: a prompt that ends inside a token does so in every row
+    if (first_tokens(tokenizer, texts[:1], begins[:1], special) or [None])[0] is None:
+        return [None] * len(texts)
+    found = first_tokens(tokenizer, texts, begins, special)
+    plain = [_apart(text, begin) for text, begin in zip(texts, begins, strict=True)]
+    return [
+        Found(each[0], each[1], len(each[0]), len(each[0]), "") if each and sure else None
+        for each, sure in zip(found or (), plain, strict=True)
+    ]
 
 
 def _by_offsets(place: int, encoding: Any, text: str, span: Span) -> Found:
@@ -123,9 +155,9 @@ def _by_offsets(place: int, encoding: Any, text: str, span: Span) -> Found:
         before = encoding.token_to_chars(first - 1) if first else None
     starts, last, behind = encoding.token_to_chars(first)[0], len(ids), len(ids)
     if end < len(text):
-        last = max(first, _holding(encoding, range(end - 1, begin - 1, -1)) or first) + 1
+        last = max(first + 1, _behind(encoding, range(end - 1, begin - 1, -1)))
     if until < len(text):
-        behind = max(last, 1 + (_holding(encoding, range(until - 1, end - 1, -1)) or 0))
+        behind = max(last, _behind(encoding, range(until - 1, end - 1, -1)))
     # some tokenizers leave the space that a token holds out of its offsets
     spaced = starts >= begin > 0 and text[begin - 1].isspace() and not text[begin].isspace()
     if before and before[1] < begin and spaced and str(encoding.tokens[first]).startswith(SPACES):
@@ -140,6 +172,18 @@ def _holding(encoding: Any, places: range) -> int | None:
         if token is not None:
             return token
     return None
+
+
+def _behind(encoding: Any, places: range) -> int:
+    """How many tokens there are up to the last one of the first of these characters which any token holds."""
+    token = _holding(encoding, places)
+    if token is None:
+        return 0
+    begin, end = encoding.token_to_chars(token)
+    # the bytes of one character may be tokens of their own, which all have its place
+    while (following := encoding.token_to_chars(token + 1)) and begin <= following[0] < end:
+        token += 1
+    return token + 1
 
 
 def _by_prefix(tokenizer: Any, texts: Sequence[str], spans: Sequence[Span], special: bool) -> list[Found]:

@@ -27,7 +27,9 @@ MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """How a template says what is the assistant's."""
 
 MARK = "ZqxxqZ"
-"""What stands in place of a turn to see where the template writes it."""
+"""What stands in place of a turn to see where the template writes it; `_mark` makes one that no turn holds."""
+
+_TAG = re.compile(r"</?\w+>")
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """What a turn may hold beside its content that is learnt with it."""
@@ -63,17 +65,24 @@ def turns_of(value: Any, place: int) -> list[Turn]:
     return [_turn(turn, n, place) for n, turn in enumerate(value, 1)]
 
 
-def tools_of(row: Mapping[str, Any]) -> list[Turn] | None:
-    """The tools that a row offers, as a list of schemas or the same as JSON text."""
-    tools: Any = row.get("tools")
-    if isinstance(tools, str):
+def tools_of(row: Mapping[str, Any], place: int) -> list[Turn] | None:
+    """The tools that a row offers, as a list of schemas or the same as JSON text; None where it offers none.
+
+    Raises:
+        RowError: its `tools` are something else.
+    """
+    given: Any = row.get("tools")
+    tools = given
+    if isinstance(given, str):
         try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError:
-            return None
-    if not isinstance(tools, Sequence) or isinstance(tools, str) or not len(tools):
+            tools = json.loads(given) if given.strip() else None
+        except ValueError:
+            tools = given
+    if tools is None or (isinstance(tools, Sequence) and not len(tools)):
         return None
-    return [dict(tool) for tool in tools] if all(isinstance(tool, Mapping) for tool in tools) else None
+    if isinstance(tools, str) or not isinstance(tools, Sequence) or not all(isinstance(x, Mapping) for x in tools):
+        raise RowError(place, f"its tools must be a list of schemas, or JSON text of one, not {str(given)[:60]!r}.")
+    return [dict(tool) for tool in tools]
 
 
 def _turn(turn: Any, n: int, place: int) -> Turn:
@@ -155,14 +164,18 @@ class Writer:
         give = _in_parts if self._takes_parts(turns, place, tools) else dict
         text, said = self._write(map(give, turns), place, tools, spans=True)
         bare = {key: value for key, value in last.items() if key not in THOUGHTS}
-        other, _ = self._write(map(give, [*context, {**bare, "content": MARK}]), place, tools)
-        before, found, after = other.partition(MARK)
+        mark = _mark(turns)
+        other, _ = self._write(map(give, [*context, {**bare, "content": mark}]), place, tools)
+        before, found, after = other.partition(mark)
         begin = len(commonprefix([text, before]))
         end = len(text) - len(commonprefix([text[begin:][::-1], after[::-1]]))
         thinks = "</" in last["content"] or bare != last
-        if not found or (begin < len(before) and not thinks) or last["content"].strip()[-8:] not in text[begin:end]:
+        parts = [
+            part.strip() for part in _TAG.split(last["content"])
+        ]  # a template may write a thought in lines of its own
+        if not found or mark in after or (begin < len(before) and not thinks) or parts[-1][-8:] not in text[begin:end]:
             raise RowError(place, "the chat template does not write its last answer as it is given.")
-        if thinks and last["content"].strip() not in text:
+        if thinks and not all(part in text for part in parts):
             _warn("The chat template leaves out thoughts of an answer: what it writes is learnt and scored.")
         if said and said[-1][0] <= begin < said[-1][1]:  # the template itself says what is the assistant's
             begin, until = said[-1]
@@ -188,7 +201,7 @@ class Writer:
             raise RowError(
                 place, f"turn {calling} of its messages calls a tool, and the chat template writes no tool calls."
             )
-        marks = [f"{MARK}{n}." for n in range(len(turns))]
+        marks = [f"{_mark(turns)}{n}." for n in range(len(turns))]
         marked = [_with_mark(turn, mark) for turn, mark in zip(turns, marks, strict=True)]
         reason: RowError | None = None
         for parts, give in ((False, dict), (True, _in_parts)):
@@ -252,6 +265,14 @@ def commonprefix(texts: Sequence[str]) -> str:
 
 def _warn(message: str) -> None:
     warnings.warn(message, MaterialWarning, stacklevel=3)
+
+
+def _mark(turns: Sequence[Turn]) -> str:
+    """A mark that stands in none of these turns."""
+    mark = MARK
+    while mark in str(turns):
+        mark += MARK[-1]
+    return mark
 
 
 def _with_mark(turn: Turn, mark: str) -> Turn:

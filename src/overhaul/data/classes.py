@@ -36,13 +36,19 @@ class Classes:
     def named(cls, names: Collection[str]) -> Classes:
         """Classes of which only the names are known: numbers are stated by themselves."""
         if all(map(is_number, names)):
-            return cls({name: int(name) for name in sorted(names, key=int)}, stated=True)
+            return cls(
+                {name: _whole(name) for name in sorted(names, key=lambda name: (_whole(name), name))}, stated=True
+            )
         return cls({name: number for number, name in enumerate(sorted(names))}, stated=False)
 
 
 def is_number(name: str) -> bool:
-    """Whether a class is called by a number."""
-    return re.fullmatch("[0-9]{1,9}", name) is not None
+    """Whether a class is called by a number: 7, 07, or 7.0 as tables write it that have lost a cell."""
+    return re.fullmatch(r"[0-9]{1,9}(\.0)?", name) is not None
+
+
+def _whole(name: str) -> int:
+    return int(name.removesuffix(".0"))
 
 
 def labels_of(config: Mapping[str, Any]) -> Labels | None:
@@ -53,16 +59,27 @@ def labels_of(config: Mapping[str, Any]) -> Labels | None:
     """
     named, numbers = config.get("id2label"), config.get("label2id")
     try:
-        if isinstance(named, Mapping) and named:
-            return {str(name): int(number) for number, name in named.items()}
-        if isinstance(numbers, Mapping) and numbers:
-            return {str(name): int(number) for name, number in numbers.items()}
+        by_number = {str(v): int(k) for k, v in named.items()} if isinstance(named, Mapping) else {}
+        by_name = {str(k): int(v) for k, v in numbers.items()} if isinstance(numbers, Mapping) else {}
+        told = [each for each in (by_number, by_name) if each and not unnamed(each)] or [by_number, by_name]
+        if told[0] and told[-1] and told[0] != told[-1]:
+            raise RequestError(
+                "The model's config.json gives its classes other numbers in `id2label` than in `label2id`. Correct the one "
+                "that is wrong."
+            )
+        if found := told[0] or told[-1]:
+            return found
+        count = int(config.get("num_labels", 2))  # what transformers takes where a config says nothing
     except (TypeError, ValueError):
         raise RequestError("The model's config.json has an `id2label` or `label2id` that gives no numbers.") from None
     if any("Classification" in str(name) for name in config.get("architectures") or ()):
-        count = config.get("num_labels", 2)  # what transformers takes where a config says nothing
         return {f"LABEL_{n}": n for n in range(count)}
     return None
+
+
+def unnamed(labels: Labels) -> bool:
+    """Whether these are the names that transformers gives to classes without any."""
+    return all(re.fullmatch("LABEL_[0-9]+", name) for name in labels)
 
 
 def numbered(classes: Classes, labels: Labels | None, source: str) -> tuple[Mapping[str, int], str | None]:
@@ -72,12 +89,21 @@ def numbered(classes: Classes, labels: Labels | None, source: str) -> tuple[Mapp
         RequestError: the model does not know a class, or has another number of them.
     """
     names = classes.numbers
+    for name, number in names.items():
+        other = next(other for other, same in names.items() if same == number)
+        if other != name:
+            raise RequestError(f"{source}: the classes {other!r} and {name!r} are one number, {number}. Rename one.")
     if labels is None:
         return names, None
+    if sorted(labels.values()) != list(range(len(labels))):
+        raise RequestError(
+            f"{source}: the model's config.json numbers its classes {sorted(labels.values())[:8]}, which are not 0 to "
+            f"{len(labels) - 1}. Correct its `id2label` and `label2id`."
+        )
     if all(name in labels for name in names):
         return {name: labels[name] for name in names}, None
     listed = ", ".join(sorted(labels, key=lambda name: labels[name])[:20])
-    if not all(re.fullmatch("LABEL_[0-9]+", name) for name in labels):
+    if not unnamed(labels):
         unknown = ", ".join(sorted(set(names) - set(labels))[:5])
         raise RequestError(f"{source}: the model has no class {unknown}. It has {listed}; name the data's classes so.")
     if classes.stated and all(0 <= number < len(labels) for number in names.values()):
@@ -101,10 +127,10 @@ def number_of(value: Any, numbers: Mapping[str, int], labels: Labels | None, pla
     if isinstance(value, str) and value in numbers:
         return numbers[value]
     if isinstance(value, str) and is_number(value):
-        value = int(value)
-    if not isinstance(value, str) and hasattr(value, "item"):  # numpy's and torch's
+        value = _whole(value)
+    if not isinstance(value, str) and hasattr(value, "item") and not getattr(value, "shape", ()):  # numpy's and torch's
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:  # not so of NaN and infinity
         raise RequestError(f"{place}: {column!r} is {value!r}, and the name or the number of a class is needed.")
     if labels is not None and not 0 <= value < len(labels):
         raise RequestError(

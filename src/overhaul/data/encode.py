@@ -316,7 +316,9 @@ def encode_chat(rows: Rows, tokenizer: Any, column: str = "messages") -> Example
     writer, items, kept = Writer(tokenizer), list[Encoded](), list[Mapping[str, Any]]()
     for group in _grouped(enumerate(rows), BATCH):
         chats = [turns_of(row[column], place) for place, row in group]
-        written = [writer.answer(chat, place, tools_of(row)) for chat, (place, row) in zip(chats, group, strict=True)]
+        written = [
+            writer.answer(chat, place, tools_of(row, place)) for chat, (place, row) in zip(chats, group, strict=True)
+        ]
         with shifted(group[0][0]):
             found = find(tokenizer, [text for text, _ in written], [span for _, span in written], special=False)
         items += learnable(found)

@@ -12,14 +12,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from overhaul.data.classes import Classes, is_number
 from overhaul.data.lazy import TextFile, View, chained, sha
+from overhaul.data.parquet import class_names, name_classes
 from overhaul.data.pictures import is_picture
-from overhaul.data.readers import READERS, TEXTS, ending, read_file
+from overhaul.data.readers import READERS, TEXTS, ending, read_file, unpacked_name
 from overhaul.data.values import FileRow
 from overhaul.errors import RequestError, did_you_mean
 
@@ -46,10 +47,10 @@ METADATA = ("metadata.csv", "metadata.jsonl")
 
 @dataclass(frozen=True)
 class Found:
-    """What a source holds: its rows, the classes that it says it has, in all its splits, and what should be said of it."""
+    """What a source holds: rows, the classes that it says a column has, in all its splits, and what should be said of it."""
 
     rows: Sequence[Row]
-    classes: Classes | None = None
+    classes: Mapping[str, Classes] = field(default_factory=dict)
     said: tuple[str, ...] = ()
 
 
@@ -61,7 +62,7 @@ def read_folder(path: Path, split: str, encoding: str) -> Found:
     """
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return _saved(path, split)
-    every = [each for each in sorted(path.rglob("*")) if not _hidden(each.relative_to(path)) and not each.is_dir()]
+    every = [each for each in _files_below(path) if not _hidden(each.relative_to(path))]
     files = [each for each in every if not DESCRIBES.fullmatch(each.name)]
     if not files:
         raise RequestError(f"{path} is empty: neither pictures (CLASS/file.png) nor files of rows or texts.")
@@ -71,7 +72,28 @@ def read_folder(path: Path, split: str, encoding: str) -> Found:
     over = [each.relative_to(path).as_posix() for each in every if each not in files and ending(each) in TEXTS]
     texts = over and any(ending(each) in TEXTS for each in chosen)
     said = (f"{path}: {', '.join(over)} is taken for a description of the data and passed over.",) if texts else ()
-    return Found(read_files(chosen, encoding, path), said=said)
+    return Found(read_files(chosen, encoding, path), stated_classes(chosen), said)
+
+
+def _files_below(root: Path) -> list[Path]:
+    """All files in a folder, also where a link leads to a folder.
+
+    Raises:
+        RequestError: a link leads to a folder that it lies in.
+    """
+    found: list[Path] = []
+    todo: list[tuple[Path, frozenset[Path]]] = [(root, frozenset())]
+    while todo:
+        folder, above = todo.pop()
+        real = folder.resolve()
+        if real in above:
+            raise RequestError(f"{folder} is a link to a folder that it lies in, so its files have no end. Remove it.")
+        for each in folder.iterdir():
+            if each.is_dir():
+                todo.append((each, above | {real}))
+            else:
+                found.append(each)
+    return sorted(found)
 
 
 def _hidden(name: Path) -> bool:
@@ -80,6 +102,10 @@ def _hidden(name: Path) -> bool:
 
 def read_files(paths: Sequence[Path], encoding: str, base: Path) -> Sequence[Row]:
     """The rows of several files, in order; texts are called by their way from `base`."""
+    first: dict[Path, Path] = {}
+    for path in paths:
+        if (other := first.setdefault(unpacked_name(path), path)) != path:
+            raise RequestError(f"{other} and {path} are one file, of which one is packed. Take one of them out.")
     parts: list[Sequence[Row]] = []
     for path in paths:
         if path.is_file() and ending(path) not in READERS:
@@ -154,13 +180,17 @@ def _pictures(root: Path, files: Sequence[Path], split: str, encoding: str) -> F
     for picture in pictures:
         way = picture.relative_to(root).parts[marked:]
         rows.append(_row(picture, way, said, bool(tables)))
+    if tables:  # in a table a number is a number
+        labels = {label for row in rows if isinstance(label := row.get("label"), str) and label.strip()}
+        for row in rows if not all(map(is_number, labels)) else ():
+            row |= {"class": row["label"]} if row.get("label") in labels else {}
     classes = {str(row["class"]) for row in rows if "class" in row}
-    if any("class" in row for row in rows) and not all("class" in row for row in rows):
+    if not tables and classes and not all("class" in row for row in rows):
         odd = next(row.place for row in rows if "class" not in row)  # pyright: ignore[reportAttributeAccessIssue]
         raise RequestError(f"{odd} lies in no folder of a class, while other pictures of {root} do.")
     if classes and marked and not tables:  # one numbering for all splits
         classes |= {each.relative_to(root).parts[1] for each in files if len(each.relative_to(root).parts) == 3}
-    return Found(rows, Classes.named(classes) if classes else None)
+    return Found(rows, {"label": Classes.named(classes)} if classes else {})
 
 
 def _row(picture: Path, way: Sequence[str], said: Mapping[Path, FileRow], tabled: bool) -> FileRow:
@@ -170,8 +200,6 @@ def _row(picture: Path, way: Sequence[str], said: Mapping[Path, FileRow], tabled
             raise RequestError(f"{picture} has no line in its folder's metadata.")
         row = said[picture]
         held = {name: value for name, value in row.items() if name != "file_name"}
-        if isinstance(held.get("label"), str) and not is_number(held["label"]):
-            held["class"] = held["label"]
         return FileRow(str(picture), {"image": picture, **held, "file": picture.name})
     if len(way) > 2:
         raise RequestError(f"{picture} lies deeper than CLASS/file or SPLIT/CLASS/file.")
@@ -218,10 +246,27 @@ def from_dataset(loaded: Any, name: str) -> Found:
         rows: list[Row] = [FileRow(f"{name}, row {number}", row) for number, row in enumerate(loaded, 1)]
     except Exception as error:
         raise RequestError(f"{name} cannot be read: {error}.") from None
-    named = loaded.features.get("label")
-    if not isinstance(named, ClassLabel):
-        return Found(rows)
-    for row in rows:
-        if row["label"] is not None and row["label"] >= 0:
-            row["label"] = row["class"] = named.names[row["label"]]
-    return Found(rows, Classes({each: number for number, each in enumerate(named.names)}, stated=True))
+    named = {name: feature.names for name, feature in loaded.features.items() if isinstance(feature, ClassLabel)}
+    name_classes(rows, named)
+    return Found(rows, _numbered(named))
+
+
+def stated_classes(paths: Sequence[Path]) -> dict[str, Classes]:
+    """The classes that Parquet files of the hub say their columns have.
+
+    Raises:
+        RequestError: they say different ones.
+    """
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        for column, names in class_names(path).items():
+            if found.setdefault(column, names) != names:
+                raise RequestError(f"{path} numbers the classes of {column!r} in another way than the files before it.")
+    return _numbered(found)
+
+
+def _numbered(named: Mapping[str, Sequence[str]]) -> dict[str, Classes]:
+    return {
+        column: Classes({name: number for number, name in enumerate(names)}, stated=True)
+        for column, names in named.items()
+    }

@@ -185,7 +185,7 @@ def load_rows(
             )
     read_too = () if spec.verify is None else find_verifier(spec.verify).columns
     form, shape = _form_and_shape(spec, rows[0])
-    reader, note = Reader.of(spec, form, shape, read_too, rows, found.classes, labels)
+    reader, note = Reader.of(spec, form, shape, read_too, rows, found.classes.get(spec.column("label")), labels)
     said += [*found.said, *([] if note is None else [note])]
     chosen = _choose(spec, rows, reader, said)
     if not isinstance(rows, View):
@@ -208,11 +208,17 @@ def _choose(spec: Source, rows: Sequence[Row], reader: Reader, said: list[str]) 
     """Walk through all rows; check those that are taken."""
     chosen, lazily, known = Taken(), isinstance(rows, View), set[str]()
     broken: list[str] = []
-    moving = 0
+    moving, full = 0, False
+    wanted = {(say, column, str(each)): {column: each} for say, column, each in _values(spec)}
     for n, row in enumerate(rows):
         known.update(row)
+        for name in [name for name, each in wanted.items() if reader.matches(row, each)]:
+            del wanted[name]
         full = spec.limit is not None and len(chosen.places) >= spec.limit
-        if full or not reader.matches(row, spec.where) or (spec.unless and reader.matches(row, spec.unless)):
+        left_out = (spec.where and not reader.matches(row, spec.where)) or (
+            spec.unless and reader.matches(row, spec.unless)
+        )
+        if full or left_out:
             continue
         place = place_of(row, f"{spec.from_}, row {n + 1}")
         try:
@@ -231,6 +237,8 @@ def _choose(spec: Source, rows: Sequence[Row], reader: Reader, said: list[str]) 
     for column in (*spec.where, *spec.unless):
         if column not in known:
             raise RequestError(f"{spec.from_} has no column {column!r}.{did_you_mean(column, known)}")
+    if chosen.places and not full:
+        said += [f"{spec.from_}: no row has the {column} {each!r} of `{say}:`." for say, column, each in wanted]
     if broken:
         listed = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
         said.append(
@@ -248,6 +256,13 @@ def _choose(spec: Source, rows: Sequence[Row], reader: Reader, said: list[str]) 
             f"{' and what is broken' if broken else ''}. Filters compare whole values; a list means any of them.{known_as}"
         )
     return chosen
+
+
+def _values(spec: Source) -> Iterator[tuple[str, str, Any]]:
+    """Every single value that a filter names, each of which some row should have."""
+    for say, filtered in (("where", spec.where), ("unless", spec.unless)):
+        for column, value in filtered.items():
+            yield from ((say, column, each) for each in (value if isinstance(value, list) else [value]))
 
 
 def _form_and_shape(spec: Source, row: Row) -> tuple[Form, Shape | None]:
@@ -317,7 +332,8 @@ def encode(rows: Sequence[Row], spec: Source, processor: Any) -> Examples:
         raise RequestError(f"{spec.from_} holds pictures, which need an image processor; the model has a tokenizer.")
     processor = with_template(processor, spec.chat_template)
     source = _source_of(rows)
-    if source is None or form.kind not in ("tokens", "pairs"):
+    # a class is one number an example, which the cache has no place for, and another model's is another one
+    if source is None or form.kind not in ("tokens", "pairs") or "label" in form.columns:
         with _naming(rows, spec):
             return _with_verifier(form.encode(rows, spec, processor)[: spec.limit], spec)
     options = spec.model_dump_json(exclude={"from_", "split", "where", "unless", "limit", "verify"})

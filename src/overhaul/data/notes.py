@@ -67,13 +67,21 @@ def _unread(rows: Sequence[Mapping[str, Any]], spec: Any, used: Collection[str])
         for column in first[0]
         if column not in read
         and not SELDOM_TEXT & set(str(column).lower().replace("-", "_").split("_"))
-        and any(isinstance(row.get(column), str) and len(row[column].split()) >= WORDS for row in first)
+        and any(_holds_text(row.get(column)) for row in first)
     ]
     if not unread:
         return []
     told = "the column {} holds text and is" if len(unread) == 1 else "the columns {} hold text and are"
     way_out = f" Name them in `prompt:`, as in {{{unread[0]}}}, if the model is to see them." if form.asked else ""
     return [f"{spec.from_}: {told.format(', '.join(map(repr, unread)))} never read.{way_out}"]
+
+
+def _holds_text(value: Any) -> bool:
+    """Whether a value is a text, or a list or a mapping with one, such as choices or passages."""
+    if isinstance(value, str):
+        return len(value.split()) >= WORDS
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return any(map(_holds_text, parts))
 
 
 def _inside(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples) -> list[str]:

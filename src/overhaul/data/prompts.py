@@ -55,7 +55,7 @@ class Prompt:
                 )
         return Prompt((*pieces, (literal + text[place:], None)))
 
-    @property
+    @functools.cached_property
     def names(self) -> tuple[str, ...]:
         """The names in it, each once."""
         return tuple(dict.fromkeys(name for _, name in self.pieces if name is not None))

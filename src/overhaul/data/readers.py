@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 from overhaul.data import lazy
 from overhaul.data.lazy import TextFile, cache_folder, file_digest, json_lines
+from overhaul.data.parquet import parquet_rows
 from overhaul.data.values import FileRow, Written
 from overhaul.errors import RequestError, reading
 
@@ -40,6 +41,11 @@ def ending(path: Path) -> str:
     return Path(name.removesuffix(packed)).suffix
 
 
+def unpacked_name(path: Path) -> Path:
+    """The file without the ending that says how it is packed."""
+    return path.with_name(path.name.removesuffix(path.suffix)) if path.suffix.lower() in PACKED else path
+
+
 def read_file(path: Path, encoding: str) -> Sequence[Row]:
     """The rows of a file; those of a large JSON Lines file, and a large text, are read when they are asked for.
 
@@ -47,6 +53,8 @@ def read_file(path: Path, encoding: str) -> Sequence[Row]:
         RequestError: it is no regular file, of no known kind, or damaged; with its name, and the line where there is one.
     """
     with reading(path):
+        if path.is_symlink() and not path.exists():
+            raise RequestError(f"{path} is a link to {os.readlink(path)}, which is not there.")
         if not path.is_file():
             raise RequestError(f"{path} is a folder or a device, no file that can be read.")
         if ending(path) not in READERS:
@@ -141,6 +149,8 @@ def decoded(path: Path, data: bytes, encoding: str, first: int = 1) -> str:
         RequestError: it is no text in this encoding.
     """
     utf8 = codecs.lookup(encoding).name == "utf-8"
+    if utf8 and data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        raise RequestError(f"{path} is written in UTF-32. Write `encoding: utf-32` in the material.")
     if utf8 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise RequestError(f"{path} is written in UTF-16. Write `encoding: utf-16` in the material.")
     if utf8 and data.startswith(b"\x1f\x8b"):
@@ -178,7 +188,11 @@ def _fraction(text: str) -> float:
     return value if repr(value) == text else Written(text)
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_once, parse_float=_fraction)
+def _whole(text: str) -> int | float:
+    return Written(text) if text == "-0" else int(text)
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_once, parse_float=_fraction, parse_int=_whole)
 
 
 def _parsed(place: str, text: str) -> Any:
@@ -192,8 +206,20 @@ def _parsed(place: str, text: str) -> Any:
         raise RequestError(f"{place}: JSON that cannot be read ({error}).") from None
 
 
+def _plain_object(line: bytes | str, encoding: str) -> dict[str, Any] | None:
+    """The object that is a line of UTF-8; None for any other line, which is then looked at more closely."""
+    try:
+        text = line if isinstance(line, str) else str(line, encoding)
+        row, end = _JSON.raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and not text[end:].strip(" \t\r\n") else None
+
+
 def _line(path: Path, encoding: str, number: int, line: bytes | str) -> Row:
     place = f"{path}, line {number}"
+    if (row := _plain_object(line, encoding)) is not None:
+        return FileRow(place, row)
     text = line if isinstance(line, str) else decoded(path, line, encoding, number)
     try:
         row = _parsed(place, text)
@@ -239,11 +265,18 @@ def _several(text: str) -> bool:
         return False
 
 
+_ROWS = frozenset(
+    "data rows items records examples instances samples entries facts questions train test validation".split()
+)
+"""What a list of rows is called beside what is said of it (`{"version": "1.0", "data": [...]}`)."""
+
+
 def _unwrapped(path: Path, whole: dict[str, Any]) -> list[Any]:
     """The rows that one object holds: under a key, in columns, or itself.
 
-    A list of objects under a key are rows (`{"data": [...]}`), unless they are turns of a conversation. Where all values are
-    lists of one length, or mappings from the same places as pandas writes them, they are columns.
+    A list of objects under a key are rows (`{"data": [...]}`), unless they are turns of a conversation, or part of one row:
+    not alone, and under a name that is none of a set of rows. Where all values are lists of one length, or mappings from
+    the same places as pandas writes them, they are columns.
     """
     lists = {key: value for key, value in whole.items() if isinstance(value, list)}
     objects = [key for key, value in lists.items() if value and all(isinstance(each, dict) for each in value)]
@@ -255,7 +288,7 @@ def _unwrapped(path: Path, whole: dict[str, Any]) -> list[Any]:
         )
     if len(lists) == len(whole) > 0 and len(set(map(len, lists.values()))) == 1 and (len(lists) > 1 or not objects):
         return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
-    if len(objects) == 1:
+    if len(objects) == 1 and (len(whole) == 1 or objects[0].lower() in _ROWS):
         return lists[objects[0]]
     places = [list(value) for value in whole.values() if isinstance(value, dict)]
     if len(places) == len(whole) > 0 and places[0] and all(each == places[0] for each in places):
@@ -310,25 +343,6 @@ def _header(place: str, cells: list[str], separator: str) -> list[str]:
     return cells
 
 
-def _parquet(path: Path, content: bytes | Path, encoding: str) -> Sequence[Row]:
-    import pyarrow.parquet as pq
-
-    source: Any = io.BytesIO(content) if isinstance(content, bytes) else str(content)
-    try:
-        table = pq.ParquetFile(source, page_checksum_verification=True).read()
-        found = table.to_pylist()
-    except Exception as error:  # the library's own kinds, and Python's
-        raise RequestError(f"{path} is no Parquet file that can be read: {_short(error)}.") from None
-    names = table.column_names
-    if len(set(names)) < len(names):
-        raise RequestError(f"{path}: two columns have one name, of {', '.join(names)}.")
-    return [FileRow(f"{path}, row {number}", row) for number, row in enumerate(found, 1)]
-
-
-def _short(error: Exception) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:200].rstrip(".")
-
-
 def _text(path: Path, content: bytes | Path, encoding: str) -> Sequence[Row]:
     if isinstance(content, Path):
         held: Any = TextFile(content, encoding)
@@ -352,7 +366,7 @@ READERS: Mapping[str, Callable[[Path, Any, str], Sequence[Row]]] = {
     ".json": _json,
     ".csv": partial(_separated, ","),
     ".tsv": partial(_separated, "\t"),
-    ".parquet": _parquet,
+    ".parquet": parquet_rows,
     ".txt": _text,
     ".md": _text,
 }

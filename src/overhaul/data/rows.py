@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from overhaul.data import forms
-from overhaul.data.classes import Classes, Labels, is_number, number_of, numbered
+from overhaul.data.classes import Classes, Labels, is_number, number_of, numbered, unnamed
 from overhaul.data.examples import Row
 from overhaul.data.forms import Form
 from overhaul.data.pictures import opened
@@ -66,6 +66,11 @@ class Reader:
             RequestError: `columns:` names what nothing reads; the model does not know the classes.
         """
         put = Prompt.of(options.prompt).names if form.asked else ()
+        if "answer" in form.columns and options.column("answer") in map(options.column, put):
+            raise RequestError(
+                f"{options.from_}: `prompt:` names the answer ({{{options.column('answer')}}}), so the model would read "
+                "what it is to say. Take it out."
+            )
         learnt = (*form.columns, *form.optional, *put, *(shape.reads if shape else ()), *read_too, *BESIDE)
         for name in options.columns:
             if name not in learnt and form.kind != "rows":
@@ -78,10 +83,12 @@ class Reader:
         if "label" in form.columns:
             column = options.column("label")
             names = {row[column] for row in rows if isinstance(row.get(column), str)} if classes is None else set()
+            names = {name for name in names if name.strip()}
             if not all(map(is_number, names)):
                 classes = Classes.named(names)
             if classes is not None:
                 numbers, said = numbered(classes, labels, options.from_)
+                _refuse_both(classes, labels, rows, column, options.from_)
         return cls(options, form, shape, read_too, numbers, labels), said
 
     def matches(self, row: Row, wanted: Mapping[str, Any]) -> bool:
@@ -171,6 +178,18 @@ class Reader:
             elif name not in self.form.columns and (self.form.kind == "rows" or name in self.read_too):
                 found[name] = row[file]
         return found
+
+
+def _refuse_both(classes: Classes, labels: Labels | None, rows: Sequence[Row], column: str, source: str) -> None:
+    """Refuse numbers of classes beside names which nobody has given a number."""
+    if classes.stated or (labels is not None and not unnamed(labels)):
+        return
+    numbers = (row[column] for row in rows if isinstance(row.get(column), int | float))
+    if (number := next(numbers, None)) is not None:
+        raise RequestError(
+            f"{source}: {column!r} holds names of classes ({', '.join(list(classes.numbers)[:3])}) and numbers "
+            f"({number}), and nothing says which is which. Write names alone, or numbers alone."
+        )
 
 
 def _texts(value: Any, place: str, column: str) -> str | list[str]:

@@ -10,7 +10,7 @@ from typing import get_args
 
 from overhaul.data import corpora, tasks
 from overhaul.data.examples import Row
-from overhaul.data.folders import Found, from_dataset, read_files, read_folder
+from overhaul.data.folders import Found, from_dataset, read_files, read_folder, stated_classes
 from overhaul.data.readers import read_file
 from overhaul.errors import RequestError, did_you_mean, reading
 
@@ -42,7 +42,7 @@ def read(source: str, split: str, encoding: str, base: Path) -> Found:
         path = inside(source, base)
         if path.is_dir():
             return read_folder(path, split, encoding)
-        several = [] if path.exists() else [Path(each) for each in sorted(glob.glob(str(path), recursive=True))]
+        several = [] if path.exists() else _matching(source, path, base)
         files = [path] if path.exists() else [each for each in several if not each.is_dir()]
         if files and split != "train":
             raise RequestError(
@@ -50,10 +50,18 @@ def read(source: str, split: str, encoding: str, base: Path) -> Found:
                 "folder of splits."
             )
         if files:
-            return Found(read_files(files, encoding, path.parent) if several else read_file(path, encoding))
+            rows = read_files(files, encoding, path.parent) if several else read_file(path, encoding)
+            return Found(rows, stated_classes(files))
     if source.partition("@")[0].count("/") == 1 and not source.startswith(".") and not glob.has_magic(source):
         return _read_hub(source, split)
     raise RequestError(f"{source} does not exist (looked in {base}).")
+
+
+def _matching(source: str, path: Path, base: Path) -> list[Path]:
+    """What a pattern names: what stands in `base` is no part of it."""
+    beside = path.is_relative_to(base) and not Path(source).is_absolute()
+    pattern = f"{glob.escape(str(base))}/{path.relative_to(base)}" if beside else str(path)
+    return [Path(each) for each in sorted(glob.glob(pattern, recursive=True))]
 
 
 def inside(source: str, base: Path) -> Path:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from datetime import date
+from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
 from overhaul.data.chats import turns_of
@@ -56,10 +58,11 @@ def as_text(value: Any, place: str, column: str, empty: bool = False) -> str:
     Raises:
         RequestError: it is anything else, or empty where it may not be.
     """
-    if hasattr(value, "item") and not getattr(value, "shape", ()):  # numpy's numbers
-        value = value.item()
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        value = str(value)
+    if not isinstance(value, str):
+        if hasattr(value, "item") and not getattr(value, "shape", ()):  # numpy's numbers
+            value = value.item()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            value = str(value)
     if not isinstance(value, str):
         raise RequestError(f"{place}: {column!r} is {_named(value)}, and a text is needed. {_way_out(value, column)}")
     if not empty and not value.strip():
@@ -141,9 +144,21 @@ def is_value(value: Any, wanted: Any) -> bool:
     """
     if isinstance(wanted, list):
         return any(is_value(value, each) for each in wanted)
+    if isinstance(value, date | Decimal) or isinstance(wanted, date | Decimal):
+        return _as_written(value) == _as_written(wanted)
     if isinstance(value, str) is not isinstance(wanted, str):
         text, other = (value, wanted) if isinstance(value, str) else (wanted, value)
         if isinstance(other, bool):
             return text in (str(other), str(other).lower())
         return isinstance(other, int | float) and text == str(other)
     return isinstance(value, bool) is isinstance(wanted, bool) and bool(value == wanted)
+
+
+def _as_written(value: Any) -> Any:
+    """What days and exact fractions are compared by: 2024-01-01 is a text in CSV, and a day in Parquet and YAML."""
+    if isinstance(value, date):  # and moments, which are days too
+        return str(value)
+    try:
+        return Decimal(str(value))
+    except InvalidOperation:
+        return str(value)

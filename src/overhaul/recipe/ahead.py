@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from overhaul import models, session
 from overhaul.data.examples import Examples, collate
 from overhaul.data.lazy import TextFile
-from overhaul.data.materials import Row, Source, positions_of
+from overhaul.data.materials import Row, Source
 from overhaul.data.values import FileRow, place_of
 from overhaul.errors import MaterialWarning, OverhaulError, RequestError
 from overhaul.judge import judge as judging
@@ -60,7 +60,9 @@ def look_ahead(checked: Checked, data: Mapping[str, Examples] | None = None) -> 
         RequestError: with what is wrong, where, and what to write instead.
     """
     if data is None:
-        some = {role: [(spec, _some(spec, rows)) for spec, rows in checked.rows[role]] for role in checked.used}
+        some = {
+            role: [(spec, _some(checked, spec, rows)) for spec, rows in checked.rows[role]] for role in checked.used
+        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MaterialWarning)  # they are among the notes
             data = {role: encoded(role, parts, checked.processor) for role, parts in some.items()}
@@ -149,11 +151,11 @@ def _check_anchors(checked: Checked, data: Mapping[str, Examples]) -> None:
                 )
 
 
-def _some(spec: Source, rows: Sequence[Row]) -> Sequence[Row]:
+def _some(checked: Checked, spec: Source, rows: Sequence[Row]) -> Sequence[Row]:
     """Rows that are encoded in a moment and stand for all."""
     if len(rows) <= AFFORDED and not any(isinstance(value, TextFile) for row in rows[:2] for value in row.values()):
         return rows
-    sizes = [(sum(positions_of(spec, row)), number) for number, row in enumerate(rows)]
+    sizes = [(sum(each), number) for number, each in enumerate(checked.positions(spec, rows))]
     longest = sorted(number for _, number in sorted(sizes)[-SHOWN:])
     places = dict.fromkeys([*range(min(SHOWN, len(rows))), *longest, *range(max(0, len(rows) - SHOWN), len(rows))])
     return [_shortened(rows[place], f"row {place + 1}") for place in places]

@@ -74,6 +74,14 @@ class Checked:
         compared = dict.fromkeys(request.compared_with for request in self.requests)
         return [name for name in compared if name is not None and "model" in self.references.get(name, {})]
 
+    def positions(self, spec: Source, rows: Sequence[Row]) -> list[list[int]]:
+        """About how many positions the examples made of each row of a source take; its rows are read for it once."""
+        counted: dict[int, list[list[int]]] = self.loaded.setdefault("positions", {})
+        if id(rows) not in counted:
+            form = find_form(form_of(spec, rows))
+            counted[id(rows)] = [form.positions(spec, row) for row in rows]
+        return counted[id(rows)]
+
     def raw_rows(self) -> dict[str, list[Mapping[str, Any]]]:
         """The rows of every material that a step reads as they are."""
         return {

@@ -18,6 +18,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from overhaul.data.materials import positions_of
 from overhaul.importance import VALUES_AT_ONCE
 from overhaul.judge.likelihood import CPU_BATCH_TOKENS, LOGITS
 from overhaul.models import DTYPES, Checkpoint, facts
@@ -238,7 +238,9 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
         if all(name in checked.rows for name in step.names(role))
     }
     lengths = {
-        role: [n for spec, rows in parts for n in [n for row in rows for n in positions_of(spec, row)][: spec.limit]]
+        role: [
+            n for spec, rows in parts for n in list(chain.from_iterable(checked.positions(spec, rows)))[: spec.limit]
+        ]
         for role, parts in read.items()
     }
     size = int(step.knobs.get("batch_size") or 16)

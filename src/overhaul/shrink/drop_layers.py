@@ -114,7 +114,7 @@ def drop_layers(
         scores, removed = _by_loss(stack, text, choice, batch_size, again=criterion == "greedy")
         layers["loss without the block"] = scores
     layers["removed"] = {i: float(i in removed) for i in range(len(stack))}
-    stack.drop(removed, _trial(model, text))
+    _drop(stack, removed, _trial(model, text))
     after = {"blocks_after": len(stack), "parameters_after": _parameters(model)}
     return Outcome(model, facts={"removed": removed, **before, **after}, layers=layers)
 
@@ -194,8 +194,39 @@ class Choice:
         return removed
 
 
-def _trial(model: nn.Module, text: Examples | None) -> Callable[[], None] | None:
-    """Whether a model still reads one example and still goes on from its first tokens, if it does so now."""
+class _FailsError(Exception):
+    """A shorter model that does not run: when it `says` something, or when it only reads."""
+
+    def __init__(self, says: bool, error: Exception) -> None:
+        super().__init__()
+        self.says, self.error = says, error
+
+
+def _drop(stack: LayerStack, removed: Sequence[int], fails: Callable[[bool], Exception | None] | None) -> None:
+    """Take blocks out, unless the model then no longer reads, or no longer goes on from what it read, as it does now."""
+    asked = [] if fails is None else [False, True]
+
+    def tried() -> None:
+        for says in asked:
+            if fails is not None and (error := fails(says)) is not None:
+                raise _FailsError(says, error)
+
+    while True:
+        try:
+            return stack.drop(removed, tried)
+        except _FailsError as failed:
+            # what the whole model does not do, because it takes something else besides, is not asked of the shorter one
+            if fails is not None and fails(failed.says) is None:
+                raise RequestError(
+                    f"shrink.drop_layers: without these blocks, {type(stack.model).__name__} no longer runs "
+                    f"({type(failed.error).__name__}: {failed.error}). Choose others: `keep: [...]` holds some, "
+                    "`drop: [...]` names them."
+                ) from failed.error
+            asked.remove(failed.says)
+
+
+def _trial(model: nn.Module, text: Examples | None) -> Callable[[bool], Exception | None] | None:
+    """What stops a model from reading one example, or from going on from its first tokens."""
     if text is not None and len(text):
         batch = collate([text[0]])
     elif getattr(model, "main_input_name", None) == "input_ids":
@@ -216,17 +247,7 @@ def _trial(model: nn.Module, text: Examples | None) -> Callable[[], None] | None
             return error
         return None
 
-    # what the whole model does not do, because it takes something else besides, is not asked of the shorter one
-    asked = [says for says in (False, True) if fails(says) is None]
-
-    def tried() -> None:
-        for error in filter(None, map(fails, asked)):
-            raise RequestError(
-                f"shrink.drop_layers: without these blocks, {type(model).__name__} no longer runs "
-                f"({type(error).__name__}: {error}). Choose others: `keep: [...]` holds some, `drop: [...]` names them."
-            ) from error
-
-    return tried
+    return fails
 
 
 TRIED = 8

@@ -130,6 +130,11 @@ class TensorIndex:
                 found[name] = (path, start, header[name])
         where = Places(found, lambda: planned(known), known.config)
         tensors = {name: _stored(name, *entry, where) for name, entry in found.items()}
+        if known.config.get("quantization_config"):
+            raise RequestError(
+                f"{known.source} is quantised (`quantization_config` in config.json): its numbers are codes, and none to "
+                "count with. Open it, save the plain model, and give that folder."
+            )
         return cls(known.source, known.folder, known.config, tensors)
 
     @property

@@ -44,7 +44,7 @@ def preference(rows: Rows, options: Options, processor: Any) -> Examples:
                 written.append(joined(text, answer))
             else:
                 turns = _turns(row[column], row[options.column(side)], place)
-                written.append(writer.answer(turns, place, tools_of(row)))
+                written.append(writer.answer(turns, place, tools_of(row, place)))
     found = _found(processor, written, [chat for chat in chats for _ in SIDES])
     firsts, others = learnable(found[::2]), learnable(found[1::2])
     items: list[Encoded] = [

@@ -50,6 +50,6 @@ def prompts(rows: Rows, chats: list[bool], options: Options, tokenizer: Any) -> 
     return [
         asked.fill(row, place, lambda name: column if name == QUESTION else options.column(name))
         if writer is None or not chat
-        else writer.prompt(turns_of(row[column], place), place, tools_of(row))
+        else writer.prompt(turns_of(row[column], place), place, tools_of(row, place))
         for place, (row, chat) in enumerate(zip(rows, chats, strict=True))
     ]
