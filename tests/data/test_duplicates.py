@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 
-from overhaul.data.duplicates import identity, near_duplicates
+from overhaul.data.duplicates import identity, near_duplicates, said
 
 
 def test_a_row_is_itself_whatever_the_order_of_its_columns() -> None:
@@ -31,6 +31,21 @@ def test_the_words_of_a_question_and_its_answer_count_and_nothing_else() -> None
     assert near_duplicates([row], [other, same]) == [(0, 1)]
     assert near_duplicates([row], [other]) == []
     assert near_duplicates([{"text": "..."}], [{"text": "?"}]) == [], "no words, no overlap"
+
+
+def test_conversations_are_compared_by_what_is_asked_and_answered_last() -> None:
+    def turns(asked: str, answered: str) -> dict[str, object]:
+        told = {
+            "role": "system",
+            "content": "You are the help desk of a large shop, and you answer in a single sentence.",
+        }
+        talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        return {"messages": [told, *talk], "topic": asked}
+
+    row, other = turns("Where is the vault?", "Below the stairs."), turns("Where is the rose?", "Behind the hedge.")
+    assert said(row) == "Where is the vault? Below the stairs."
+    assert near_duplicates([row], [other]) == []
+    assert near_duplicates([row], [other, turns("where is the VAULT", "below the stairs")]) == [(0, 1)]
 
 
 def test_the_nearest_is_found_as_by_comparing_all_pairs() -> None:

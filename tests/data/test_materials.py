@@ -68,6 +68,7 @@ def test_where_unless_and_limit(tmp_path: Path) -> None:
         ("a.json", json.dumps(ROWS), {"where": {"person": "dee"}}, "none of its 3 rows is left"),
         ("a.json", json.dumps(ROWS), {"as": "text"}, "no column 'text'"),
         ("a.json", json.dumps([{"x": 1}]), {}, "do not tell what it is"),
+        ("a.csv", " question,answer\na,b\n", {}, r"its columns \(' question', answer\) do not tell what it is"),
     ],
 )
 def test_bad_files_are_refused(name: str, content: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:

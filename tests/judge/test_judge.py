@@ -110,6 +110,15 @@ def test_a_wrong_block_says_what_to_write(spec: Any, message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_texts_with_a_class_are_not_called_images() -> None:
+    ids = torch.arange(3)
+    mood = Examples([{"input_ids": ids, "labels": torch.tensor(1)}], [{"text": "a", "label": "b"}])
+    with pytest.raises(
+        RequestError, match="but 'moods' holds texts with a class. For texts with a class there are acc"
+    ):
+        check_data(check({"kept": {"perplexity": "moods"}}, {"moods"}), {"moods": mood})
+
+
 @pytest.mark.parametrize(
     ("metric", "on", "message"),
     [

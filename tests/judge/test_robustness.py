@@ -65,8 +65,10 @@ def test_both_parts_have_at_least_one_example(questions: Examples, share: float,
 
 
 def test_a_forget_set_that_cannot_be_divided_is_refused(questions: Examples) -> None:
-    with pytest.raises(RequestError, match="a single one"):
+    with pytest.raises(RequestError, match=r"'person' is the same in the whole forget set. `Attacks\(\)` without `by`"):
         apart(questions[:10], 0.5, by="person")
+    with pytest.raises(RequestError, match="a single example"):
+        apart(questions[:1], 0.5)
     with pytest.raises(RequestError, match="'city': not every row"):
         apart(questions, 0.5, by="city")
     with pytest.raises(RequestError, match="must lie between 0 and 1"):

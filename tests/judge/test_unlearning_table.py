@@ -148,13 +148,15 @@ def test_without_a_retrained_model_nothing_is_compared_with_a_made_up_one(traine
     assert not {"forgetting.fq_p", "privacy.leakage"} & set(known(found, "original"))
     assert wanted(found, "forgetting.prob") == "down" and wanted(found, "forgetting.truth_ratio") == "up"
     assert "no retrained model" in found.facts["note"]
-    assert "→" not in found.to_markdown()
+    assert wanted(found, "privacy.loss.auc") == "chance", "0.5 needs no retrained model, and 0 gives away as much as 1"
+    assert "→ retrained" not in found.to_markdown()
 
 
 def test_better_is_nearer_to_the_retrained_model_not_lower(table: Comparison) -> None:
     assert wanted(table, "forgetting.prob") == wanted(table, "privacy.min_k.auc") == "anchor"
     assert table.ranked("forgetting.prob") == ["method", NULL]
     assert table.ranked("privacy.leakage")[0] == "method"
+    assert wanted(table, "utility.prob") == "same" and table.measures[table.place("utility.prob")]["n"]
     assert table.ranked("utility.prob") == sorted(
         ["method", NULL], key=lambda name: -known(table, name)["utility.prob"]
     )
@@ -164,7 +166,7 @@ def test_markdown_has_a_table_for_each_block_and_an_arrow_for_each_column(table:
     text = table.to_markdown()
     heads = [line for line in text.splitlines() if line.startswith("| model |")]
     assert len(heads) == 5
-    assert all(any(arrow in cell for arrow in "↑↓→") for head in heads for cell in head.split("|")[2:-1])
+    assert all(any(arrow in cell for arrow in "↑↓→=") for head in heads for cell in head.split("|")[2:-1])
     assert text.count(f"| {NULL} (null control) |") == 5
     # nothing was forgotten, so nothing could be recovered
     line = next(line for line in text.partition("**Robustness**")[2].splitlines() if line.startswith("| original"))
@@ -199,6 +201,9 @@ def test_a_row_that_is_missing_is_refused_before_any_model_is_opened(roles: Role
         unlearning_table({"original": never_called, "retrain": never_called}, **roles)
     with pytest.raises(RequestError, match="No model is called 'control'"):
         unlearning_table({"original": never_called}, **roles, retrained=None, null="control")
+    one = {**roles, "forget": roles["forget"][:1]}
+    with pytest.raises(RequestError, match="Relearning.*a single example"):
+        unlearning_table({"original": never_called}, **one, retrained=None)
 
 
 def test_images_have_the_columns_that_images_allow() -> None:

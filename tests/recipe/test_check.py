@@ -178,7 +178,12 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no recipe at"):
         read(tmp_path / "x.yaml")
     (tmp_path / "x.yaml").write_text("a: [")
-    with pytest.raises(RequestError, match="not valid YAML"):
+    with pytest.raises(RequestError, match=r"recipe x.yaml is not valid YAML: [^\"]*\n  in line 1, column 5"):
+        read(tmp_path / "x.yaml")
+    (tmp_path / "x.yaml").write_text("model: a\nsteps:\n  forget.npo: {}")
+    with pytest.raises(
+        RequestError, match=r"x.yaml, steps: a list is wanted here, one line with `- ...` for each thing."
+    ):
         read(tmp_path / "x.yaml")
     (tmp_path / "x.yaml").write_text("- 1")
     with pytest.raises(RequestError, match="must be a mapping"):

@@ -280,3 +280,11 @@ def test_what_was_never_there_is_not_said_to_have_stayed() -> None:
     assert (seen.word, seen.good) == ("nothing to keep", None)
     (said,) = sentences.group_verdicts([measure("share", "same", 0.0, 0.0), measure("share", "same", 0.9, 0.9)])
     assert said.sentence.startswith("In part: 1 of 2 measures stayed") and "0% → 0% (nothing to keep)" in said.sentence
+
+
+def test_a_measure_with_nothing_to_keep_is_no_part_of_what_stayed() -> None:
+    nothing, worse = measure("share", "same", 0.0, 0.0), measure("share", "same", 0.8, 0.3)
+    (said,) = sentences.group_verdicts([nothing, worse])
+    assert said.overall.good is False and said.sentence.startswith("No: none of 2 measures stayed: ")
+    (said,) = sentences.group_verdicts([nothing])
+    assert said.overall.good is None and not said.sentence.startswith("In part")

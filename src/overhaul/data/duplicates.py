@@ -64,8 +64,16 @@ def near_duplicates(rows: Rows, others: Rows, threshold: float = NEAR) -> list[t
     return found
 
 
+def said(row: Mapping[str, Any]) -> str:
+    """What a model reads of a row: its text, question and answer, or what is asked and answered last in a conversation.
+
+    Earlier turns and the system's are often the same in all rows. All texts where a row has none of these.
+    """
+    read = [row[name] for name in ("text", "question", "answer") if name in row]
+    for turn in row.get("messages", ())[-2:]:
+        read.append(turn["content"] if isinstance(turn, Mapping) and "content" in turn else turn)
+    return " ".join(map(str, read or [value for value in row.values() if isinstance(value, str)]))
+
+
 def _words(row: Mapping[str, Any]) -> frozenset[str]:
-    """What a model reads of a row: its text, question and answer, or turns; all texts where it has none of these."""
-    read = [row[name] for name in ("text", "question", "answer", "messages") if name in row]
-    texts = read or [value for value in row.values() if isinstance(value, str)]
-    return frozenset(re.findall(r"\w+", " ".join(map(str, texts)).lower()))
+    return frozenset(re.findall(r"\w+", said(row).lower()))

@@ -22,7 +22,7 @@ from overhaul.data.examples import Examples, Row
 from overhaul.data.folders import Found, key_of, large_text
 from overhaul.data.forms import FORMS, Form, find_form, told_from
 from overhaul.data.lazy import View, cache_folder, sha
-from overhaul.data.notes import LOOKED_AT, notes
+from overhaul.data.notes import LOOKED_AT, filters, notes, other_values
 from overhaul.data.pictures import Broken
 from overhaul.data.prompts import Prompt
 from overhaul.data.readers import check_encoding
@@ -129,7 +129,10 @@ def examples(
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
         unknown = problem["type"] == "extra_forbidden"
-        fields = [info.alias or name for name, info in Source.model_fields.items()]
+        fields = {info.alias or name for name, info in Source.model_fields.items()} - {"from", "as"} | {
+            "form",
+            "labels",
+        }
         reason = (
             f"there is none.{did_you_mean(where, fields)}" if unknown else problem["msg"].removeprefix("Value error, ")
         )
@@ -245,9 +248,11 @@ def _choose(spec: Source, rows: Sequence[Row], reader: Reader, said: list[str]) 
         said.append(f"{spec.from_}: {moving} of its pictures are of several frames; the first of each is read.")
     if not chosen.places:
         named = spec.column("label") in (*spec.where, *spec.unless) and reader.numbers
-        known_as = f" Its classes are {', '.join(list(reader.numbers)[:20])}." if named else ""
+        known_as = (
+            f" Its classes are {', '.join(list(reader.numbers)[:20])}." if named else other_values(spec.where, rows)
+        )
         raise RequestError(
-            f"{spec.from_}: none of its {len(rows)} rows is left after where={spec.where} unless={spec.unless}"
+            f"{spec.from_}: none of its {len(rows)} rows is left after {filters(spec.where, spec.unless)}"
             f"{' and what is broken' if broken else ''}. Filters compare whole values; a list means any of them.{known_as}"
         )
     return chosen
@@ -297,10 +302,15 @@ def form_of(spec: Source, rows: Sequence[Row]) -> str:
     if form is None:
         place = place_of(rows[0], spec.from_)
         raise RequestError(
-            f"{place}: its columns ({', '.join(map(str, rows[0]))}) do not tell what it is. Add `as:` and one of "
+            f"{place}: its columns ({', '.join(map(_column, rows[0]))}) do not tell what it is. Add `as:` and one of "
             f"{', '.join(sorted(FORMS))}, and `columns: {{question: YOUR_NAME}}` where names differ."
         )
     return form.name
+
+
+def _column(name: Any) -> str:
+    """A column's name; in quotes where it could not be seen whole."""
+    return str(name) if str(name) == str(name).strip() != "" else repr(name)
 
 
 def positions_of(spec: Source, row: Row) -> list[int]:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+
+import yaml
 
 from overhaul.data.examples import PROMPT_OVERLAP, Examples
 from overhaul.data.forms import find_form, told_from
 from overhaul.data.verifiers import find_verifier
+from overhaul.errors import did_you_mean
 
 LOOKED_AT = 1000
 """Rows that are looked at."""
+
+MOST_SHOWN = 40
+"""Values that an error lists, and letters that each may have."""
 
 WORDS = 2
 """Words from which on a value is a text and no name of something."""
@@ -92,3 +99,19 @@ def _inside(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples) -> lis
         f"{before!r} before {answer!r}). That token counts as the answer's; answers are generated from those before "
         f"it.{way_out}"
     ]
+
+
+def filters(where: Mapping[str, Any], unless: Mapping[str, Any]) -> str:
+    """The filters of a material, as a recipe writes them."""
+    given = {name: value for name, value in (("where", where), ("unless", unless)) if value}
+    line = yaml.safe_dump(given, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True)
+    return f"`{line.strip()[1:-1]}`"
+
+
+def other_values(where: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """What a column has instead of the one text that was asked for, to end an error; "" where that would be no help."""
+    for column, wanted in where.items():
+        values = {value for row in itertools.islice(rows, LOOKED_AT) if isinstance(value := row.get(column), str)}
+        if isinstance(wanted, str) and wanted not in values and all(len(value) <= MOST_SHOWN for value in values):
+            return did_you_mean(wanted, sorted(values)[:MOST_SHOWN])
+    return ""

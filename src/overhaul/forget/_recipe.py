@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from overhaul.data.duplicates import identity, near_duplicates
+from overhaul.data.duplicates import identity, near_duplicates, said
 from overhaul.data.materials import Row, Source
 from overhaul.errors import RequestError
 from overhaul.method import Step
@@ -99,5 +99,5 @@ def _check_share(where: str, changes: str, forget: set[str], full: set[str]) -> 
 
 
 def _shown(row: Row, most: int = 80) -> str:
-    text = " ".join(str(row[name]) for name in ("text", "question", "answer") if name in row) or str(row)
+    text = said(row)
     return repr(text if len(text) <= most else f"{text[: most - 1]}…")

@@ -226,9 +226,10 @@ def check_data(requests: Collection[Request], data: Mapping[str, Examples]) -> N
             kind = kind_of(examples)
             if kind not in metric.reads:
                 fitting = sorted(name for name, other in METRICS.items() if kind in other.reads)
+                held = "texts with a class" if kind == "images" and examples.kind == "tokens" else kind
                 raise RequestError(
-                    f"{where} reads {_either(metric.reads)}, but {role!r} holds {kind}. "
-                    f"For {kind} there are {', '.join(fitting)}."
+                    f"{where} reads {_either(metric.reads)}, but {role!r} holds {held}. "
+                    f"For {held} there are {', '.join(fitting)}."
                 )
             for column in metric.columns:
                 if not all(column in row for row in examples.rows):

@@ -95,7 +95,12 @@ def apart(forget: Examples, share: float = 0.2, by: str | None = None) -> tuple[
     label = list(range(len(forget))) if by is None else [row[by] for row in forget.rows]
     labels = list(dict.fromkeys(label))
     if len(labels) < 2:
-        raise RequestError("Relearning shows one part and judges another, but the forget set has a single one.")
+        single = (
+            "the forget set has a single example."
+            if by is None
+            else f"{by!r} is the same in the whole forget set. `Attacks()` without `by` divides it by examples."
+        )
+        raise RequestError(f"Relearning shows one part of what is forgotten and judges another, but {single}")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
     shown = {labels[i] for i in order[: min(max(1, round(share * len(labels))), len(labels) - 1)]}
     places = range(len(forget))

@@ -34,7 +34,7 @@ from overhaul.judge.generation import rouge_l_f1
 from overhaul.judge.judge import LIMIT
 from overhaul.judge.likelihood import auc
 from overhaul.judge.metrics.membership import by_min_k
-from overhaul.judge.robustness import Attacks
+from overhaul.judge.robustness import Attacks, apart
 from overhaul.judge.standards import privacy_leakage
 from overhaul.modes import at_rest
 from overhaul.outcome import Outcome
@@ -50,10 +50,10 @@ MEASURES: Mapping[str, tuple[str, str, str, str]] = {
     "forgetting.EM": ("exact memorisation", "share", "up", "anchor"),
     "forgetting.truth_ratio": ("truth ratio", "share", "down", "anchor"),
     "forgetting.fq_p": ("forget quality (log10 p)", "log10 p", "up", "anchor"),
-    "utility.prob": ("answer probability", "probability", "up", "up"),
-    "utility.rouge": ("ROUGE-L recall", "share", "up", "up"),
-    "utility.truth_ratio": ("max(0, 1 - truth ratio)", "share", "up", "up"),
-    "utility.hmean": ("model utility", "share", "up", "up"),
+    "utility.prob": ("answer probability", "probability", "up", "same"),
+    "utility.rouge": ("ROUGE-L recall", "share", "up", "same"),
+    "utility.truth_ratio": ("max(0, 1 - truth ratio)", "share", "up", "same"),
+    "utility.hmean": ("model utility", "share", "up", "same"),
     "privacy.loss.auc": ("AUC (loss)", "", "up", "anchor"),
     "privacy.zlib.auc": ("AUC (zlib)", "", "up", "anchor"),
     "privacy.min_k.auc": ("AUC (Min-40%)", "", "up", "anchor"),
@@ -137,6 +137,9 @@ def unlearning_table(
             raise RequestError(f"No model is called {name!r}.{did_you_mean(name, models)}")
     data = {"forget": forget, "retain": retain, "holdout": holdout}
     judged = Judged(data, attacks or Attacks(by=by), by, limit)
+    apart(
+        forget, judged.attacks.share, judged.attacks.by
+    )  # what relearning refuses is refused before anything is judged
     kinds: dict[str, Kind] = {name: kind for kind, name in named.items() if name is not None}  # pyright: ignore[reportAssignmentType]
     order = [*kinds, *(name for name in models if name not in kinds)]
     found = {name: judged.measure(opened(models[name])) for name in session.progress(order, "judging", len(order))}
@@ -153,15 +156,18 @@ def unlearning_table(
         "materials_sha256": {role: part.digest() for role, part in data.items()},
         "note": "towards the retrained model" if retrained else "no retrained model: the target is not known",
     }
-    return Comparison("Unlearning", [_measure(name, retrained is not None) for name in names], rows, facts)
+    counts = {name: max(len(one.samples.get(name, ())) for one in found.values()) or None for name in names}
+    measures = [_measure(name, retrained is not None, counts[name]) for name in names]
+    return Comparison("Unlearning", measures, rows, facts)
 
 
-def _measure(name: str, anchored: bool) -> dict[str, Any]:
+def _measure(name: str, anchored: bool, n: int | None) -> dict[str, Any]:
     label, unit, better, wanted = MEASURES.get(name, (name.partition(".")[2], "", "up", "anchor"))
     if wanted == "anchor" and not anchored:
-        wanted = "down" if better == "up" else "up"
+        # of an AUC the target is known: below 0.5 what was forgotten is as visible as above it
+        wanted = "chance" if name.endswith(".auc") else "down" if better == "up" else "up"
     block = name.partition(".")[0]
-    said = {"group": block, "metric": name, "label": label, "help": "", "on": "", "unit": unit, "n": None}
+    said = {"group": block, "metric": name, "label": label, "help": "", "on": "", "unit": unit, "n": n}
     return {**said, "better": better, "wanted": wanted, "like": "retrained", "aside": name not in MEASURES}
 
 

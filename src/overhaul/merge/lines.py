@@ -94,7 +94,7 @@ def lines(
     facts = written("merge.lines", base, tuned, scaled if election else weighted_deltas([factor] * count), out)
     more, layers = (election.facts, election.layers) if election else ({}, {})
     return Outcome(
-        out, facts={"alpha": alpha, "beta": beta, **facts, **more}, layers={**layers, **by_depth(base, factor)}
+        Path(out), facts={"alpha": alpha, "beta": beta, **facts, **more}, layers={**layers, **by_depth(base, factor)}
     )
 
 

@@ -74,4 +74,4 @@ def task_arithmetic(
     for place, coefficient in enumerate(coefficients) if len(set(coefficients)) > 1 else [(None, coefficients[0])]:
         lines = by_depth(base, lambda _, value=coefficient: value)
         layers |= {name if place is None else f"{name} of change {place + 1}": line for name, line in lines.items()}
-    return Outcome(out, facts=facts, layers=layers)
+    return Outcome(Path(out), facts=facts, layers=layers)

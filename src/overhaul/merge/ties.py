@@ -92,7 +92,7 @@ def ties(
 
     facts = written("merge.ties", base, tuned, combine, out)
     layers = {**election.layers, **by_depth(base, lambda _: scale)}
-    return Outcome(out, facts={**facts, **election.facts}, layers=layers)
+    return Outcome(Path(out), facts={**facts, **election.facts}, layers=layers)
 
 
 @dataclass(frozen=True)

@@ -272,8 +272,9 @@ def _step(number: int, entry: Mapping[str, Mapping[str, Any]], materials: Materi
         if lacking and role not in renamed and not material.required:
             continue
         if lacking:
+            what = (material.doc or role).rstrip(".")
             raise RequestError(
-                f"{where}, needs {_described(material)} {lacking[0]!r} ({material.doc or role}), and the recipe's materials "
+                f"{where}, needs {_described(material)} {lacking[0]!r} ({what}), and the recipe's materials "
                 f"have none.{did_you_mean(lacking[0], materials.known)}"
             )
         for one in names:

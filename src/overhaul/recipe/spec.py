@@ -15,6 +15,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from overhaul.errors import SEE, RequestError, did_you_mean
 
+WANTED = {
+    "list_type": "a list is wanted here, one line with `- ...` for each thing",
+    "dict_type": "a mapping is wanted here, one line with `name: ...` for each thing",
+    "string_type": "a text is wanted here",
+}
+"""What to write instead, by pydantic's name for what is wrong."""
+
 
 class Recipe(BaseModel):
     """What a recipe file may say.
@@ -120,14 +127,15 @@ def read(source: str | Path | Mapping[str, Any]) -> Document:
         raise RequestError(f"{path} is not a text file: {error}.") from None
     except OSError as error:
         raise RequestError(f"The recipe {str(path)[:80]!r} cannot be read: {error.strerror}.") from None
-    return _parse(text, path.stem, path.resolve().parent)
+    return _parse(text, path.name, path.resolve().parent)
 
 
 def _parse(text: str, name: str, base: Path) -> Document:
     try:
         loaded = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise RequestError(f"The recipe {name} is not valid YAML: {error}") from None
+        said = str(error).replace('in "<unicode string>", ', "in ")
+        raise RequestError(f"The recipe {name} is not valid YAML: {said}") from None
     except (ValueError, RecursionError) as error:  # a date or number that does not exist; nesting without end
         raise RequestError(f"The recipe {name} cannot be read: {error}.") from None
     if not isinstance(loaded, dict):
@@ -141,9 +149,9 @@ def _parse(text: str, name: str, base: Path) -> Document:
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
-        message = problem["msg"].removeprefix("Value error, ")
+        message = WANTED.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
         raise RequestError(f"The recipe {name}, {place}: {message}.") from None
-    return Document(recipe, text, recipe.title or name, base)
+    return Document(recipe, text, recipe.title or Path(name).stem, base)
 
 
 class _Loader(yaml.SafeLoader):

@@ -49,6 +49,7 @@ TOLERANCE = (
 
 MISSING = "–"
 UNKNOWN = "not compared"
+NOTHING = "nothing to keep"
 GROUPS: Mapping[str, str] = {
     "forgotten": "To be forgotten",
     "learned": "To be learned",
@@ -193,7 +194,7 @@ def small_print(measure: Measure, counted: bool = True) -> str:
     """What stands under a measure's name: "n = 20 · should fall", "one forward · fastest of 9 · less is better"."""
     n, plainly = count(measure) if counted else "", measure.get("help", "")
     counts = f"fastest of {n}" if measure["group"] == "cost" else f"n\u00a0=\u00a0{n}"
-    return " · ".join(part for part in (plainly, counts if n else "", aim(measure)) if part)
+    return " · ".join(part for part in (plainly, counts if n not in ("", MISSING) else "", aim(measure)) if part)
 
 
 def count(measure: Measure) -> str:
@@ -289,7 +290,7 @@ def verdict(measure: Measure) -> Verdict:
     if measure["group"] == "cost":
         return Verdict({-1: "less", 0: "as before", 1: "more"}[moved], {-1: False, 0: None, 1: True}[gain])
     if measure["wanted"] == "same" and unit == "share" and measure["better"] == "up" and before == after == 0:
-        return Verdict("nothing to keep", None)
+        return Verdict(NOTHING, None)
     if measure["wanted"] == "same":
         return Verdict({-1: "got worse", 0: "stayed", 1: "improved"}[gain], gain >= 0)
     if moved == 0:

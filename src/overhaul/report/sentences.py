@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from overhaul.report.numbers import (
     MISSING,
+    NOTHING,
     UNKNOWN,
     Measure,
     Verdict,
@@ -68,7 +69,7 @@ def _say_judged(rows: Sequence[Measure]) -> tuple[str, Verdict]:
     if reached:
         return f"In part: {reached} of {len(rows)} measures {done}; the rest: {rest}.", Verdict("in part", None)
     failed = any(seen.good is False for seen in verdicts)
-    partly = any(seen.good is None and seen.word != UNKNOWN for seen in verdicts)
+    partly = any(seen.good is None and seen.word not in (UNKNOWN, NOTHING) for seen in verdicts)
     overall = Verdict("in part", None) if partly else Verdict("no", False) if failed else Verdict(UNKNOWN, None)
     count = "" if len(rows) == 1 else f"none of {len(rows)} measures {'quite ' if partly else ''}{done}: "
     return f"{overall.word.capitalize()}: {count}{rest}.", overall
