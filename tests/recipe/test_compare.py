@@ -176,3 +176,19 @@ def test_a_method_named_with_other_knobs_is_a_row_of_its_own(folder: Path, tmp_p
     request = recipe(folder, tmp_path, steps=[], compare=[{"forget.ssd": {"alpha": a}} for a in (1.2, 2.0)])
     done = compare(request, out=tmp_path / "out")
     assert [row["label"] for row in done.report["rows"]][2:] == ["forget.ssd alpha=1.2", "forget.ssd alpha=2.0"]
+
+
+@pytest.mark.smoke
+def test_a_model_after_the_step_that_is_replaced_is_the_one_after_its_place(folder: Path, tmp_path: Path) -> None:
+    request = recipe(folder, tmp_path)
+    heal = {"shrink.heal": {"teacher": "uncut", "target": "teacher", "text": "retain", "steps": 2, "lr": 1e-3}}
+    request["materials"]["uncut"] = {"after": "forget.npo"}
+    request["steps"] = [*request["steps"], heal]
+    done = compare(request, out=tmp_path / "out")
+    assert {row["label"] for row in done.report["rows"]} >= {"forget.npo", "forget.ssd"}
+    written = tmp_path / "out" / "forget.ssd" / "recipe.yaml"
+    again = run(written, tmp_path / "again").report
+    assert again["stages"] == ["before", "forget.ssd", "shrink.drop_layers", "shrink.heal"]
+    report = json.loads((tmp_path / "out" / "forget.ssd" / "report.json").read_text())
+    judged = [measure["values"] for measure in again["measures"] if measure["group"] != "cost"]
+    assert judged == [measure["values"] for measure in report["measures"] if measure["group"] != "cost"]

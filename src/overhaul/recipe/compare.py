@@ -112,10 +112,26 @@ def _variants(base: Checked, names: Sequence[str]) -> list[Variant]:
     place = next((n for n, entry in enumerate(steps) if method.find(next(iter(entry))).verb == verbs[0]), None)
     before, after = (steps[:place], steps[place + 1 :]) if place is not None else ([], steps)
     labels = _labels(entries, [one.name for one in found])
+    if place is not None:
+        base = _by_number(base, place)
     return [
         Variant(label, label.replace(" ", "-"), len(before), with_steps(base, [*before, entry, *after]))
         for label, entry in zip(labels, entries, strict=True)
     ]
+
+
+def _by_number(base: Checked, place: int) -> Checked:
+    """The request in which a model `after` the step that is replaced is the one after whatever stands there."""
+    step, number = base.steps[place], str(place + 1)
+
+    def moved(reference: Any) -> Any:
+        after = reference.get("after") if isinstance(reference, Mapping) else None
+        return {**reference, "after": number} if after is not None and step.goes_by(str(after)) else reference
+
+    references = {name: moved(one) for name, one in base.references.items()}
+    recipe = base.recipe.model_copy(update={"materials": {k: moved(v) for k, v in base.recipe.materials.items()}})
+    materials, document = replace(base.materials, references=references), replace(base.document, recipe=recipe)
+    return replace(base, materials=materials, document=document)
 
 
 def _entries(name: str, listed: Sequence[Entry], steps: Sequence[Entry]) -> list[Entry]:
