@@ -288,7 +288,7 @@ class Runner:
         parts = (stage.key, requests, roles, self.code, anchors, libraries())
         path = self.folder.judged(key_of(*parts))
         if processes.is_main() and read_json(path, holds=("measures", "samples")) is None:
-            session.say(f"judging {stage.name}" if stage.record else "judging the model as it came")
+            session.say(f"judging {'the model as it came' if stage.name == 'before' else stage.name}")
             anchored = self.anchors()
             model = self.load(stage)
             torch.manual_seed(self.checked.recipe.seed)
