@@ -23,8 +23,7 @@ def compared(**rows: Any) -> Comparison:
     kinds: dict[str, Kind] = {"before": "before", "noise": "null control"}
     start = Row("before", "before", [[1.0], [0.9]])
     made = [Row(label, kinds.get(label, "method"), values) for label, values in rows.items()]
-    measures = [{**MEASURES[0]}, {**MEASURES[1], "wanted": "up"}]
-    return Comparison("t", measures, [start, *made], {"created": "", "machine": {}})
+    return Comparison("t", MEASURES, [start, *made], {"created": "", "machine": {}})
 
 
 @pytest.mark.parametrize(
@@ -44,6 +43,11 @@ def test_who_won_is_said_with_what_chance_explains(rows: dict[str, list[list[flo
     found = compared(**rows)
     assert said in found.won()
     assert found.won() in found.to_html()
+
+
+def test_what_is_to_stay_is_ranked_by_what_it_lost() -> None:
+    found = compared(a=[[0.1], [0.6]], b=[[0.1], [0.88]], c=[[0.1], [0.95]])
+    assert found.ranked("accuracy", "retain") == ["c", "b", "a"]
 
 
 def test_one_method_wins_against_nobody() -> None:

@@ -97,7 +97,9 @@ class Comparison:
             if not numbers.finite(value):
                 return math.inf
             aims = {"up": -value, "down": value, "chance": abs(value - numbers.CHANCE)}
-            return aims.get(measure["wanted"], abs(value - (anchor or 0.0)))
+            if measure["wanted"] == "anchor" and anchor is not None:
+                return abs(value - anchor)
+            return aims.get(measure["wanted"], aims[measure["better"]])  # what is to stay: the less it lost, the better
 
         return [row.label for row in sorted(self.rows, key=badness) if row.kind in ("method", "null control")]
 
