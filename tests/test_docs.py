@@ -46,6 +46,8 @@ def test_generated_pages_are_current(path: Path) -> None:
 def test_the_readme_names_every_method_and_links_to_what_exists() -> None:
     text = (ROOT / "README.md").read_text()
     assert all(f"`{name}`" in text for name in methods())
+    stacks = len(re.findall(r"^\| (?!family|---)", (ROOT / "docs" / "families.md").read_text(), re.M))
+    assert f"on {stacks} stacks of" in text
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"

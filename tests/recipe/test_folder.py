@@ -40,6 +40,7 @@ def values(report: dict[str, Any]) -> list[Any]:
     return [measure["values"] for measure in report["measures"] if measure["group"] != "cost"]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("damage", [b"", b'{"recipe"', b"\x00\xff\xfe", b'"text"', b"null", b"{}"])
 def test_every_small_file_may_be_damaged_and_the_run_goes_on(damage: bytes, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -73,6 +74,18 @@ def test_what_the_user_put_beside_the_model_stays(folder: Path, tmp_path: Path) 
     assert (out / "model" / "gguf" / "q4.bin").read_bytes() == b"mine too"
     published = json.loads((out / "published.json").read_text())
     assert "notes.txt" not in published and "model.safetensors" in published
+
+
+def test_it_stays_where_the_list_of_what_was_published_is_lost(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(recipe_for(folder), out)
+    (out / "model" / "notes.txt").write_text("mine")
+    (out / "model" / "model-00002-of-00002.safetensors").write_bytes(b"an older model's")
+    (out / "published.json").unlink()
+    (out / "finished.json").unlink()
+    run(recipe_for(folder), out)
+    assert (out / "model" / "notes.txt").read_text() == "mine"
+    assert [path.name for path in (out / "model").glob("*.safetensors")] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["steps", "model", "judged", "timed", "report.html", "run.log", "run.json"])

@@ -215,6 +215,8 @@ def _choose(spec: Source, rows: Sequence[Row], reader: Reader, said: list[str]) 
         for name in [name for name, each in wanted.items() if reader.matches(row, each)]:
             del wanted[name]
         full = spec.limit is not None and len(chosen.places) >= spec.limit
+        if full and known.issuperset((*spec.where, *spec.unless)):
+            break  # the rest is not taken, and nothing is left to be found out
         left_out = (spec.where and not reader.matches(row, spec.where)) or (
             spec.unless and reader.matches(row, spec.unless)
         )

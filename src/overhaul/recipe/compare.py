@@ -125,6 +125,8 @@ def _by_number(base: Checked, place: int) -> Checked:
     step, number = base.steps[place], str(place + 1)
 
     def moved(reference: Any) -> Any:
+        if isinstance(reference, list):
+            return [moved(part) for part in reference]
         after = reference.get("after") if isinstance(reference, Mapping) else None
         return {**reference, "after": number} if after is not None and step.goes_by(str(after)) else reference
 

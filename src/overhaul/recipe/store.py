@@ -27,6 +27,9 @@ from overhaul.errors import RequestError, writing
 from overhaul.files import contents, read_json, remove, write_json, write_text
 from overhaul.models import Checkpoint
 
+WRITTEN = {".safetensors", ".json"}
+"""What is taken for a run's own beside its model where the list of it is lost: two models in one folder would be read."""
+
 
 def key_of(*parts: Any) -> str:
     """A short hash of everything given, as canonical JSON."""
@@ -249,7 +252,7 @@ class RunFolder:
         """
         target, partial, old = self.root / "model", self.root / ".model.partial", self.root / ".model.old"
         listed = self.root / "published.json"
-        ours = read_json(listed, list) or [path.name for path in target.glob("*")]
+        ours = read_json(listed, list) or [path.name for path in target.glob("*") if path.suffix in WRITTEN]
         with writing(target):
             for stale in (partial, old):
                 remove(stale)
