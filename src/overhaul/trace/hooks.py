@@ -170,6 +170,7 @@ def intervene(
     width = getattr(stack.config, "hidden_size", None) if stream == MAIN else None
     chains: dict[str, list[Primitive]] = {}
     for site, given in edits.items():
+        _check_written(site)
         if site.startswith(_INTO):
             raise RequestError(f"{site!r} can be captured and not edited: edit what the modules before it return.")
         for name in _expanded(stack, [site]):
@@ -263,7 +264,7 @@ def _checkpointed(
 def _expanded(stack: LayerStack, sites: Iterable[Site]) -> list[Any]:
     """The sites with "entering" and "leaving" written out for every block."""
     found: list[Site] = []
-    for site in sites:
+    for site in [sites] if isinstance(sites, str) else sites:
         if isinstance(site, tuple):
             for name in site:
                 _located(stack, name)
@@ -278,9 +279,19 @@ def _expanded(stack: LayerStack, sites: Iterable[Site]) -> list[Any]:
     return found
 
 
+def _check_written(name: object) -> None:
+    """Refuse a block's number, a pair that is edited, and whatever else is no text."""
+    if not isinstance(name, str):
+        hint = f' Write "leaving.{name}" for what block {name} returns.' if type(name) is int else ""
+        raise RequestError(
+            f'A site is a text such as "leaving.0", "entering" or the name of a module, not {name!r}.{hint}'
+        )
+
+
 def _located(stack: LayerStack, name: str) -> tuple[int | None, nn.Module]:
     """The block at a site of the stream with its place, or (None, module)."""
     blocks = stack.blocks
+    _check_written(name)
     for kind in (_ENTERING, _LEAVING):
         number = name.removeprefix(f"{kind}.")
         if number != name and number.isdecimal() and int(number) < len(blocks):
