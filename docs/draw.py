@@ -24,7 +24,7 @@ ROOT = HERE.parent / "src" / "overhaul"
 
 LAYERS: Mapping[str, tuple[str, ...]] = {
     "door": ("__main__ cli __init__",),
-    "runs": ("claims recipe",),
+    "runs": ("claims recipe starters",),
     "verbs": ("inspect forget shrink merge rewire adapt pretrain align",),
     "method": ("listing method signatures",),
     "judge": ("judge report",),
@@ -34,7 +34,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "data": ("data",),
     "models": (
-        "_auto checkpoints models processor conversions stack modes outcome",
+        "_auto checkpoints models processor conversions stack forward modes outcome",
         "weight_files architectures adapter_folders quantised companions recomputed",
     ),
     "ground": ("errors session processes files versions",),

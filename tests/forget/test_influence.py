@@ -24,7 +24,8 @@ from overhaul.forget.first_epoch.influence import (
     twice_differentiable,
 )
 from overhaul.forget.first_epoch.ledger import Gradients, chosen
-from overhaul.objectives import cross_entropy, cross_entropy_sum, forward
+from overhaul.forward import forward
+from overhaul.objectives import cross_entropy, cross_entropy_sum
 
 LANGUAGE: dict[str, Callable[..., nn.Module]] = {
     "llama": tiny_llama, "gpt2": tiny_gpt2, "gemma3": tiny_gemma3, "qwen3": tiny_qwen3,

@@ -22,9 +22,10 @@ from overhaul import session
 from overhaul.data.examples import Batch, Examples
 from overhaul.errors import RunError
 from overhaul.forget.first_epoch.ledger import Gradients
+from overhaul.forward import forward
 from overhaul.judge.likelihood import extraction_strength, score
 from overhaul.modes import at_rest
-from overhaul.objectives import cross_entropy_sum, forward
+from overhaul.objectives import cross_entropy_sum
 
 HALVINGS = 8
 """How often the interval of eta is halved: it is known to 1/256 of the last doubling."""

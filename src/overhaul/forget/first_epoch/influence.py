@@ -26,8 +26,9 @@ from overhaul.data.examples import Batch, Examples
 from overhaul.errors import RunError
 from overhaul.forget.first_epoch.ascent import live
 from overhaul.forget.first_epoch.ledger import Gradients, Where, chosen
+from overhaul.forward import forward
 from overhaul.modes import at_rest
-from overhaul.objectives import cross_entropy_sum, evaluate, forward
+from overhaul.objectives import cross_entropy_sum, evaluate
 from overhaul.stack import LayerStack
 
 Loss = Callable[[Tensor, Batch], Tensor]
