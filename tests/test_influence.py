@@ -12,7 +12,9 @@ from overhaul.data.examples import Batch, Examples, collate
 from overhaul.errors import RunError
 from overhaul.fit import fit
 from overhaul.forget.first_epoch.ascent import live
-from overhaul.forget.first_epoch.influence import (
+from overhaul.forget.first_epoch.ledger import Gradients, chosen
+from overhaul.forward import forward
+from overhaul.influence import (
     activation_similarity,
     conjugate_gradient,
     dot,
@@ -23,8 +25,7 @@ from overhaul.forget.first_epoch.influence import (
     tracin,
     twice_differentiable,
 )
-from overhaul.forget.first_epoch.ledger import Gradients, chosen
-from overhaul.objectives import cross_entropy, cross_entropy_sum, forward
+from overhaul.objectives import cross_entropy, cross_entropy_sum
 
 LANGUAGE: dict[str, Callable[..., nn.Module]] = {
     "llama": tiny_llama, "gpt2": tiny_gpt2, "gemma3": tiny_gemma3, "qwen3": tiny_qwen3,
