@@ -23,7 +23,7 @@ from torch import nn
 
 from overhaul import quantised, session
 from overhaul.adapter_folders import check_fits, merged
-from overhaul.architectures import build, check_code, check_counts, class_of, in_words, own_class, planned
+from overhaul.architectures import build, check_code, check_counts, class_of, in_words, own_class, planned, pooling
 from overhaul.architectures import refusal as refusal
 from overhaul.checkpoints import ADAPTER_CONFIG, Checkpoint, facts, listed, read_json, saved_from_memory
 from overhaul.checkpoints import locate as locate
@@ -106,7 +106,7 @@ def _options(known: Checkpoint, dtype: str) -> dict[str, Any]:
     if known.library == "diffusers":
         return {**options, "torch_dtype": DTYPES[dtype]}
     options |= {"dtype": DTYPES[dtype], "trust_remote_code": known.trusted}
-    return options | quantised.loading(known)
+    return options | quantised.loading(known) | pooling(known)
 
 
 def _check_unexpected(known: Checkpoint, model: Any, names: list[str]) -> None:

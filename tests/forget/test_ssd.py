@@ -464,3 +464,18 @@ def test_a_frozen_model_is_refused() -> None:
 def test_knobs_out_of_range_are_refused(knobs: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=next(iter(knobs))):
         ssd(two_layers(), vectors(4), vectors(16), **knobs)
+
+
+def test_what_hardly_changed_anything_says_what_to_try() -> None:
+    model, forget, full = tiny_vit(), pictures([3] * 4), pictures([3] * 4 + [1, 2] * 6)
+    done = ssd(copy.deepcopy(model), forget, full, alpha=1.5, importance="batch")
+    assert "advice" not in done.facts
+    ratio = ratios(
+        *(batch_importance(model, one.shuffled(torch.initial_seed()), 64, "loss", "") for one in (forget, full))
+    )
+    top = torch.cat([values[values.isfinite()] for values in ratio.values()]).sort(descending=True).values
+    gentle = ssd(copy.deepcopy(model), forget, full, alpha=1.5, lam=0.999 * float(top[0]), importance="batch")
+    assert (
+        gentle.facts["changed"] <= gentle.facts["selected"]
+        and "a smaller lam dampens them more" in gentle.facts["advice"]
+    )
