@@ -131,6 +131,8 @@ def test_thoughts_are_learnt_as_the_template_writes_them() -> None:
         ("mistral", SYSTEM, "refuses its messages: Only user and assistant roles are supported!"),
         ("chatml", CALLING, "turn 2 of its messages calls a tool, and the chat template writes no tool calls."),
         ("llama-2", [*ASKED[:1], {"role": "assistant", "content": " "}], "last turn of its messages says nothing"),
+        ("chatml", [{**ASKED[0], "images": ["a.png"]}, ASKED[1]], "turn 1 of its messages has 'images'"),
+        ("tools", [ASKED[0], {**ASKED[1], "function_call": {"name": "f"}}, *ASKED], "Write it as `tool_calls`"),
         ("chatml", [ASKED[0], {**ASKED[1], "weight": 0}], "last turn of its messages says `weight: 0`"),
         ("chatml", [ASKED[0], {**ASKED[1], "weight": 0.5}], "last turn of its messages says `weight: 0.5`"),
         ("chatml", [ASKED[0], {**ASKED[1], "train": False}], "last turn of its messages says `train: False`"),

@@ -130,6 +130,8 @@ def test_preferences_that_are_chats_go_through_the_template(talking: Any, tokeni
         examples([row], tokenizer)
     with pytest.raises(RequestError, match="must end with an assistant turn"):
         examples([{**row, "chosen": asked}], talking)
+    with pytest.raises(RequestError, match="begins with a turn of 'user' that is not the prompt's last one"):
+        examples([{**row, "chosen": [{"role": "user", "content": "ho"}, row["chosen"][-1]]}], talking)
     with pytest.raises(RequestError, match="row 1: .rejected. is empty"):
         examples([{**PAIRS[0], "rejected": " "}], talking)
 
@@ -197,3 +199,11 @@ def test_a_tokenizer_without_an_end_is_said(form: str, tokenizer: Any) -> None:
         warnings.simplefilter("error", MaterialWarning)
         examples([ROWS[form]], tokenizer, form=form)
         examples([ROWS["text"]], endless)
+
+
+def test_what_the_tokenizer_does_not_know_is_said(tokenizer: Any) -> None:
+    rows = [{"question": "é?", "answer": "a"}, {"question": "q", "answer": "caf\u4e2d"}]
+    with pytest.warns(
+        MaterialWarning, match=r"in 1 of 2 examples the tokenizer has no token .*first: row 2.*'<unk>' is learnt"
+    ):
+        examples(rows, tokenizer)

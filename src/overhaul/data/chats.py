@@ -37,6 +37,9 @@ _TAG, _OPENED = re.compile(r"</?\w+>"), re.compile(r"<(\w+)>\s*\Z")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """What a turn may hold beside its content that is learnt with it."""
 
+UNREAD = ("function_call", "images", "videos", "audio", "audios")
+"""What a turn may hold beside its content that would be lost."""
+
 
 def with_template(tokenizer: Any, template: str | None) -> Any:
     """The tokenizer with another chat template; itself if there is none."""
@@ -94,6 +97,9 @@ def _turn(turn: Any, n: int, place: int) -> Turn:
             place, f'turn {n} of its messages is {turn!r}; write {{"role": "user", "content": "..."}} for each.'
         )
     said = {str(key): value for key, value in turn.items() if value is not None}
+    if unread := next((name for name in UNREAD if said.get(name)), None):
+        way_out = " Write it as `tool_calls`." if unread == "function_call" else " Parts of text alone are read."
+        raise RowError(place, f"turn {n} of its messages has {unread!r}, which no template writes.{way_out}")
     if calls := said.get("tool_calls"):
         said["tool_calls"] = [_call(call, n, place) for call in calls]
     content = said.get("content")

@@ -45,7 +45,8 @@ def notes(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples, used: Co
         made: what became of the rows, or of the first of them.
         used: columns that something beside the material reads.
     """
-    return [*_unread(rows, spec, used), *_inside(rows, spec, made), *_alike(rows, spec, made), *_endless(spec, made)]
+    of_tokens = (_inside, _alike, _unknown, _endless)
+    return [*_unread(rows, spec, used), *(note for look in of_tokens for note in look(rows, spec, made))]
 
 
 def _unread(rows: Sequence[Mapping[str, Any]], spec: Any, used: Collection[str]) -> list[str]:
@@ -120,7 +121,24 @@ def _alike(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples) -> list
     ]
 
 
-def _endless(spec: Any, made: Examples) -> list[str]:
+def _unknown(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples) -> list[str]:
+    """Words and letters for which the tokenizer has no token."""
+    unknown, end = (getattr(made.processor, name, None) for name in ("unk_token_id", "eos_token_id"))
+    if unknown in (None, end) or made.kind not in ("tokens", "pairs") or made.classified:
+        return []
+    first = list(itertools.islice(made.items, LOOKED_AT))
+    places = [n for n, item in enumerate(first) if bool((item["labels"] == unknown).any())]
+    if not places:
+        return []
+    one = made.rows[places[0]]
+    where = place_of(rows[places[0]], f"row {places[0] + 1}") if "text" not in one else one.get("title", "the text")
+    return [
+        f"{spec.from_}: in {len(places)} of {_of(made, first)} examples the tokenizer has no token for some of what is "
+        f"learnt (first: {where}), so {made.processor.unk_token!r} is learnt there."
+    ]
+
+
+def _endless(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples) -> list[str]:
     """Answers that end nowhere, because neither the tokenizer nor a chat template has a token that ends them."""
     ends = ("eos_token_id", "sep_token_id")
     if made.kind not in ("tokens", "pairs") or any(getattr(made.processor, name, None) is not None for name in ends):
