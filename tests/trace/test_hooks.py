@@ -422,3 +422,17 @@ def test_one_site_may_stand_alone_and_what_was_seen_is_shown_in_a_line() -> None
         r"Statistics: 8 positions, 32 features, norm [\d.e-]+ \+- [\d.e-]+, at most [\d.e-]+", repr(seen["leaving.3"])
     )
     assert repr(last["leaving.3"]) == "LastTokens: states [1, 32]"
+
+
+def test_a_model_is_no_stack_and_one_batch_may_stand_alone() -> None:
+    model: Any = tiny_llama()
+    for work in (
+        lambda: capture(model, ["leaving.0"], statistics).__enter__(),
+        lambda: intervene(model, {"leaving.0": Zero()}).__enter__(),
+        lambda: measure(model, [], ["leaving.0"], statistics),
+    ):
+        with pytest.raises(RequestError, match=r"A LlamaForCausalLM is no stack of blocks. Write `LayerStack.of"):
+            work()
+    inputs = {"input_ids": torch.arange(3, 11)[None]}
+    alone, listed = (measure(LayerStack.of(model), given, ["leaving.0"], statistics) for given in (inputs, [inputs]))
+    assert alone["leaving.0"].count == 8 and torch.equal(alone["leaving.0"].mean, listed["leaving.0"].mean)

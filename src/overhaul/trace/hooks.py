@@ -87,6 +87,7 @@ def capture(
         RequestError: an unknown site, or (at the end) no position counted.
         RunError: (at the end) nothing passed a site.
     """
+    _check_stack(stack)
     watch = Watch(reduce, skip_first, list(dict.fromkeys(_expanded(stack, sites))), Shape(mask=mask))
     with ExitStack() as undo:
         undo.enter_context(uncompiled())
@@ -127,10 +128,11 @@ def measure(
         skip_first: see `capture`.
         stream: see `capture`.
     """
+    _check_stack(stack)
     device = next(stack.model.parameters()).device
     kept = capture(stack, sites, reduce, skip_first=skip_first, stream=stream)
     with at_rest(stack.model), torch.no_grad(), kept as seen:
-        for batch in batches:
+        for batch in [batches] if isinstance(batches, Mapping) else batches:
             invoke(stack.model, map_tensors(dict(batch), lambda tensor: tensor.to(device)))
     return seen
 
@@ -167,6 +169,7 @@ def intervene(
             does not fit the batch, or a result that the state's dtype cannot hold.
         RunError: (at the end) nothing passed a site, or none of the positions did, so nothing was edited there.
     """
+    _check_stack(stack)
     width = getattr(stack.config, "hidden_size", None) if stream == MAIN else None
     chains: dict[str, list[Primitive]] = {}
     for site, given in edits.items():
@@ -277,6 +280,11 @@ def _expanded(stack: LayerStack, sites: Iterable[Site]) -> list[Any]:
             _located(stack, site)
             found.append(site)
     return found
+
+
+def _check_stack(stack: object) -> None:
+    if not isinstance(stack, LayerStack):
+        raise RequestError(f"A {type(stack).__name__} is no stack of blocks. Write `LayerStack.of(model)`.")
 
 
 def _check_written(name: object) -> None:
