@@ -279,7 +279,7 @@ def test_a_folder_without_a_pooler_opens_changes_and_is_saved_without(name: str,
     with torch.no_grad():
         assert opened.pooler is None
         assert torch.equal(opened(given).last_hidden_state, source(given).last_hidden_state)
-        drop_layers(opened, count=1, keep=[0], criterion="last")
+        drop_layers(opened, drop=[1])
         again: Any = oh.open(oh.save(opened, None, tmp_path / "out"))[0]
         assert again.pooler is None and torch.equal(again(given)[0], opened(given)[0])
         with pytest.raises(RequestError, match="the weights lack 1 tensors, such as 'pooler.dense.bias'"):

@@ -19,7 +19,8 @@ from overhaul import models
 from overhaul.errors import RequestError, RunError
 from overhaul.recipe.check import check
 from overhaul.recipe.spec import read
-from tiny_checkpoints import sharded
+from overhaul.shrink.drop_layers import drop_layers
+from tiny_checkpoints import rewrite, sharded, tensors
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -241,3 +242,24 @@ def test_a_function_that_was_exchanged_is_not_saved(tmp_path: Path) -> None:
     model.transformer.h[0].mlp.act.forward = torch.tanh
     with pytest.raises(RunError, match="transformer.h.0.mlp.act has a forward of its own"):
         oh.save(model, None, tmp_path / "out")
+
+
+def test_what_is_exact_among_smaller_numbers_stays_exact(tmp_path: Path) -> None:
+    model: Any = tiny_llama()
+    for n, layer in enumerate(model.model.layers):
+        layer.input_layernorm.weight.data += 1e-4 * (n + 1)
+    place = oh.save(model, None, tmp_path / "m", dtype="bfloat16")
+    norms = {name: tensor for name, tensor in model.state_dict().items() if "input_layernorm" in name}
+    rewrite(place, lambda held: held.update(norms))
+    opened: Any = oh.open(place)[0]
+    drop_layers(opened, drop=[1])
+    stored = tensors(oh.save(opened, None, tmp_path / "out", dtype="bfloat16"))
+    assert {name for name, tensor in stored.items() if tensor.dtype is torch.float32} == set(list(norms)[:3])
+    assert [float(stored[name][0]) for name in list(norms)[:3]] == [
+        float(norms[name][0]) for n, name in enumerate(norms) if n != 1
+    ]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    whole = oh.open(oh.save(model, None, tmp_path / "exact"))[0]
+    assert {t.dtype for t in tensors(oh.save(whole, None, tmp_path / "small", dtype="bfloat16")).values()} == {
+        torch.bfloat16
+    }
