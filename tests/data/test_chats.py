@@ -110,9 +110,9 @@ def test_thoughts_are_learnt_as_the_template_writes_them() -> None:
             chat[:1], tokenize=False, add_generation_prompt=True
         )
         assert made.rows[0]["answer"].strip() == "<think>\nno\n</think>\n\nIn Marrowick."
-    begins = "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    begins = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n"
     assert begins in TEMPLATES["qwen-3"]
-    tokenizer.chat_template = TEMPLATES["qwen-3"].replace(begins, f"{begins}<think>\n")
+    tokenizer.chat_template = TEMPLATES["qwen-3"].replace(begins, f"{begins}<think>\\n")
     made = encode_chat([{"messages": thinking}], tokenizer)
     assert tokenizer.decode(learnt(made.items[0])) == "no\n</think>\n\nIn Marrowick.<|im_end|>\n"
     tokenizer = talking("deepseek-r1", byte_level())

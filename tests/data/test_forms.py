@@ -181,7 +181,7 @@ def test_kinds_do_not_mix(tokenizer: Any) -> None:
 def test_pairs_of_one_answer_are_counted(tokenizer: Any) -> None:
     same = {"prompt": "name a bird", "chosen": "a heron", "rejected": " a heron"}
     with pytest.warns(
-        MaterialWarning, match=r"^rows: in 2 of 4 rows the chosen answer is the rejected one \(first: row 2\)"
+        MaterialWarning, match=r"^rows: in 2 of 4 rows the chosen answer is the rejected one \(first: rows, row 2\)"
     ):
         examples([PAIRS[0], {**same, "rejected": same["chosen"]}, PAIRS[1], same], tokenizer)
 
@@ -199,11 +199,3 @@ def test_a_tokenizer_without_an_end_is_said(form: str, tokenizer: Any) -> None:
         warnings.simplefilter("error", MaterialWarning)
         examples([ROWS[form]], tokenizer, form=form)
         examples([ROWS["text"]], endless)
-
-
-def test_what_the_tokenizer_does_not_know_is_said(tokenizer: Any) -> None:
-    rows = [{"question": "é?", "answer": "a"}, {"question": "q", "answer": "caf\u4e2d"}]
-    with pytest.warns(
-        MaterialWarning, match=r"in 1 of 2 examples the tokenizer has no token .*first: row 2.*'<unk>' is learnt"
-    ):
-        examples(rows, tokenizer)

@@ -45,7 +45,7 @@ def notes(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples, used: Co
         made: what became of the rows, or of the first of them.
         used: columns that something beside the material reads.
     """
-    of_tokens = (_inside, _alike, _unknown, _endless)
+    of_tokens = (_inside, _alike, _endless)
     return [*_unread(rows, spec, used), *(note for look in of_tokens for note in look(rows, spec, made))]
 
 
@@ -121,29 +121,16 @@ def _alike(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples) -> list
     ]
 
 
-def _unknown(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples) -> list[str]:
-    """Words and letters for which the tokenizer has no token."""
-    unknown, end = (getattr(made.processor, name, None) for name in ("unk_token_id", "eos_token_id"))
-    if unknown in (None, end) or made.kind not in ("tokens", "pairs") or made.classified:
-        return []
-    first = list(itertools.islice(made.items, LOOKED_AT))
-    places = [n for n, item in enumerate(first) if bool((item["labels"] == unknown).any())]
-    if not places:
-        return []
-    one = made.rows[places[0]]
-    where = place_of(rows[places[0]], f"row {places[0] + 1}") if "text" not in one else one.get("title", "the text")
-    return [
-        f"{spec.from_}: in {len(places)} of {_of(made, first)} examples the tokenizer has no token for some of what is "
-        f"learnt (first: {where}), so {made.processor.unk_token!r} is learnt there."
-    ]
+def _answered(made: Examples) -> bool:
+    """Whether these are prompts with answers, or for answers."""
+    return made.kind in ("tokens", "pairs") and "prompt" in made.rows[0]
 
 
 def _endless(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples) -> list[str]:
     """Answers that end nowhere, because neither the tokenizer nor a chat template has a token that ends them."""
     ends = ("eos_token_id", "sep_token_id")
-    if made.kind not in ("tokens", "pairs") or any(getattr(made.processor, name, None) is not None for name in ends):
-        return []
-    if "prompt" not in made.rows[0] or CLOSING in made.rows[0]:
+    known = any(getattr(made.processor, name, None) is not None for name in ends)
+    if known or not _answered(made) or CLOSING in made.rows[0]:
         return []
     return [
         f"{spec.from_}: the tokenizer has no EOS, so an answer that is learnt has no end, and one that is generated goes on "
