@@ -224,7 +224,7 @@ def test_what_is_no_weight_and_was_exchanged_is_not_saved(edit: Callable[[Any], 
 def test_another_make_of_the_same_activation_and_switches_of_training_are_saved(tmp_path: Path) -> None:
     model: Any = tiny_llama(attention_dropout=0.1)
     model.model.layers[1].mlp.act_fn = nn.SiLU(inplace=False)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.train()
     opened: Any = oh.open(oh.save(model, None, tmp_path / "out"))[0]
     ids = torch.arange(3, 12)[None]

@@ -101,9 +101,9 @@ def _said(error: Exception, debug: bool) -> int:
 
 
 def _printed_nowhere() -> bool:
-    """Whether standard output takes nothing. What is held for it is let go: the interpreter would fail on it at its end."""
+    """Whether standard output takes no line. It is let go then: the interpreter would fail on what is held at its end."""
     try:
-        sys.stdout.flush()
+        print(flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True

@@ -20,6 +20,8 @@ from overhaul.errors import RunError
 from overhaul.stack.arrangement import skeleton
 
 _OF_TRAINING = re.compile(r"drop|^p$|momentum|training|checkpoint|inplace|cached")
+_COUNTS = re.compile(r"layer|block|depth|^n_|^num_")
+"""Numbers that a class reads when it is built: of blocks, which are counted anew where some were dropped."""
 
 LIBRARIES = ("transformers.", "torch.nn.")
 """Whose modules are what their class and their settings are."""
@@ -46,7 +48,8 @@ def check_recomputed(model: Any) -> None:
         if module is None or type(module) is not type(twin) or not type(module).__module__.startswith(LIBRARIES):
             continue
         for key, value in vars(module).items():
-            if key in vars(twin) and not key.startswith("_") and not _OF_TRAINING.search(key):
+            skipped = _OF_TRAINING.search(key) or (type(value) is int and _COUNTS.search(key))
+            if key in vars(twin) and not key.startswith("_") and not skipped:
                 _check_setting(model, f"{name}.{key}", value, vars(twin)[key])
         rounded += [
             key for key, table, new in _tables(planned, name, module, twin) if _is_rounded(model, key, table, new)
