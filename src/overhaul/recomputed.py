@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from overhaul.errors import RunError
 from overhaul.stack.arrangement import skeleton
 
-_OF_TRAINING = re.compile(r"drop|^p$|momentum|training|checkpoint|inplace|cached")
+_PASSED_OVER = re.compile(r"drop|^p$|momentum|training|checkpoint|inplace|cached|^(shift|window)_size$")
+"""Settings that count in training alone, or that a forward sets by the size of what it is given (Swin)."""
 _COUNTS = re.compile(r"layer|block|depth|^n_|^num_")
 """Numbers that a class reads when it is built: of blocks, which are counted anew where some were dropped."""
 
@@ -45,10 +47,10 @@ def check_recomputed(model: Any) -> None:
     for name, twin in twins.items():
         module = held.get(name)
         _check_kind(model, name, module, twin)
-        if module is None or type(module) is not type(twin) or not type(module).__module__.startswith(LIBRARIES):
+        if module is None or _kind(module) is not _kind(twin) or not type(module).__module__.startswith(LIBRARIES):
             continue
         for key, value in vars(module).items():
-            skipped = _OF_TRAINING.search(key) or (type(value) is int and _COUNTS.search(key))
+            skipped = _PASSED_OVER.search(key) or (type(value) is int and _COUNTS.search(key))
             if key in vars(twin) and not key.startswith("_") and not skipped:
                 _check_setting(model, f"{name}.{key}", value, vars(twin)[key])
         rounded += [
@@ -74,7 +76,7 @@ def _check_kind(model: nn.Module, name: str, module: nn.Module | None, twin: nn.
             "another model; nothing was saved. Take it off (`del module.forward`), or build it as a conversion "
             "(overhaul.conversions)."
         )
-    ours, theirs = (None if each is None or isinstance(each, IDLE) else type(each) for each in (module, twin))
+    ours, theirs = map(_kind, (module, twin))
     if ours is not theirs and not _same(module, twin):
         said = "missing" if module is None else f"a {type(module).__name__}"
         raise RunError(
@@ -82,6 +84,11 @@ def _check_kind(model: nn.Module, name: str, module: nn.Module | None, twin: nn.
             "saved would open as another model; nothing was saved. Change the config and open it again, or build the "
             "module as a conversion (overhaul.conversions), which is recorded."
         )
+
+
+def _kind(module: nn.Module | None) -> type | None:
+    """The class of a module; None where it is idle. A parametrised one is of a class of its own."""
+    return None if module is None or isinstance(module, IDLE) else type_before_parametrizations(module)
 
 
 def _same(module: nn.Module | None, twin: nn.Module) -> bool:
