@@ -17,9 +17,10 @@ from overhaul.data import corpora
 from overhaul.data.encode import encode_images
 from overhaul.data.examples import Examples, collate, join
 from overhaul.errors import RequestError, RunError
-from overhaul.forget.ssd import ssd
+from overhaul.forget.ssd import _advice, ssd  # pyright: ignore[reportPrivateUsage]
 from overhaul.forward import forward
 from overhaul.importance import (
+    Dampened,
     PerParameter,
     Signal,
     adaptive_alpha,
@@ -468,14 +469,19 @@ def test_knobs_out_of_range_are_refused(knobs: dict[str, Any]) -> None:
 
 def test_what_hardly_changed_anything_says_what_to_try() -> None:
     model, forget, full = tiny_vit(), pictures([3] * 4), pictures([3] * 4 + [1, 2] * 6)
-    done = ssd(copy.deepcopy(model), forget, full, alpha=1.5, importance="batch")
-    assert "advice" not in done.facts
-    ratio = ratios(
-        *(batch_importance(model, one.shuffled(torch.initial_seed()), 64, "loss", "") for one in (forget, full))
-    )
-    top = torch.cat([values[values.isfinite()] for values in ratio.values()]).sort(descending=True).values
-    gentle = ssd(copy.deepcopy(model), forget, full, alpha=1.5, lam=0.999 * float(top[0]), importance="batch")
+
+    def done(**knobs: Any) -> dict[str, Any]:
+        changed = copy.deepcopy(model)
+        facts = ssd(changed, forget, full, alpha=1.5, importance="batch", **knobs).facts
+        pairs = zip(changed.parameters(), model.parameters(), strict=True)
+        assert facts["changed"] == sum(int((ours != theirs).sum()) for ours, theirs in pairs)
+        return facts
+
+    assert "advice" not in done()
+    highest = [batch_importance(model, one.shuffled(torch.initial_seed()), 64, "loss", "") for one in (forget, full)]
+    top = max(float(values[values.isfinite()].max()) for values in ratios(*highest).values())
+    assert "of themselves on average: a smaller lam dampens them more" in done(lam=0.999 * top)["advice"]
+    told = _advice(Dampened({"a": 3}, changed=3, mean_factor=0.5), 10_000_000)
     assert (
-        gentle.facts["changed"] <= gentle.facts["selected"]
-        and "a smaller lam dampens them more" in gentle.facts["advice"]
+        told == "3 of 10,000,000 weights changed, to 0.5 of themselves on average: a smaller alpha selects more of them"
     )

@@ -107,18 +107,18 @@ def ssd(
     threshold = adaptive_alpha(ratio, share) if alpha == "adaptive" else alpha
     done = dampen(model, ratio, threshold, lam)
     _check_effect(done, ratio, alpha, threshold, lam, name)
-    selected = sum(done.selected.values())
+    selected, size = sum(done.selected.values()), sum(values.numel() for values in ratio.values())
     facts: dict[str, float | int | str | list[int]] = {
         "alpha": threshold,
         "selected": selected,
-        "selected_share": selected / sum(values.numel() for values in ratio.values()),
+        "selected_share": selected / size,
         "changed": done.changed,
         "mean_factor": done.mean_factor,
         "importance": importance,
         "gradients": gradients,
         "held_against": name,
     }
-    if advice := _advice(done, sum(values.numel() for values in ratio.values())):
+    if advice := _advice(done, size):
         facts["advice"] = advice
     return Outcome(model, facts=facts, layers=_by_depth(model, done, ratio))
 
