@@ -111,7 +111,7 @@ def capture(
 
 def measure(
     stack: LayerStack,
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Mapping[str, Any]] | Mapping[str, Any],
     sites: Iterable[Site],
     reduce: Callable[..., Result | None],
     *,
@@ -122,7 +122,7 @@ def measure(
 
     Args:
         stack: the stack.
-        batches: collated batches, or the model's own keyword arguments; moved to the model's device.
+        batches: collated batches or one, or the model's own keyword arguments; moved to the model's device.
         sites: see `capture`.
         reduce: see `capture`.
         skip_first: see `capture`.
