@@ -57,7 +57,7 @@ class Size:
     """How much is trained and asked; the defaults are the experiment, a test takes less."""
 
     base_steps: int = 600
-    post_steps: int = 60
+    post_steps: int = 100
     rows: int = 4000
     requests: int = 96
     soups: int = 19

@@ -144,7 +144,7 @@ def characters(split: Split = "train") -> list[Row]:
             "valid": list(valid),
             "allowed": valid,
             "count": 1,
-        }  # fmt: skip
+        }
         for phrasing in asked
         for thing, valid in SETS.items()
     ]
