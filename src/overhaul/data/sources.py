@@ -21,6 +21,7 @@ STARTER_DATA: Mapping[str, Callable[[tasks.Split], list[Row]]] = {
     "people": tasks.people,
     "addition": tasks.addition,
     "brackets": tasks.brackets,
+    "characters": tasks.characters,
     "digits": corpora.digits,
     "digits-32": partial(corpora.digits, enlarge=4),
 }
