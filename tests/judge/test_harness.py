@@ -360,10 +360,13 @@ def test_lm_evals_own_tasks_are_known_by_name() -> None:
             check({"kept": {"lm_eval": name}}, ())
 
 
-def test_questions_that_are_cut_are_counted(tmp_path: Path, opened: tuple[Any, Any]) -> None:
+def test_what_lm_eval_only_logs_stands_beside_the_number(tmp_path: Path, opened: tuple[Any, Any]) -> None:
     write(tmp_path / "tasks", "broken", ROWS, **CHOICE | {"doc_to_text": "{{question}}" * 40})
     measures = ours(opened, tmp_path / "tasks", "broken", limit=1)
-    assert "of 3 long prompts the beginning was cut off" in measures[0].help
+    assert measures[0].help.endswith("; 3 prompts too long for the model, of which the beginning was cut off")
+    write(tmp_path / "tasks", "broken", ROWS, **CHOICE | {"doc_to_target": "answer"})
+    measures = ours(opened, tmp_path / "tasks", "broken")
+    assert measures[0].help.endswith("; 2 rows whose right answer is none of their choices, counted as wrong")
 
 
 def test_gpt2_is_measured_too(tasks: Path) -> None:

@@ -37,7 +37,7 @@ def recipe(folder: Path, base: Path, **changes: Any) -> Path:
     content = {
         "model": str(folder),
         "materials": {"text": {"from": "text.jsonl"}},
-        "steps": [{"shrink.drop_layers": {"count": 1, "criterion": "even"}}],
+        "steps": [{"shrink.drop_layers": {"count": 1, "criterion": "reverse"}}],
         "judge": {"kept": {"lm_eval": "own", "include_path": "tasks", "perplexity": "text"}},
         **changes,
     }
@@ -99,7 +99,7 @@ def test_a_run_measures_every_stage_as_lm_eval_does_and_once(
 
 @pytest.mark.smoke
 def test_a_comparison_has_the_tasks_and_their_errors(folder: Path, tmp_path: Path) -> None:
-    entries = [{"shrink.drop_layers": {"count": count, "criterion": "even"}} for count in (1, 2)]
+    entries = [{"shrink.drop_layers": {"count": count, "criterion": "reverse"}} for count in (1, 2)]
     done = compare(recipe(folder, tmp_path, compare=entries), out=tmp_path / "out")
     place = next(n for n, one in enumerate(done.report["measures"]) if one["metric"] == "lm_eval.acc")
     rows = {row["label"]: row for row in done.report["rows"]}
@@ -123,8 +123,8 @@ def test_plan_refuses_what_a_run_would(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"judge\.kept\.lm_eval: .* no task 'ovn'. Did you mean 'own'"):
         oh.plan(path)
     path = recipe(folder, tmp_path)
-    (tmp_path / "tasks" / "rows.jsonl").write_text('{"question": "a?", "choices": ["a"]}\n')
-    with pytest.raises(RequestError, match="'own'.*gold"):
+    (tmp_path / "tasks" / "rows.jsonl").write_text('{"question": "a?", "gold": 0}\n')
+    with pytest.raises(RequestError, match="'own'.*'choices' is undefined"):
         oh.plan(path)
     (tmp_path / "tasks" / "rows.jsonl").unlink()
     with pytest.raises(RequestError, match="'own' cannot be loaded"):

@@ -26,6 +26,12 @@ SEEDS = (0, 1234, 1234, 1234)
 BOOTSTRAPS = 100_000
 """Draws behind a standard error that has no formula; lm-eval's own number."""
 
+REMARKS = {
+    "runcat": "prompts too long for the model, of which the beginning was cut off",
+    "not in within range": "rows whose right answer is none of their choices, counted as wrong",
+}
+"""What lm-eval only logs and a reader must know: a part of the line that says it, and what is said of their number."""
+
 SHARES = re.compile(r"acc(_\w+)?|exact_match")
 """Metrics of lm-eval that lie between 0 and 1 whatever the task; others may be per cent."""
 
@@ -196,11 +202,11 @@ def scores(model: nn.Module, tokenizer: Any, task: str, options: Mapping[str, An
             raise RunError(f"{where} ran out of memory. A smaller `batch_size` beside it needs less.") from error
         except Exception as error:  # tasks, their scoring and the model raise anything
             raise RunError(f"{where} could not be measured: {_said(error)}") from error
-    cut = sum("runcat" in line for line in said)
-    return _read(task, found, options, cut)
+    counted = {remark: sum(mark in line for line in said) for mark, remark in REMARKS.items()}
+    return _read(task, found, options, "".join(f"; {n} {remark}" for remark, n in counted.items() if n))
 
 
-def _read(task: str, found: Mapping[str, Any], options: Mapping[str, Any], cut: int) -> list[Score]:
+def _read(task: str, found: Mapping[str, Any], options: Mapping[str, Any], remarks: str) -> list[Score]:
     """The numbers of a task from what lm-eval gives."""
     results = found["results"]
     own = any("," in key for key in results.get(task, ()))
@@ -211,8 +217,7 @@ def _read(task: str, found: Mapping[str, Any], options: Mapping[str, Any], cut: 
         n = sum(found["n-samples"][leaf]["effective"] for leaf in inside)
         higher = found["higher_is_better"].get(name) or {}
         shots = sorted({found["n-shot"].get(leaf, 0) for leaf in inside})
-        said = f"lm-evaluation-harness {installed('lm_eval')}, {' or '.join(map(str, shots))}-shot"
-        said += f", of {cut} long prompts the beginning was cut off" if cut else ""
+        said = f"lm-evaluation-harness {installed('lm_eval')}, {' or '.join(map(str, shots))}-shot{remarks}"
         for key, value in results[name].items():
             metric, comma, filtered = key.partition(",")
             wanted = options.get("metric") in (None, metric)
