@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import pytest
 import yaml
+from lm_eval.tasks import TaskManager
 
 from overhaul.judge.harness import tasks
+from overhaul.judge.harness.surroundings import quietly
 
 CHOICE: dict[str, Any] = {
     "output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "gold",
@@ -26,6 +30,15 @@ def write(folder: Path, name: str, rows: Sequence[Mapping[str, Any]], **changes:
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     whole = {key: value for key, value in {**task, **changes}.items() if value is not None}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(whole))
+
+
+def directly(folder: Path, tasks: Path, names: list[str], dtype: str = "auto", **options: Any) -> dict[str, Any]:
+    """What lm-eval gives of itself for a saved folder, where the tasks lie."""
+    evaluate: Any = lm_eval.simple_evaluate
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    given = {"pretrained": str(folder), "device": "cpu", "dtype": dtype}
+    with quietly(), contextlib.chdir(tasks):
+        return evaluate("hf", given, names, task_manager=manager, **options)
 
 
 @pytest.fixture

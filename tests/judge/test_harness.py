@@ -14,15 +14,13 @@ import pytest
 import torch
 import yaml
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 import overhaul as oh
 from conftest import tiny_gpt2, tiny_llama, tiny_tokenizer
-from lm_tasks import CHOICE, write
+from lm_tasks import CHOICE, directly, write
 from lm_tasks import few as few
 from overhaul import models
 from overhaul.errors import RequestError
-from overhaul.judge.harness.surroundings import quietly
 from overhaul.judge.judge import anchor_of, broken_limits, check, judge
 from overhaul.judge.measure import Measure
 
@@ -64,9 +62,10 @@ def tasks(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tasks of every kind; two of five answers are what the model goes on to say."""
     folder = tmp_path_factory.mktemp("own") / "tasks"
     model, tokenizer = oh.open(saved)
+    speaks: Any = model
     for row in ROWS[:2]:
         asked = tokenizer(f"q: {row['question']} a:", return_tensors="pt")
-        said = model.generate(**asked, max_new_tokens=8, do_sample=False)[0, asked["input_ids"].shape[1] :]
+        said = speaks.generate(**asked, max_new_tokens=8, do_sample=False)[0, asked["input_ids"].shape[1] :]
         row["answer"] = tokenizer.decode(said, skip_special_tokens=True).split("?")[0]
     write(folder, "own_choice", ROWS, **CHOICE)
     write(folder, "own_generate", ROWS, **GENERATE)
@@ -82,17 +81,6 @@ def tasks(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def opened(saved: Path) -> Iterator[tuple[Any, Any]]:
     yield oh.open(saved)
-
-
-def directly(saved: Path, tasks: Path, names: list[str], **options: Any) -> dict[str, Any]:
-    """What lm-eval gives of itself for the folder."""
-    with quietly():
-        found = lm_eval.simple_evaluate(
-            "hf", {"pretrained": str(saved), "device": "cpu"}, names,
-            task_manager=TaskManager(include_path=str(tasks), include_defaults=False), **options,
-        )  # fmt: skip
-    assert found is not None
-    return dict(found)
 
 
 def ours(opened: tuple[Any, Any], tasks: Path, names: Any, group: str = "kept", **options: Any) -> list[Measure]:

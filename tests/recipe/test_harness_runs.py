@@ -11,15 +11,13 @@ from typing import Any
 import lm_eval
 import pytest
 import yaml
-from lm_eval.tasks import TaskManager
 
 import overhaul as oh
 from conftest import tiny_llama, tiny_vit
-from lm_tasks import CHOICE, write
+from lm_tasks import CHOICE, directly, write
 from lm_tasks import few as few
 from overhaul import models
 from overhaul.errors import RequestError, RunError
-from overhaul.judge.harness.surroundings import quietly
 from overhaul.recipe.compare import compare
 from overhaul.recipe.run import run
 
@@ -46,13 +44,9 @@ def recipe(folder: Path, base: Path, **changes: Any) -> Path:
     return path
 
 
-def directly(folder: Path, tasks: Path) -> tuple[float, float]:
-    given = {"pretrained": str(folder), "device": "cpu", "dtype": "float32"}
-    manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    with quietly(), pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tasks)
-        found: Any = lm_eval.simple_evaluate("hf", given, ["own"], task_manager=manager)
-    return found["results"]["own"]["acc,none"], found["results"]["own"]["acc_stderr,none"]
+def expected(folder: Path, tasks: Path) -> tuple[float, float]:
+    own = directly(folder, tasks, ["own"], "float32")["results"]["own"]
+    return own["acc,none"], own["acc_stderr,none"]
 
 
 def scored(report: dict[str, Any]) -> dict[str, Any]:
@@ -77,11 +71,11 @@ def test_a_run_measures_every_stage_as_lm_eval_does_and_once(
 ) -> None:
     path, out = recipe(folder, tmp_path), tmp_path / "out"
     measure = scored(run(path, out).report)
-    expected = [directly(one, tmp_path / "tasks") for one in (folder, out / "model")]
-    assert list(zip(measure["values"], measure["stderrs"], strict=True)) == expected
+    right = [expected(one, tmp_path / "tasks") for one in (folder, out / "model")]
+    assert list(zip(measure["values"], measure["stderrs"], strict=True)) == right
     assert (measure["on"], measure["n"], measure["unit"], measure["wanted"]) == ("own", len(ROWS), "share", "same")
     page = (out / "report.html").read_text()
-    assert "acc on own" in page and f"± {100 * expected[0][1]:.1f}%" in page
+    assert "acc on own" in page and f"± {100 * right[0][1]:.1f}%" in page
     subprocess.run([sys.executable, "-c", IDLE, path, out], check=True, timeout=120)
 
     asked: list[int] = []
@@ -93,7 +87,7 @@ def test_a_run_measures_every_stage_as_lm_eval_does_and_once(
     data.write_text("\n".join(map(json.dumps, [{**row, "gold": 2 - row["gold"]} for row in ROWS])))
     again = scored(run(path, out).report)
     assert len(asked) == 2 and list(zip(again["values"], again["stderrs"], strict=True)) == [
-        directly(one, tmp_path / "tasks") for one in (folder, out / "model")
+        expected(one, tmp_path / "tasks") for one in (folder, out / "model")
     ]
 
 
@@ -106,7 +100,7 @@ def test_a_comparison_has_the_tasks_and_their_errors(folder: Path, tmp_path: Pat
     for row in rows.values():
         source = Path(row["facts"]["models"][0])
         source = source if source.is_absolute() else tmp_path / "out" / source
-        assert (row["values"][place][0], row["stderrs"][place][0]) == directly(source, tmp_path / "tasks")
+        assert (row["values"][place][0], row["stderrs"][place][0]) == expected(source, tmp_path / "tasks")
     assert len(rows) >= 3 and "±" in (tmp_path / "out" / "comparison.md").read_text()
 
 

@@ -182,7 +182,7 @@ def _requests(group: Group, name: str, given: Any, within: _Within, beside: Mapp
         if settings.pop("by", None) is not None:
             raise RequestError(f"{where} has no `by`: a task's rows are no material of the recipe.")
         options = harness.check(where, names, options, within.base, within.trust)
-        return [Request(group, name, {}, options, **settings, task=one) for one in names]
+        return [Request(group, name, {}, options, **settings, task=str(one)) for one in names]
     return [Request(group, name, _roles(where, name, one, within.roles), options, **settings) for one in names]
 
 

@@ -146,7 +146,10 @@ def _check_room(where: str, name: str, task: Any, tokenizer: Any, config: Any) -
 
     for request in task.instances:
         if request.request_type == "generate_until" and config is not None:
-            asked, most = normalize_gen_kwargs(request.args[1])["max_gen_toks"], resolve_max_length(config, tokenizer)
+            asked, most = (
+                dict(normalize_gen_kwargs(request.args[1]))["max_gen_toks"],
+                resolve_max_length(config, tokenizer),
+            )
             if asked >= most:
                 raise RequestError(
                     f"{where}: the task {name!r} asks for answers of up to {asked} tokens, but the model ends at {most} "
@@ -182,11 +185,8 @@ def scores(model: nn.Module, tokenizer: Any, task: str, options: Mapping[str, An
         np.random.seed(numpy)
         torch.manual_seed(torch_seed)
         loaded = _load(where, task, options)
-        held: Any = HFLM(
-            pretrained=model,  # pyright: ignore[reportArgumentType]
-            tokenizer=copy.deepcopy(tokenizer),
-            batch_size=options.get("batch_size") or 1,
-        )
+        wrapped: Any = HFLM
+        held = wrapped(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=options.get("batch_size") or 1)
         try:
             found: Any = lm_eval.evaluate(
                 held,

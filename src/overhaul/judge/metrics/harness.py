@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 from torch import nn
 
 from overhaul.judge import harness
@@ -22,7 +22,7 @@ def lm_eval(
     metric: str | None = None,
     include_path: str | None = None,
     batch_size: Annotated[int, Gt(0)] = 1,
-    seed: Annotated[int, Ge(0)] | None = None,
+    seed: Annotated[int, Ge(0), Lt(2**32)] | None = None,
     chat: bool = False,
     confirm_run_unsafe_code: bool = False,
 ) -> list[harness.Score]:
