@@ -10,8 +10,9 @@ from torch import nn
 from overhaul import models
 from overhaul.data.forms import Form
 from overhaul.errors import RequestError
+from overhaul.forward import encodes_and_decodes, headless, without_head, without_padding
 from overhaul.judge import harness
-from overhaul.objectives import encodes_and_decodes, headless, one_class, without_head, without_padding
+from overhaul.objectives import one_class
 from overhaul.recipe.materials import Reference
 
 if TYPE_CHECKING:
