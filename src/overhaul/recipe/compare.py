@@ -206,7 +206,7 @@ class _Comparison:
             raise failed[0][1]
         rows = _timed(walked, rows)
         first = rows["before"][0].judgement["measures"]
-        measures = [{k: v for k, v in one.items() if k not in ("value", "runs")} for one in first]
+        measures = [{k: v for k, v in one.items() if k not in ("value", "runs", "stderr")} for one in first]
         found = self.comparison(measures, rows, [f"{label} is missing: {error}" for label, error in failed])
         if processes.is_main():
             self.folder.tidy()
@@ -280,14 +280,16 @@ def _timed(runner: Runner, rows: Mapping[str, Sequence[_Judged]]) -> dict[str, l
 def _row(label: str, runs: Sequence[_Judged], step: Entry | None) -> Row:
     """One row of all seeds."""
     records = [run.record for run in runs if run.record is not None]
-    columns = zip(*([measure["value"] for measure in run.judgement["measures"]] for run in runs), strict=True)
+    judged = [run.judgement["measures"] for run in runs]
+    values, stderrs = ([[m[part] for m in each] for each in zip(*judged, strict=True)] for part in ("value", "stderr"))
     return Row(
         label,
         runs[0].kind,
-        [list(values) for values in columns],
+        values,
         statistics.mean(record["seconds"] for record in records) if records else None,
         max(record["peak_bytes"] for record in records) if records else None,
         {"step": step, "models": [run.model for run in runs]},
+        stderrs=stderrs if any(one is not None for each in stderrs for one in each) else [],
     )
 
 
