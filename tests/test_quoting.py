@@ -80,7 +80,8 @@ def test_hostile_names_and_rows_mean_nothing_anywhere(
     monkeypatch.chdir(tmp_path)
     part = HOSTILE.replace("/", "\u2044")[:80]  # as much as a file's name can have
     shutil.copytree(folder, tmp_path / f"m {part}")
-    rows = [{"person": p, "question": f"{HOSTILE} {p}?", "answer": f"{HOSTILE} {p}"} for p in "abcd"]
+    # a row is as long as the model reads
+    rows = [{"person": p, "question": f"{p} {HOSTILE[:60]}", "answer": HOSTILE[-40:]} for p in "abcd"]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     recipe = {
         "title": HOSTILE,

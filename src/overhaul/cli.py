@@ -87,11 +87,12 @@ def _go_on() -> None:
 
 
 def _listen() -> None:
-    """End as Ctrl-C does where the system asks for it or the terminal goes; what the caller shut out (nohup) stays out."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _interrupt)
+    """End as Ctrl-C does where the system asks for it, or where the terminal goes and `nohup` does not say to stay."""
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    gone = getattr(signal, "SIGHUP", None)
+    if gone is not None and signal.getsignal(gone) is not signal.SIG_IGN:
+        signal.signal(gone, _interrupt)
 
 
 def _noted(message: Warning | str, category: type[Warning], filename: str, *place: Any) -> None:

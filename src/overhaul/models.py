@@ -353,9 +353,11 @@ def _not_compiled(model: nn.Module) -> Iterator[nn.Module]:
 
 def write_checkpoint(model: Any, processor: Any, folder: Path, dtype: str | None) -> None:
     """`save_pretrained` in `dtype` without changing the model that is held."""
-    if (wanted := DTYPES.get(dtype or "")) is None:
+    if (wanted := DTYPES.get(dtype or "")) is None and hasattr(model, "register_to_config"):
+        model.save_pretrained(folder)
+    elif wanted is None:
         with quiet_transformers():
-            model.save_pretrained(folder, **_sized(model))
+            model.save_pretrained(folder, state_dict=_cast(model, None), max_shard_size=largest_file(model))
     elif hasattr(model, "register_to_config"):  # diffusers saves only what the model holds
         from huggingface_hub import save_torch_state_dict
 
@@ -366,7 +368,7 @@ def write_checkpoint(model: Any, processor: Any, folder: Path, dtype: str | None
         save_torch_state_dict(_cast(model, wanted), folder, filename_pattern=pattern, max_shard_size=size)
     else:
         with quiet_transformers():
-            model.save_pretrained(folder, state_dict=_cast(model, wanted), **_sized(model))
+            model.save_pretrained(folder, state_dict=_cast(model, wanted), max_shard_size=largest_file(model))
         _say_dtype(folder / "config.json", str(wanted).removeprefix("torch."))
     copy_companions(model, folder)
     if processor is not None:
@@ -383,17 +385,13 @@ def _say_dtype(path: Path, name: str) -> None:
     path.write_text(json.dumps(said(read_json(path)), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _sized(model: nn.Module) -> dict[str, Any]:
-    """How large a file of weights may be; diffusers has a rule of its own."""
-    return {} if hasattr(model, "register_to_config") else {"max_shard_size": largest_file(model)}
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The state in another dtype; tied tensors stay one tensor, or they would be written twice."""
+def _cast(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """The state in another dtype, each tensor in one piece; tied tensors stay one, or they would be written twice."""
     cast: dict[int, torch.Tensor] = {}
     state: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in cast:
-            cast[id(tensor)] = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+            to = dtype if tensor.is_floating_point() else None
+            cast[id(tensor)] = tensor.detach().to(to or tensor.dtype).contiguous()
         state[name] = cast[id(tensor)]
     return state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Control characters but for tab and newline (an escape sequence begins with one), and what turns the direction of writing."""
+"""Control characters but for tab and newline (escape sequences begin with one), and what turns the direction of writing."""
 _HALF = re.compile(r"[\ud800-\udfff]")
 _MARKS = re.compile(r"[\\`*\[\]|~#$]|(?<!\w)_|_(?!\w)")
 _TAG, _ENTITY = re.compile(r"<(?=[A-Za-z/!?])"), re.compile(r"&(?=\\?#?\w+;)")

@@ -1,6 +1,7 @@
-"""What loading computes anew instead of reading it: tables that are not stored (rotary frequencies) and settings of modules.
+"""What loading makes anew instead of reading it: tables that are not stored (rotary frequencies), modules, their settings.
 
-A model whose config was edited in memory still computes as before; its folder would open as what the config now says.
+A model whose config was edited in memory still computes as before, as does one whose activation was replaced or whose
+attention was told to look ahead; its folder would open as what the config says.
 """
 
 from __future__ import annotations
@@ -16,31 +17,43 @@ from torch import Tensor, nn
 from overhaul.errors import RunError
 from overhaul.stack.arrangement import skeleton
 
-_OF_TRAINING = re.compile(r"drop|^p$|momentum")
+_OF_TRAINING = re.compile(r"drop|^p$|momentum|^training$|checkpointing")
+_OF_ITS_PLACE = re.compile(r"layer_(idx|id|number)$")
+_LIBRARIES = ("transformers", "diffusers", "accelerate", "peft", "torch", "overhaul")
+"""Whose hooks change nothing that is said: they move tensors, ask for gradients, or are recorded."""
 
 
 def check_recomputed(model: Any) -> None:
     """Refuse to save a model that would not open as what it is, although all its weights do.
 
     Warns:
-        UserWarning: a table was rounded with the weights (`model.to(torch.bfloat16)`), and the folder opens with exact ones.
+        UserWarning: a table was rounded with the weights (`model.to(torch.bfloat16)`), and the folder opens with exact ones;
+            or somebody's hooks, or a `forward` that was replaced, may change what the model says.
 
     Raises:
-        RunError: a table or a setting is not what the config describes.
+        RunError: a table, a setting or a module is not what the config describes.
     """
     planned = skeleton(model)
     twins = dict(planned.named_modules())
     rounded: list[str] = []
     for name, module in model.named_modules():
         twin = twins.get(name)
+        _check_kind(model, name, module, twin)
         if twin is None or type(twin) is not type(module) or not type(module).__module__.startswith("transformers."):
             continue
         for key, value in vars(module).items():
-            if isinstance(value, float) and not key.startswith("_") and not _OF_TRAINING.search(key):
+            plain = isinstance(value, bool | int | float | str) and not key.startswith("_")
+            if plain and not _OF_TRAINING.search(key) and not _OF_ITS_PLACE.search(key):
                 _check_setting(model, f"{name}.{key}", value, getattr(twin, key, value))
         rounded += [
             key for key, held, new in _tables(planned, name, module, twin) if _is_rounded(model, key, held, new)
         ]
+    if names := [name for name, module in model.named_modules() if _steered(module)]:
+        warnings.warn(
+            f"{names[0] or 'The model'} has hooks or a `forward` of its own here, which no folder holds. If they change "
+            "what the model says, the folder says something else; a conversion (overhaul.conversions) is recorded.",
+            stacklevel=5,
+        )
     if rounded:
         warnings.warn(
             f"{len(rounded)} tables that are not stored, such as {rounded[0]!r}, were rounded with the weights of this "
@@ -50,11 +63,34 @@ def check_recomputed(model: Any) -> None:
         )
 
 
-def _check_setting(model: nn.Module, name: str, ours: float, theirs: Any) -> None:
-    if isinstance(theirs, float) and ours != theirs and not ours != ours:
+def _steered(module: nn.Module) -> bool:
+    """Whether somebody hooked into a module or replaced its `forward`."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    own = vars(module).get("forward")
+    return any(_whose(hook) not in _LIBRARIES for hook in [*hooks, *([] if own is None else [own])])
+
+
+def _whose(function: Any) -> str:
+    """The package that a function comes from."""
+    inner = getattr(function, "func", function)
+    return str(getattr(inner, "__module__", None) or type(inner).__module__).partition(".")[0]
+
+
+def _check_setting(model: nn.Module, name: str, ours: Any, theirs: Any) -> None:
+    if type(theirs) is type(ours) and ours != theirs and ours == ours:
         raise RunError(
-            f"{name} of this {type(model).__name__} is {ours:g}, but its config describes {theirs:g}: what is saved would "
+            f"{name} of this {type(model).__name__} is {ours!r}, but its config describes {theirs!r}: what is saved would "
             "open as another model; nothing was saved. Set both alike."
+        )
+
+
+def _check_kind(model: nn.Module, name: str, module: nn.Module, twin: nn.Module | None) -> None:
+    """Refuse a module without tensors that is of another class, which no tensor's name or shape would tell."""
+    if twin is not None and not isinstance(module, type(twin)) and not twin.state_dict():
+        raise RunError(
+            f"{name} of this {type(model).__name__} is a {type(module).__name__}, but its config describes a "
+            f"{type(twin).__name__}: what is saved would open as another model; nothing was saved. Set it in the config "
+            "(`hidden_act` for one), or build it as a conversion (overhaul.conversions), which is recorded and loads again."
         )
 
 

@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from overhaul.quoting import code, escaped
 from overhaul.report import plots
 from overhaul.report.comparison import Comparison, Kind, Row
 from overhaul.report.sheets import Cell, Sheet, markdown

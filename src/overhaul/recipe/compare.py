@@ -95,7 +95,7 @@ def compare(
     needed = sum(disk_bytes(variant.checked) for variant in variants)
     folder = RunFolder(root)
     if processes.is_main():
-        folder = RunFolder.claim(root, f"{document.name} (compared)", needed)
+        folder = RunFolder.claim(root, f"{document.name} (compared)", needed, [base.model, *base.references_read()])
     processes.wait()
     with folder.held(), folder.logged(), session.using(device=base.recipe.on, stack=base.recipe.stack):
         return _Comparison(base, variants, folder, data).go()
@@ -169,7 +169,8 @@ def _folders(labels: Sequence[str]) -> list[str]:
     """A folder's name for each: without what leads elsewhere, and apart also where case does not count."""
     names = [re.sub(r"[^\w.=,+-]+", "-", label).rstrip(".-")[:LONGEST] for label in labels]
     folded = [name.casefold() for name in names]
-    return [f"{name}-{n}" if folded.count(one) > 1 else name for n, (name, one) in enumerate(zip(names, folded, strict=True), 1)]
+    alike = [folded.count(one) > 1 for one in folded]
+    return [f"{name}-{n}" if same else name for n, (name, same) in enumerate(zip(names, alike, strict=True), 1)]
 
 
 def _seeded(variant: Variant, seed: int, named: bool) -> Variant:

@@ -83,6 +83,8 @@ def _upload(folder: Path, name: str, files: list[str], public: bool) -> str:
         raise
     except Exception as error:  # the hub client raises many kinds; the user needs one message
         status = getattr(getattr(error, "response", None), "status_code", None)
-        hint = "`hf auth login` says who you are." if status in (401, 403, 404) else "Give the same command again later."
-        raise RunError(f"{name} could not be pushed: {' '.join(str(error).split()).rstrip('.')}. {hint}") from error
+        said = f"{name} could not be pushed: {' '.join(str(error).split()).rstrip('.')}."
+        later = " Give the same command again later." if status is None or status >= 409 else ""
+        login = " `hf auth login` says who you are." if status in (401, 403, 404) else ""
+        raise RunError(said + login + later) from error
     return str(done.commit_url)

@@ -49,8 +49,8 @@ def track(name: str, report: Mapping[str, Any]) -> None:
     except Exception as error:  # trackers raise whatever their services say
         said = " ".join(str(error).split())
         raise RunError(
-            f"The run is done and kept, but `track: {name}` could not be told of it: {type(error).__name__}: {said}. The same "
-            "command tells it again, and does nothing else; without `track:` it is not told."
+            f"The run is done and kept, but `track: {name}` could not be told of it: {type(error).__name__}: {said}. The "
+            "same command tells it again, and does nothing else; without `track:` it is not told."
         ) from error
 
 
