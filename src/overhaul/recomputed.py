@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from overhaul.conversions.records import records
 from overhaul.errors import RunError
 from overhaul.stack.arrangement import skeleton
 
 _OF_TRAINING = re.compile(r"drop|^p$|momentum|^training$|checkpointing")
-_OF_ITS_PLACE = re.compile(r"layer_(idx|id|number)$")
 _LIBRARIES = ("transformers", "diffusers", "accelerate", "peft", "torch", "overhaul")
 """Whose hooks change nothing that is said: they move tensors, ask for gradients, or are recorded."""
 
@@ -42,13 +42,15 @@ def check_recomputed(model: Any) -> None:
         if twin is None or type(twin) is not type(module) or not type(module).__module__.startswith("transformers."):
             continue
         for key, value in vars(module).items():
-            plain = isinstance(value, bool | int | float | str) and not key.startswith("_")
-            if plain and not _OF_TRAINING.search(key) and not _OF_ITS_PLACE.search(key):
+            # whole numbers are places and counts, which some modules set as they run
+            plain = isinstance(value, bool | float | str) and not key.startswith("_")
+            if plain and not _OF_TRAINING.search(key):
                 _check_setting(model, f"{name}.{key}", value, getattr(twin, key, value))
         rounded += [
             key for key, held, new in _tables(planned, name, module, twin) if _is_rounded(model, key, held, new)
         ]
-    if names := [name for name, module in model.named_modules() if _steered(module)]:
+    names = [] if records(model) else [name for name, module in model.named_modules() if _steered(module)]
+    if names:
         warnings.warn(
             f"{names[0] or 'The model'} has hooks or a `forward` of its own here, which no folder holds. If they change "
             "what the model says, the folder says something else; a conversion (overhaul.conversions) is recorded.",
