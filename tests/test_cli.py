@@ -144,7 +144,7 @@ def odd_reports(whole: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A report with each of its parts gone or of another kind."""
     for key in whole:
         yield {name: value for name, value in whole.items() if name != key}
-        for value in (None, 7, "odd", [], {}, [None], [{}], {"x": None}):
+        for value in (None, [7]):
             yield {**whole, key: value}
 
 
