@@ -1,26 +1,39 @@
-"""What loading makes anew instead of reading it: tables that are not stored (rotary frequencies), modules, their settings.
+"""What loading makes anew instead of reading it: modules without weights, their settings, and tables that are not stored.
 
-A model whose config was edited in memory still computes as before, as does one whose activation was replaced or whose
-attention was told to look ahead; its folder would open as what the config says.
+A model whose config was edited in memory still computes as before, and one whose activation was exchanged computes otherwise
+than its config says; its folder would open as what the config says.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from overhaul.conversions.records import records
 from overhaul.errors import RunError
 from overhaul.stack.arrangement import skeleton
 
-_OF_TRAINING = re.compile(r"drop|^p$|momentum|^training$|checkpointing")
-_LIBRARIES = ("transformers", "diffusers", "accelerate", "peft", "torch", "overhaul")
-"""Whose hooks change nothing that is said: they move tensors, ask for gradients, or are recorded."""
+_PASSED_OVER = re.compile(r"drop|^p$|momentum|training|checkpoint|inplace|cached|^(shift|window)_size$")
+"""Settings that count in training alone, or that a forward sets by the size of what it is given (Swin)."""
+_COUNTS = re.compile(r"layer|block|depth|^n_|^num_")
+"""Numbers that a class reads when it is built: of blocks, which are counted anew where some were dropped."""
+
+LIBRARIES = ("transformers.", "torch.nn.")
+"""Whose modules are what their class and their settings are."""
+
+IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+"""What changes nothing outside of training."""
+
+HOOKS = ("transformers", "diffusers", "accelerate", "peft", "torch", "overhaul")
+"""Whose hooks change nothing that is said: they move tensors, or ask for gradients."""
 
 
 def check_recomputed(model: Any) -> None:
@@ -28,32 +41,30 @@ def check_recomputed(model: Any) -> None:
 
     Warns:
         UserWarning: a table was rounded with the weights (`model.to(torch.bfloat16)`), and the folder opens with exact ones;
-            or somebody's hooks, or a `forward` that was replaced, may change what the model says.
+            or somebody's hooks may change what the model says.
 
     Raises:
-        RunError: a table, a setting or a module is not what the config describes.
+        RunError: a module, a setting or a table is not what the config describes.
     """
     planned = skeleton(model)
-    twins = dict(planned.named_modules())
-    rounded: list[str] = []
-    for name, module in model.named_modules():
-        twin = twins.get(name)
+    twins, rounded = dict(planned.named_modules(remove_duplicate=False)), list[str]()
+    held = dict(model.named_modules(remove_duplicate=False))
+    for name, twin in twins.items():
+        module = held.get(name)
         _check_kind(model, name, module, twin)
-        if twin is None or type(twin) is not type(module) or not type(module).__module__.startswith("transformers."):
+        if module is None or _kind(module) is not _kind(twin) or not type(module).__module__.startswith(LIBRARIES):
             continue
         for key, value in vars(module).items():
-            # whole numbers are places and counts, which some modules set as they run
-            plain = isinstance(value, bool | float | str) and not key.startswith("_")
-            if plain and not _OF_TRAINING.search(key):
-                _check_setting(model, f"{name}.{key}", value, getattr(twin, key, value))
+            skipped = _PASSED_OVER.search(key) or (type(value) is int and _COUNTS.search(key))
+            if key in vars(twin) and not key.startswith("_") and not skipped:
+                _check_setting(model, f"{name}.{key}", value, vars(twin)[key])
         rounded += [
-            key for key, held, new in _tables(planned, name, module, twin) if _is_rounded(model, key, held, new)
+            key for key, table, new in _tables(planned, name, module, twin) if _is_rounded(model, key, table, new)
         ]
-    names = [] if records(model) else [name for name, module in model.named_modules() if _steered(module)]
-    if names:
+    if not records(model) and (hooked := next((name for name, one in held.items() if _hooked(one)), None)) is not None:
         warnings.warn(
-            f"{names[0] or 'The model'} has hooks or a `forward` of its own here, which no folder holds. If they change "
-            "what the model says, the folder says something else; a conversion (overhaul.conversions) is recorded.",
+            f"{hooked or 'The model'} has hooks here, which no folder holds. If they change what the model says, the folder "
+            "says something else; a conversion (overhaul.conversions) is recorded.",
             stacklevel=5,
         )
     if rounded:
@@ -65,35 +76,61 @@ def check_recomputed(model: Any) -> None:
         )
 
 
-def _steered(module: nn.Module) -> bool:
-    """Whether somebody hooked into a module or replaced its `forward`."""
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody hooked into a module."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    own = vars(module).get("forward")
-    return any(_whose(hook) not in _LIBRARIES for hook in [*hooks, *([] if own is None else [own])])
+    owners = [getattr(hook, "func", hook) for hook in hooks]
+    return any(str(getattr(one, "__module__", "")).partition(".")[0] not in HOOKS for one in owners)
 
 
-def _whose(function: Any) -> str:
-    """The package that a function comes from."""
-    inner = getattr(function, "func", function)
-    return str(getattr(inner, "__module__", None) or type(inner).__module__).partition(".")[0]
+def _check_kind(model: nn.Module, name: str, module: nn.Module | None, twin: nn.Module) -> None:
+    """Whether a module is of the class that the config makes it and runs as that does, or computes the same.
+
+    What accelerate puts around a forward keeps the original.
+    """
+    if module is not None and "forward" in vars(module) and not {"_hf_hook", "_original_forward"} & vars(module).keys():
+        raise RunError(
+            f"{name} has a forward of its own in this {type(model).__name__}, which is not saved: its folder would open as "
+            "another model; nothing was saved. Take it off (`del module.forward`), or build it as a conversion "
+            "(overhaul.conversions)."
+        )
+    ours, theirs = map(_kind, (module, twin))
+    if ours is not theirs and not _same(module, twin):
+        said = "missing" if module is None else f"a {type(module).__name__}"
+        raise RunError(
+            f"{name} of this {type(model).__name__} is {said}, but its config describes a {type(twin).__name__}: what is "
+            "saved would open as another model; nothing was saved. Change the config and open it again, or build the "
+            "module as a conversion (overhaul.conversions), which is recorded."
+        )
+
+
+def _kind(module: nn.Module | None) -> type | None:
+    """The class of a module; None where it is idle. A parametrised one is of a class of its own."""
+    return None if module is None or isinstance(module, IDLE) else type_before_parametrizations(module)
+
+
+def _same(module: nn.Module | None, twin: nn.Module) -> bool:
+    """Whether two modules without tensors, such as two makes of one activation, give the same."""
+    if module is None or module.state_dict() or twin.state_dict():
+        return False
+    given = torch.linspace(-4, 4, 64).reshape(2, 32)
+    try:
+        with torch.no_grad():
+            return torch.allclose(copy.deepcopy(module).eval()(given), twin.eval()(given), atol=1e-6)
+    except Exception:  # no function of one tensor
+        return False
 
 
 def _check_setting(model: nn.Module, name: str, ours: Any, theirs: Any) -> None:
-    if type(theirs) is type(ours) and ours != theirs and ours == ours:
-        raise RunError(
-            f"{name} of this {type(model).__name__} is {ours!r}, but its config describes {theirs!r}: what is saved would "
-            "open as another model; nothing was saved. Set both alike."
-        )
-
-
-def _check_kind(model: nn.Module, name: str, module: nn.Module, twin: nn.Module | None) -> None:
-    """Refuse a module without tensors that is of another class, which no tensor's name or shape would tell."""
-    if twin is not None and not isinstance(module, type(twin)) and not twin.state_dict():
-        raise RunError(
-            f"{name} of this {type(model).__name__} is a {type(module).__name__}, but its config describes a "
-            f"{type(twin).__name__}: what is saved would open as another model; nothing was saved. Set it in the config "
-            "(`hidden_act` for one), or build it as a conversion (overhaul.conversions), which is recorded and loads again."
-        )
+    plain = bool | int | float | str
+    if isinstance(ours, FunctionType | BuiltinFunctionType) and callable(theirs):
+        ours, theirs = (getattr(each, "__qualname__", str(each)) for each in (ours, theirs))
+    if not isinstance(ours, plain) or not isinstance(theirs, plain) or ours == theirs or ours != ours:
+        return
+    raise RunError(
+        f"{name} of this {type(model).__name__} is {ours!r}, but its config describes {theirs!r}: what is saved would open "
+        "as another model; nothing was saved. Set both alike."
+    )
 
 
 def _tables(planned: Any, name: str, module: nn.Module, twin: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
