@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 from conftest import tiny_llama, tiny_resnet
 from families import FAMILIES, Family
 from more_families import MORE
-from overhaul.groups import Group, cut, groups, masked
+from overhaul.errors import RequestError
+from overhaul.groups import Group, cut, cut_copy, groups, masked
 from overhaul.models import open_model, save
 from overhaul.stack import LayerStack
 from overhaul.stack.calls import invoke
@@ -247,7 +248,7 @@ def test_scores_are_summed_over_all_that_a_unit_owns() -> None:
     layer = model.model.layers[3].self_attn  # pyright: ignore
     ours = group.sums(model, lambda _, tensor: tensor.abs())
     rows = [layer.q_proj.weight[16:], layer.k_proj.weight[8:], layer.v_proj.weight[8:], layer.o_proj.weight[:, 16:]]
-    assert float(ours[1]) == pytest.approx(sum(float(part.abs().sum()) for part in rows), rel=1e-5)
+    assert float(ours[1]) == pytest.approx(sum(float(part.detach().abs().sum()) for part in rows), rel=1e-5)
 
 
 # what is refused

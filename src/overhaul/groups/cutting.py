@@ -15,6 +15,7 @@ from overhaul.errors import RequestError
 from overhaul.groups.configs import Search
 from overhaul.groups.finding import Group, groups, tensor_of
 from overhaul.groups.masking import mask_of, masked
+from overhaul.groups.reach import Axis
 from overhaul.groups.shapes import fit_sizes
 from overhaul.modes import at_rest, uncompiled
 from overhaul.parts import probe
@@ -81,13 +82,18 @@ def cut_copy(
 
 def _cut(model: nn.Module, masks: Mapping[Group, Tensor]) -> dict[str, Tensor]:
     """The tensors that change, by name, as they are without the units."""
-    found: dict[str, Tensor] = {}
+    stay: dict[Axis, Tensor] = {}  # several groups may own something of one axis
     for group, mask in masks.items():
         for part in group.slices:
-            tensor = found.get(part.tensor, tensor_of(model, part.tensor).detach())
-            kept = part.kept(mask).to(tensor.device)
-            if len(kept) < tensor.shape[part.axis]:
-                found[part.tensor] = tensor.index_select(part.axis, kept)
+            kept = torch.zeros(len(part.units), dtype=torch.bool)
+            kept[part.kept(mask)] = True
+            axis = part.tensor, part.axis
+            stay[axis] = stay.get(axis, kept) & kept
+    found: dict[str, Tensor] = {}
+    for (name, axis), kept in stay.items():
+        tensor = found.get(name, tensor_of(model, name).detach())
+        if not bool(kept.all()):
+            found[name] = tensor.index_select(axis, kept.nonzero()[:, 0].to(tensor.device))
     return found
 
 
