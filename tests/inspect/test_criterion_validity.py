@@ -7,10 +7,10 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
-from joblib.externals import cloudpickle
 from torch import Tensor, nn
 
 from conftest import tiny_vit
@@ -21,7 +21,7 @@ from overhaul.errors import RequestError
 from overhaul.fit.regime import Regime
 from overhaul.groups import groups
 from overhaul.inspect.criterion_validity import criterion_validity
-from overhaul.inspect.criterion_validity.statistics import ceiling, validity
+from overhaul.inspect.criterion_validity.ranking import ceiling, validity
 from overhaul.inspect.criterion_validity.sweep import Ends, Job, Sweep, going, measured, patterns
 
 TRAIN, TEST = pictures([0, 1, 2, 3] * 4), pictures([0, 1, 2, 3] * 3, seed=1)

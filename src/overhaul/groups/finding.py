@@ -83,7 +83,8 @@ class Group:
         found = torch.zeros(self.size + 1, dtype=torch.float64)
         for part in self.slices:
             values = score(part.tensor, tensor_of(model, part.tensor).detach())
-            found.index_add_(0, part.units, values.double().movedim(part.axis, 0).flatten(1).sum(1).cpu())
+            sums = values.double().movedim(part.axis, 0).reshape(len(part.units), -1).sum(1)
+            found.index_add_(0, part.units % (self.size + 1), sums.cpu())  # the last for those of none
         return found[:-1]
 
 

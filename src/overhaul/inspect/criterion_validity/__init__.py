@@ -40,7 +40,7 @@ from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
 from overhaul.fit.regime import Regime
 from overhaul.groups import Group, cut_copy, groups
-from overhaul.inspect.criterion_validity.statistics import Validity, ceiling, validity
+from overhaul.inspect.criterion_validity.ranking import Validity, ceiling, validity
 from overhaul.inspect.criterion_validity.sweep import MEASURED_AT_ONCE, Ends, Sweep, as_rows, going, measured, patterns
 from overhaul.method import Outcome, Table, method
 from overhaul.modes import at_rest
@@ -121,7 +121,7 @@ def _inputs(model: nn.Module, examples: Examples) -> dict[str, Tensor]:
     """Two examples as keyword arguments of the model."""
     device = next(model.parameters()).device
     batch = collate(list(examples.items[:2]))
-    return {name: value.to(device) for name, value in read_by(model, batch).items()}
+    return {name: value.to(device) for name, value in read_by(model, batch).items() if value is not None}
 
 
 def _chosen(found: Sequence[Group], places: Sequence[int] | None, ratio: float) -> list[Group]:

@@ -12,6 +12,7 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -116,7 +117,6 @@ class Sweep:
             yield from ((job, self.end(job)) for job in jobs)
             return
         from joblib import Parallel, delayed
-        from joblib.externals.loky.process_executor import TerminatedWorkerError
 
         left, lost = list(jobs), 0
         while left:
@@ -129,7 +129,7 @@ class Sweep:
                     for job, ends in several:
                         left.remove(job)
                         yield job, ends
-            except TerminatedWorkerError as error:
+            except BrokenProcessPool as error:
                 lost += 1
                 if lost == TRIES:
                     raise RunError(
@@ -175,8 +175,10 @@ class _Kept:
     def add(self, job: Job, ends: Ends) -> None:
         """One more."""
         if self.path is not None:
-            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([*job, *asdict(ends).values()]) + "\n")
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([*job, *asdict(ends).values()]) + "\n")
 
 
 def measured(model: nn.Module, examples: Examples) -> tuple[float, float]:
