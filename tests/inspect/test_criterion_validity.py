@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import tiny_vit
-from contract import Case, pictures
+from contract import Case, as_recipe, pictures
 from overhaul import session
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
@@ -23,6 +23,9 @@ from overhaul.groups import groups
 from overhaul.inspect.criterion_validity import criterion_validity
 from overhaul.inspect.criterion_validity.ranking import ceiling, validity
 from overhaul.inspect.criterion_validity.sweep import Ends, Job, Sweep, going, measured, patterns
+from overhaul.recipe.ahead import look_ahead
+from overhaul.recipe.check import check
+from overhaul.recipe.spec import read
 
 TRAIN, TEST = pictures([0, 1, 2, 3] * 4), pictures([0, 1, 2, 3] * 3, seed=1)
 
@@ -97,9 +100,9 @@ def test_how_many_go_is_counted_without_rounding_errors() -> None:
 def test_of_two_copies_of_a_filter_either_may_go_and_a_dead_one_costs_nothing() -> None:
     model = Net()
     with torch.no_grad():
-        model.one.weight[3], model.one.bias[3] = model.one.weight[1], model.one.bias[1]
+        for tensor in model.one.parameters():
+            tensor[3], tensor[4] = tensor[1], 0
         model.two.weight[:, [1, 3]] = model.two.weight[:, 1:2] / 2
-        model.one.weight[4], model.one.bias[4] = 0, 0
     sweep = sweep_of(model, [0], 0.2)
     ends = sweep.ends(repeats=1, workers=1)
     by_filter = {pattern[0][0]: ends[n, 0].pruned for n, pattern in enumerate(sweep.patterns)}
@@ -214,3 +217,9 @@ def test_what_cannot_be_compared_is_refused() -> None:
         criterion_validity(model, TRAIN, none, unit="mlp.neuron")
     with pytest.raises(RequestError, match="places is empty"):
         criterion_validity(model, TRAIN, TEST, unit="mlp.neuron", places=[])
+
+
+def test_a_plan_refuses_places_that_are_not_there(tmp_path: Path) -> None:
+    recipe = as_recipe(replace(CASE, knobs={**CASE.knobs, "places": [9]}), tmp_path)
+    with pytest.raises(RequestError, match="places names 9, but the groups of this network are numbered from 0 to 3"):
+        look_ahead(check(read(recipe)))

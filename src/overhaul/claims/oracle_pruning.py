@@ -34,10 +34,10 @@ DROP = 0.1
 class Size:
     """How much is trained; the defaults are the experiment, a test takes less."""
 
-    training_steps: int = 600
-    steps: int = 60
+    training_steps: int = 500
+    steps: int = 40
     longer: int = 3
-    candidates: int = 60
+    candidates: int = 45
     repeats: int = 2
 
 

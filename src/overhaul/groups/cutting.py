@@ -121,7 +121,10 @@ def _rebuild(
     """Let the model be what its class builds from a config of these sizes."""
     state = model.state_dict(keep_vars=True)
     by_tensor = {id(tensor_of(model, name)): tensor for name, tensor in tensors.items()}
-    new = {name: by_tensor.get(id(tensor), tensor.detach()) for name, tensor in state.items()}
+    new: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        smaller = by_tensor.get(id(tensor))
+        new[name] = tensor.detach() if smaller is None else smaller
     wanted = {name: tuple(tensor.shape) for name, tensor in new.items()}
     search = Search(model, wanted, sorted({Fraction(int(mask.sum()), group.size) for group, mask in masks.items()}))
     before, wrong = dict(vars(model)), None

@@ -212,7 +212,7 @@ class _Weight:
         size, stride = self.view.shape[of_view], self.view.stride(of_view)
         for n in range(self.whole.ndim):
             if size > 1 and self.whole.stride(n) == stride and self.whole.shape[n] >= size:
-                before = self.view.storage_offset() - self.whole.storage_offset()
+                before = int(self.view.storage_offset() - self.whole.storage_offset())
                 return (self.name, n), before // stride % self.whole.shape[n]
         return None
 

@@ -264,13 +264,17 @@ def _facts(
         "trainings": tried * repeats,
         "tau": accuracy.tau,
         "p": accuracy.p,
-        "tau_with_test_loss": None if loss.tau is None else -loss.tau,
+        "tau_with_test_loss": _negative(loss.tau),
         "anomaly_ratio": accuracy.anomalies,
         "anomaly_ratio_low": accuracy.low,
         "anomaly_ratio_high": accuracy.high,
         "noise_ceiling": limit,
         "rejected": rejected(accuracy),
     }
+
+
+def _negative(tau: float | None) -> float | None:
+    return None if tau is None else -tau
 
 
 def rejected(known: Validity) -> bool:
@@ -286,7 +290,7 @@ def _table(by_accuracy: Mapping[str, Validity], by_loss: Mapping[str, Validity])
         "counterexamples", "rejected",
     )  # fmt: skip
     rows = tuple(
-        (name, one.tau, one.p, None if by_loss[name].tau is None else -by_loss[name].tau, one.anomalies, one.low, one.high,
+        (name, one.tau, one.p, _negative(by_loss[name].tau), one.anomalies, one.low, one.high,
          one.counterexamples, rejected(one))
         for name, one in by_accuracy.items()
     )  # fmt: skip

@@ -8,6 +8,7 @@ import statistics
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 
@@ -55,7 +56,7 @@ def kendall(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = kendalltau(one, other)
+        found: Any = kendalltau(one, other)
     tau, p = float(found.statistic), float(found.pvalue)
     return (None, None) if math.isnan(tau) else (tau, p)
 

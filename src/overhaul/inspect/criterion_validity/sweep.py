@@ -121,7 +121,7 @@ class Sweep:
         left, lost = list(jobs), 0
         while left:
             size = max(1, min(8, len(left) // (4 * workers)))
-            runs = Parallel(n_jobs=workers, return_as="generator_unordered")(
+            runs: Any = Parallel(n_jobs=workers, return_as="generator_unordered")(
                 delayed(_several)(self, left[n : n + size]) for n in range(0, len(left), size)
             )
             try:
