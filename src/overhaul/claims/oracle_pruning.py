@@ -35,7 +35,7 @@ class Size:
     """How much is trained; the defaults are the experiment, a test takes less."""
 
     training_steps: int = 500
-    steps: int = 40
+    steps: int = 25
     longer: int = 3
     candidates: int = 45
     repeats: int = 2

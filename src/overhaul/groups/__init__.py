@@ -1,10 +1,11 @@
 """Groups: the rows and columns of a network's tensors that leave together, masked or cut out; found by structure.
 
-    (first, *others) = groups(model, "mlp.neuron")       # one for every block; first.size neurons
-    keep = first.sums(lambda weight: weight.abs()) > 3   # one score for each of them
-    with masked(model, {first: keep}):
-        ...                                              # runs as if the others were not there
-    cut(model, {first: keep, ...})                       # and without them
+    found = groups(model, "mlp.neuron")                          # one for every block
+    sizes = {group: group.sums(model, lambda name, tensor: tensor.abs()) for group in found}
+    keep = {group: size >= size.topk(40).values[-1] for group, size in sizes.items()}
+    with masked(model, keep):
+        ...                                                      # runs as if the others were not there
+    cut(model, keep)                                             # is a plain model without them
 
 Units, of which a group holds those of one place:
 
@@ -20,7 +21,10 @@ Units, of which a group holds those of one place:
    takes its statistics over those that stay, since that is what it does when the others are cut. (With plain zeros in
    the stream it would not: the mean of 32 numbers of which 8 are zero is not the mean of the 24 others.) Masked so, a model
    says what it says when it is cut.
-4. One block of each kind is looked into; what is true of it is true of the others.
+4. `cut` changes the config so that the class builds these sizes, and compares the cut model with the masked one on a few
+   tokens or images. What no config describes (another width in every block, another head than width / heads) is refused;
+   `cut_copy` makes it in memory.
+5. One block of each kind is looked into; what is true of it is true of the others.
 """
 
 from __future__ import annotations

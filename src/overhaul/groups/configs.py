@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from fractions import Fraction
 from typing import Any
 
@@ -116,7 +117,8 @@ class _Changed:
 
     def __enter__(self) -> None:
         self.before = dict(self.read())
-        self.write({self.name: self.new})
+        with suppress(AttributeError):  # some configs work a size out and let none be written
+            self.write({self.name: self.new})
 
     def __exit__(self, *_: object) -> None:
         held = self.read()  # all of it: a name may stand for another

@@ -39,12 +39,13 @@ from overhaul import session
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
 from overhaul.fit.regime import Regime
+from overhaul.forward import forward, read_by
 from overhaul.groups import Group, cut_copy, groups
 from overhaul.inspect.criterion_validity.ranking import Validity, ceiling, validity
 from overhaul.inspect.criterion_validity.sweep import MEASURED_AT_ONCE, Ends, Sweep, as_rows, going, measured, patterns
 from overhaul.method import Outcome, Table, method
 from overhaul.modes import at_rest
-from overhaul.objectives import cross_entropy_sum, forward, read_by, units
+from overhaul.objectives import cross_entropy_sum, units
 
 PROBED = 1024
 """Training examples on which losses and gradients are measured."""
