@@ -241,7 +241,7 @@ def describe(stack: LayerStack, places: Sequence[int], count: int, undo: ExitSta
         return True
     if len(_twin(stack)) == len(places):  # the running config is the saved one
         return True
-    for read, write in _saved_configs(stack.model):
+    for read, write in saved_configs(stack.model):
         for name in [name for name, value in read().items() if type(value) is int and value == count]:
             changes = {**per_block_values(read(), places, count), name: len(places)}
             old = {name: read()[name] for name in changes}
@@ -253,7 +253,7 @@ def describe(stack: LayerStack, places: Sequence[int], count: int, undo: ExitSta
     return False
 
 
-def _saved_configs(model: nn.Module) -> Iterator[tuple[Callable[[], Mapping[str, Any]], Callable[[Any], None]]]:
+def saved_configs(model: nn.Module) -> Iterator[tuple[Callable[[], Mapping[str, Any]], Callable[[Any], None]]]:
     """(read, write) of each config that `save_pretrained` writes: the model's own and its parts."""
     config: Any = model.config
     if isinstance(config, dict):  # diffusers
