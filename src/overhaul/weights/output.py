@@ -24,11 +24,11 @@ from overhaul.companions import module_folders
 from overhaul.errors import RequestError, RunError, did_you_mean, writing
 from overhaul.models import DTYPES
 from overhaul.weights.index import DTYPE_CODES, INDEX, SINGLE, TensorFacts, TensorIndex
-from overhaul.weights.pieces import Piece, Workspace, opened, run, write
+from overhaul.weights.pieces import Piece, Whole, Workspace, opened, run, write
 
 Combine = Callable[[TensorFacts, list[Tensor]], Tensor]
 """(facts of the first model's tensor, the tensor in each model) -> the new one: pure, and of the same shape. The tensors
-are float32 and must not be changed; they are flat pieces, or have their own shape where `whole` was asked for."""
+are float32 and must not be changed; they are flat pieces, or have their own shape or rows where `whole` was asked for."""
 
 _CODES = {dtype: code for code, dtype in DTYPE_CODES.items()}
 _COPIED = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"}
@@ -59,7 +59,7 @@ def write_new(
     inputs: Mapping[str, Sequence[TensorFacts]],
     combine: Combine,
     out: Path,
-    whole: bool,
+    whole: Whole,
     storage: Storage,
     described: Callable[[Path], None],
 ) -> Path:
@@ -103,7 +103,7 @@ def _check_room(out: Path, needed: int) -> None:
 
 
 def _write_shard(
-    shard: Shard, inputs: Mapping[str, Sequence[TensorFacts]], combine: Combine, path: Path, whole: bool
+    shard: Shard, inputs: Mapping[str, Sequence[TensorFacts]], combine: Combine, path: Path, whole: Whole
 ) -> None:
     dtypes = {tensor.name: tensor.dtype for tensor in shard.tensors}
     starts = create(path, {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard.tensors}, shard.metadata)
