@@ -48,7 +48,7 @@ def test_it_is_the_released_code(ties: bool, agree: int, tmp_path: Path) -> None
     near = ((away - left * torch.tensor(tall)[:, None]).abs() < 1e-5).any(0)  # where rounding may decide otherwise
     expected = flat(b) + 0.5 * merged * (masks.sum(0) >= agree)
     made = flat(tensors(done.model))
-    assert near.float().mean() < 0.01 and torch.allclose(made[~near], expected[~near], atol=1e-6)
+    assert near.float().mean() < 0.02 and torch.allclose(made[~near], expected[~near], atol=1e-6)
     assert done.facts["needed_share"] == pytest.approx(masks.float().mean(1).tolist(), abs=2e-3)
     assert done.facts["agreed_share"] == pytest.approx([float((masks.sum(0) >= agree).float().mean())], abs=2e-3)
     assert unflat(made, b).keys() == b.keys()

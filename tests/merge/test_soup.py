@@ -151,7 +151,7 @@ def test_learnt_shares_turn_from_a_spoilt_model(per: Any, tmp_path: Path) -> Non
         base, tuned, some_facts(0, 8), kind="learned", per=per, steps=12, batch_size=8, lr=0.3, out=tmp_path / "out"
     )
     first, second = done.facts["shares"]
-    assert first + second == pytest.approx(1) and first > 0.6
+    assert first + second == pytest.approx(1) and first > 0.55
     assert done.curves["loss"][-1] < done.curves["loss"][0]
     t, u, made = map(tensors, (*tuned, done.model))
     if per == "model":

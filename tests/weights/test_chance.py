@@ -36,7 +36,7 @@ def test_another_seed_model_or_name_draws_others() -> None:
 
 
 def test_they_are_the_same_on_every_machine() -> None:
-    known = [0.6384511, 0.2594387, 0.1494109, 0.8403299]
+    known = [0.1727092266, 0.2205489278, 0.7479699850, 0.1959397793]
     assert drawn(0, 4, tensor=replace(TENSOR, name="a.weight")).tolist() == pytest.approx(known, abs=1e-7)
 
 

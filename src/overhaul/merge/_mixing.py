@@ -117,7 +117,7 @@ class Mixture:
         return [self.base, *self.tuned]
 
     def change(self, keep: Keep, tensor: TensorFacts, models: list[Tensor]) -> Tensor:
-        """Tau of a piece."""
+        """The merged change of a piece: tau."""
         base, *tuned = models
         kept = [keep(tensor, n, model - base) for n, model in enumerate(tuned)]
         self.count("kept_share", kept)

@@ -30,7 +30,9 @@ class Ramp:
     outside: Outside = "alpha"
 
     def __call__(self, tensor: TensorFacts) -> float:
-        """Lambda of a tensor."""
+        """The factor of a tensor."""
+        if not self.beta:  # the depth need not be known then
+            return self.scale
         if 0 <= tensor.depth < tensor.blocks:
             return self.scale + self.beta * (tensor.depth / (tensor.blocks - 1) if tensor.blocks > 1 else 1.0)
         return self.scale + self.beta * (self.outside == "by_position" and tensor.depth >= tensor.blocks > 0)

@@ -95,7 +95,7 @@ def della(
 
 
 def chances(change: Tensor, density: float, epsilon: float) -> Tensor:
-    """P of each entry of some rows [rows, n]; of equal sizes the first is the smaller one."""
+    """The chance of each entry of some rows [rows, n]; of equal sizes the first is the smaller one."""
     last = change.shape[1] - 1
     if not last:
         return torch.full_like(change, density)

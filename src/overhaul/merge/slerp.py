@@ -54,8 +54,8 @@ def slerp(
         out: folder to write.
 
     Returns:
-        The folder. Facts: number of tensors, how many changed, the mean angle between the models' tensors in degrees, in
-        what the folders differ. Layers: the coefficient and the mean angle, by depth.
+        The folder. Facts: number of tensors, how many changed, the angle between the models as one vector each, in degrees,
+        in what the folders differ. Layers: the coefficient, and the angle between all that they have at one depth.
 
     Raises:
         RequestError: the checkpoints do not correspond, or nothing would change.

@@ -87,8 +87,8 @@ class Workspace:
         for source, places in tensor.rows:
             wanted = places[first : first + count]
             there[:, 0] += wanted >= 0
-            # a run of neighbours is read at once
-            cuts = [0, *(numpy.flatnonzero(numpy.diff(wanted) != 1) + 1), count]
+            # a run of neighbours is read at once; -1 is a neighbour of none
+            cuts = [0, *(numpy.flatnonzero((numpy.diff(wanted) != 1) | (wanted[:-1] < 0)) + 1), count]
             for begin, end in itertools.pairwise(cuts):
                 if wanted[begin] >= 0:
                     raw = self.take("rows", source.dtype, int(end - begin) * width)
