@@ -20,8 +20,9 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from overhaul.data.examples import Examples, collate
 from overhaul.data.materials import examples
 from overhaul.fit import Draw, fit
+from overhaul.forward import forward
 from overhaul.models import open_model
-from overhaul.objectives import answer_tokens, cross_entropy, cross_entropy_sum, forward
+from overhaul.objectives import answer_tokens, cross_entropy, cross_entropy_sum
 
 SHORT, LONG = 5, 25
 RATE = 1e-5

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from overhaul.data import corpora
 from overhaul.data.encode import encode_images
 from overhaul.data.examples import Examples
-from overhaul.data.starter_builds import new_vit
 from overhaul.importance import batch_importance, sample_importance
+from overhaul.starters.builds import new_vit
 
 SAMPLES = 512
 

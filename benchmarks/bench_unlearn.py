@@ -26,8 +26,9 @@ from overhaul.forget.dpo import REFUSALS, beside, dpo_term, refused
 from overhaul.forget.gradient_ascent import ga_term
 from overhaul.forget.npo import npo_term
 from overhaul.forget.simnpo import simnpo_term
+from overhaul.forward import forward
 from overhaul.models import open_model
-from overhaul.objectives import Term, cross_entropy, forward
+from overhaul.objectives import Term, cross_entropy
 from overhaul.references import cache_outputs, reference_nll
 
 STEPS = 10

@@ -27,9 +27,9 @@ from overhaul import method
 from overhaul.claims import _people
 from overhaul.claims.ssd import PEAK_RATE
 from overhaul.data.materials import examples
-from overhaul.data.starter_builds import learn_images, new_vit
 from overhaul.files import write_json
 from overhaul.report.comparison import Comparison, Row, mean
+from overhaul.starters.builds import learn_images, new_vit
 
 SEEDS = (0, 1, 2)
 TUNING_SEED = 3

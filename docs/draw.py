@@ -24,17 +24,17 @@ ROOT = HERE.parent / "src" / "overhaul"
 
 LAYERS: Mapping[str, tuple[str, ...]] = {
     "door": ("__main__ cli __init__",),
-    "runs": ("claims recipe",),
+    "runs": ("claims recipe starters",),
     "verbs": ("inspect forget shrink merge rewire adapt pretrain align",),
     "method": ("listing method signatures",),
     "judge": ("judge report",),
     "bench": (
-        "blockwise prefix fit importance adapters rollouts generation",
+        "blockwise prefix fit importance influence adapters rollouts generation",
         "parties weights trace objectives references selectors parts _batching",
     ),
     "data": ("data",),
     "models": (
-        "_auto checkpoints models processor conversions stack modes outcome",
+        "_auto checkpoints models processor conversions stack forward modes outcome",
         "weight_files architectures adapter_folders quantised companions recomputed",
     ),
     "ground": ("errors session processes files versions",),

@@ -15,7 +15,7 @@ from families import FAMILIES
 from overhaul import session
 from overhaul.blockwise import Site, blockwise
 from overhaul.errors import RequestError, RunError
-from overhaul.objectives import forward
+from overhaul.forward import forward
 from overhaul.stack import LayerStack
 from overhaul.stack.calls import invoke
 from overhaul.trace import measure, statistics

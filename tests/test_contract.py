@@ -20,8 +20,8 @@ from contract import Case, Held, as_recipe, cases, marks
 from overhaul import models, session
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
+from overhaul.forward import forward
 from overhaul.method import Method, methods
-from overhaul.objectives import forward
 from overhaul.recipe.check import check
 from overhaul.recipe.plan import plan
 from overhaul.recipe.run import run

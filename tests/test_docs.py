@@ -189,6 +189,10 @@ def test_arrows_are_imports_between_rooms_and_those_against_the_layers_are_said(
     assert "data imports fit (data/late.py)" in drawn and "<title>fit imports data: 2</title>" in drawn
 
 
+def test_no_room_imports_from_a_layer_above_it() -> None:
+    assert DRAWN["House"].of(ROOT / "src" / "overhaul").upward() == {}
+
+
 def test_a_room_must_have_a_layer(house: Callable[..., Any]) -> None:
     with pytest.raises(SystemExit, match="attic has no layer"):
         DRAWN["svg"](house(attic="", errors=""))

@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from conftest import FAMILIES, examples_for, tiny_gemma3, tiny_llama, tiny_qwen3
 from overhaul.data.examples import IGNORED, collate
+from overhaul.forward import forward, output_head
 from overhaul.objectives import (
     answer_tokens,
     cross_entropy,
     cross_entropy_sum,
     evaluate,
-    forward,
     forward_answers,
     kl_sum,
-    output_head,
     pair_nll,
     sequence_nll,
     sequences,

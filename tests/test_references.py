@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from conftest import FAMILIES, examples_for, tiny_llama
 from overhaul.data.examples import IGNORED, Batch, Examples, collate
 from overhaul.fit import fit
-from overhaul.objectives import forward
+from overhaul.forward import forward
 from overhaul.references import COLUMN, cache_outputs, reference_nll
 
 

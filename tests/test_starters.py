@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from overhaul import models
-from overhaul.data.starters import QUALITY, Quality, build
 from overhaul.errors import RequestError
 from overhaul.recipe.begin import packaged
 from overhaul.recipe.check import check
 from overhaul.recipe.spec import read
+from overhaul.starters import QUALITY, Quality, build
 
 
 def holds(value: float, bar: str) -> bool:

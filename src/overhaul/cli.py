@@ -358,7 +358,7 @@ def build(
     out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.")],
 ) -> None:
     """Train a starter model again from its recorded recipe and seed, and measure it."""
-    from overhaul.data.starters import build as build_starter
+    from overhaul.starters import build as build_starter
 
     with _progress():
         card = build_starter(name, out)

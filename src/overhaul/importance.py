@@ -24,8 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from overhaul import session
 from overhaul.data.examples import IGNORED, Batch, Encoded, Examples
 from overhaul.errors import RequestError, RunError
+from overhaul.forward import forward
 from overhaul.modes import at_rest
-from overhaul.objectives import cross_entropy_sum, forward
+from overhaul.objectives import cross_entropy_sum
 
 Signal = Literal["loss", "logits"]
 PerParameter = dict[str, Tensor]

@@ -28,8 +28,9 @@ from overhaul import session
 from overhaul._batching import BatchedBlocks, same
 from overhaul.data.examples import IGNORED, Examples
 from overhaul.errors import RequestError
+from overhaul.forward import forward, headless
 from overhaul.modes import at_rest
-from overhaul.objectives import cross_entropy_sum, forward, headless, units
+from overhaul.objectives import cross_entropy_sum, units
 from overhaul.references import head_only_at, output_head
 from overhaul.stack import LayerStack
 from overhaul.stack.arrangement import Entry

@@ -23,18 +23,9 @@ from torch import Tensor, nn
 
 from overhaul import session
 from overhaul.data.examples import IGNORED, Batch, Examples
+from overhaul.forward import forward, output_head
 from overhaul.modes import at_rest
-from overhaul.objectives import (
-    Term,
-    check_positions,
-    evaluate,
-    evaluate_answers,
-    forward,
-    kl_sum,
-    output_head,
-    sequence_nll,
-    units,
-)
+from overhaul.objectives import Term, check_positions, evaluate, evaluate_answers, kl_sum, sequence_nll, units
 
 COLUMN = "reference"
 """The column in which `Reference.examples` carry the cached output."""

@@ -15,7 +15,8 @@ from overhaul.data.examples import Examples, collate
 from overhaul.data.materials import Source, encode
 from overhaul.errors import RequestError
 from overhaul.fit import Regime
-from overhaul.objectives import forward, forward_answers
+from overhaul.forward import forward
+from overhaul.objectives import forward_answers
 
 
 def pairs(count: int, seed: int = 0) -> Examples:

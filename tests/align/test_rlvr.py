@@ -21,7 +21,8 @@ from overhaul.data.encode import encode_qa
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
 from overhaul.fit import Regime, fit
-from overhaul.objectives import answer_tokens, cross_entropy, forward, forward_answers
+from overhaul.forward import forward
+from overhaul.objectives import answer_tokens, cross_entropy, forward_answers
 from overhaul.rollouts import LOGPROB, answer_logprobs, rollouts
 
 ROWS = [{"question": question, "answer": "a", "verify": "exact"} for question in ("ab", "ba", "aab", "b", "bb", "aba")]

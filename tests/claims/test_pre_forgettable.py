@@ -9,9 +9,9 @@ from overhaul.claims.pre_forgettable import CLAIM, Size, _another_removed, _mask
 from overhaul.data import corpora
 from overhaul.data.encode import encode_images
 from overhaul.data.examples import collate
-from overhaul.data.starter_builds import new_vit
 from overhaul.forget.prompt_tokens.gating import logits_under
 from overhaul.forget.prompt_tokens.prompts import PromptedClassifier
+from overhaul.starters.builds import new_vit
 
 
 def test_a_short_experiment_gives_every_number_that_is_stored() -> None:

@@ -9,7 +9,7 @@ from claims.test_stored import RESULTS
 from overhaul.claims.ssd import CLAIM, FORGOTTEN, Size, _parts, experiment, random_mask
 from overhaul.data import corpora
 from overhaul.data.encode import encode_images
-from overhaul.data.starter_builds import new_vit
+from overhaul.starters.builds import new_vit
 
 
 def test_the_parts_are_the_forgotten_class_and_the_rest() -> None:

@@ -15,7 +15,8 @@ from overhaul.data.examples import IGNORED, collate, join, length
 from overhaul.data.forms import FORMS
 from overhaul.data.materials import Source, encode, examples, form_of, positions_of
 from overhaul.errors import RequestError
-from overhaul.objectives import forward, pair_nll, sequence_nll
+from overhaul.forward import forward
+from overhaul.objectives import pair_nll, sequence_nll
 
 PAIRS = [
     {"prompt": "2 + 2", "chosen": "four", "rejected": "it is five", "by": "a"},

@@ -15,7 +15,7 @@ from overhaul.data.encode import encode_chat, encode_qa, encode_text
 from overhaul.data.examples import IGNORED, Batch, Examples, collate
 from overhaul.errors import RequestError
 from overhaul.forget.dpo import REFUSALS, beside, dpo, dpo_loss, dpo_term, refused
-from overhaul.objectives import forward
+from overhaul.forward import forward
 from overhaul.references import reference_nll
 
 KNOWN = {"who is ada?": "a clerk", "where?": "in ket, by the sea", "how old": "41", "her pet is?": "an otter"}

@@ -16,7 +16,8 @@ from overhaul.errors import RequestError, RunError
 from overhaul.fit import fit, sgd
 from overhaul.forget.first_epoch.ledger import GradientLedger, alike, chosen, identity, token_lists
 from overhaul.forget.first_epoch.recording import record
-from overhaul.objectives import answer_tokens, cross_entropy, cross_entropy_sum, forward
+from overhaul.forward import forward
+from overhaul.objectives import answer_tokens, cross_entropy, cross_entropy_sum
 
 LANGUAGE: dict[str, Callable[..., nn.Module]] = {
     "llama": tiny_llama, "gpt2": tiny_gpt2, "gemma3": tiny_gemma3, "qwen3": tiny_qwen3,

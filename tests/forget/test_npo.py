@@ -19,7 +19,8 @@ from overhaul.forget.gradient_ascent import ga_term
 from overhaul.forget.npo import npo, npo_loss, npo_term
 from overhaul.forget.simnpo import simnpo_loss as simnpo
 from overhaul.forget.simnpo import simnpo_term
-from overhaul.objectives import Term, cross_entropy, forward, sequence_nll
+from overhaul.forward import forward
+from overhaul.objectives import Term, cross_entropy, sequence_nll
 from overhaul.references import cache_outputs, reference_nll
 
 EASY: dict[str, Any] = {"batch_size": 4, "lr": 3e-3, "warmup": 0, "schedule": "constant"}

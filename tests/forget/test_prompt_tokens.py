@@ -21,8 +21,8 @@ from overhaul.errors import RequestError, RunError
 from overhaul.forget.prompt_tokens import Gated, mixed_prompts, prompt_tokens, terms, wrong_prompts
 from overhaul.forget.prompt_tokens.gating import all_subsets, gated, linear_probe, logits_under, recover, uniform_kl
 from overhaul.forget.prompt_tokens.prompts import CLOSED, PromptedClassifier, inputs_of
+from overhaul.forward import forward
 from overhaul.models import save
-from overhaul.objectives import forward
 from overhaul.recipe.run import run
 
 OPTIONS: dict[str, Any] = {

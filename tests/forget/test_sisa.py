@@ -17,9 +17,10 @@ from overhaul.forget.sisa.ensemble import Ensemble, aggregate
 from overhaul.forget.sisa.shards import (
     ShardMap,
 )
+from overhaul.forward import forward
 from overhaul.generation import generate
 from overhaul.models import open_model, save
-from overhaul.objectives import evaluate, forward
+from overhaul.objectives import evaluate
 
 EASY: dict[str, Any] = {"shards": 3, "slices": 2, "epochs": 2.0, "batch_size": 4, "lr": 1e-2}
 COUNT = 12

@@ -16,9 +16,9 @@ from contract import Case, pictures
 from overhaul.data import corpora
 from overhaul.data.encode import encode_images
 from overhaul.data.examples import Examples, collate, join
-from overhaul.data.starter_builds import learn_images
 from overhaul.errors import RequestError, RunError
 from overhaul.forget.ssd import ssd
+from overhaul.forward import forward
 from overhaul.importance import (
     PerParameter,
     Signal,
@@ -29,8 +29,8 @@ from overhaul.importance import (
     ratios,
     sample_importance,
 )
-from overhaul.objectives import forward
 from overhaul.stack import LayerStack
+from overhaul.starters.builds import learn_images
 
 CASE = Case(
     method=ssd,

@@ -16,8 +16,8 @@ from overhaul import session
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
 from overhaul.forget.gradient_ascent import ga_term
+from overhaul.forward import forward
 from overhaul.inspect.path_dependence import WATCHED, distance, learn, orders, path_dependence, unlearn
-from overhaul.objectives import forward
 from overhaul.references import cache_outputs
 
 LANGUAGE: dict[str, Callable[..., nn.Module]] = {

@@ -19,9 +19,10 @@ from overhaul.data.encode import encode_qa, encode_text
 from overhaul.data.examples import IGNORED, Encoded, Examples
 from overhaul.errors import RequestError, RunError
 from overhaul.fit import fit
+from overhaul.forward import forward
 from overhaul.judge.likelihood import loss_score, score
 from overhaul.judge.representation import Depth, cka, depth, lens, probe
-from overhaul.objectives import cross_entropy, forward
+from overhaul.objectives import cross_entropy
 from overhaul.stack import LayerStack
 from tracing import hooks_of
 

@@ -26,8 +26,8 @@ from more_families import MORE
 from overhaul import models, session
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
+from overhaul.forward import forward
 from overhaul.modes import uncompiled
-from overhaul.objectives import forward
 from overhaul.shrink.drop_layers import Choice, drop_layers, greedy, influence, ranked
 from overhaul.stack import LayerStack
 

@@ -16,7 +16,8 @@ from overhaul.data.encode import answered, encode_qa, encode_text
 from overhaul.data.examples import IGNORED, Examples, collate
 from overhaul.errors import RequestError
 from overhaul.fit import adamw, fit
-from overhaul.objectives import cross_entropy, forward
+from overhaul.forward import forward
+from overhaul.objectives import cross_entropy
 from overhaul.rollouts import own_answers, prompt_of
 from overhaul.shrink.drop_layers import drop_layers
 from overhaul.shrink.heal import heal

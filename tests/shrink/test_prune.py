@@ -11,7 +11,7 @@ from conftest import FAMILIES, examples_for, tiny_gpt2, tiny_llama
 from contract import Case
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError, RunError
-from overhaul.objectives import forward
+from overhaul.forward import forward
 from overhaul.selectors import select
 from overhaul.shrink.prune import Rule, inverse_root, lowest, magnitude, prune, sparsegpt, wanda
 from overhaul.stack import LayerStack

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import families
 from conftest import FAMILIES, tiny_gemma3, tiny_gpt2, tiny_llama, tiny_qwen3, tiny_resnet, tiny_vit
 from overhaul.errors import RequestError
-from overhaul.objectives import forward
+from overhaul.forward import forward
 from overhaul.stack import LayerStack
 
 LANGUAGE = {"llama": tiny_llama, "gpt2": tiny_gpt2, "qwen3": tiny_qwen3, "gemma3": tiny_gemma3}

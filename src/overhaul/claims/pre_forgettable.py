@@ -25,12 +25,12 @@ from overhaul.claims._claim import Check, Claim, Numbers
 from overhaul.data import corpora
 from overhaul.data.encode import encode_images
 from overhaul.data.examples import Examples
-from overhaul.data.starter_builds import new_vit
 from overhaul.fit import adamw, fit
 from overhaul.forget.prompt_tokens import prompt_tokens
 from overhaul.forget.prompt_tokens.gating import all_subsets, gated, linear_probe, logits_under, recover, uniform_kl
 from overhaul.forget.prompt_tokens.prompts import PromptedClassifier
 from overhaul.objectives import cross_entropy, evaluate
+from overhaul.starters.builds import new_vit
 
 CLASSES = 10
 BATCH = 64

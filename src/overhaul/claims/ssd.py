@@ -24,11 +24,11 @@ from overhaul.claims._claim import Check, Claim, Numbers
 from overhaul.data import corpora
 from overhaul.data.encode import encode_images
 from overhaul.data.examples import Examples
-from overhaul.data.starter_builds import learn_images, new_vit
 from overhaul.errors import RunError
 from overhaul.fit import fit
 from overhaul.forget.ssd import ssd
 from overhaul.objectives import cross_entropy, evaluate
+from overhaul.starters.builds import learn_images, new_vit
 
 FORGOTTEN = 3
 PEAK_RATE = 1e-3

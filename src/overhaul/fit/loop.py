@@ -37,7 +37,7 @@ def fit(
     """Train `model` in place on weighted terms, each reading one role of `data`. What is not said here is in `Training`.
 
     Args:
-        model: any module that `objectives.forward` can call; left in eval mode.
+        model: any module that `overhaul.forward` can call; left in eval mode.
         terms: the parts of the objective, see `Step.backward`.
         data: examples by role.
         steps: optimizer steps.

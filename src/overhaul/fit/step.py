@@ -18,7 +18,8 @@ from overhaul.fit.checkpoints import MAIN
 from overhaul.fit.combining import Apart, Combine
 from overhaul.fit.draws import Ledger, by_length
 from overhaul.fit.parallel import Diverged, Workers
-from overhaul.objectives import Penalty, Term, forward, forward_answers
+from overhaul.forward import forward
+from overhaul.objectives import Penalty, Term, forward_answers
 from overhaul.trace.passing import passing
 
 if TYPE_CHECKING:

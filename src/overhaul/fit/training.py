@@ -53,7 +53,7 @@ class Training:
     mode, without gradients, and parameters that were frozen for the time require gradients again.
 
     Args:
-        model: any module that `objectives.forward` can call.
+        model: any module that `overhaul.forward` can call.
         data: examples by role, for `Step.draw`.
         steps: optimizer steps.
         lr: peak learning rate.

@@ -32,8 +32,9 @@ from overhaul import session
 from overhaul._batching import same
 from overhaul.data.examples import IGNORED, Batch, Encoded, Examples, collate
 from overhaul.errors import RequestError, RunError
+from overhaul.forward import forward
 from overhaul.modes import at_rest
-from overhaul.objectives import check_positions, forward
+from overhaul.objectives import check_positions
 from overhaul.references import head_only_at, output_head
 
 BATCH_TOKENS, CPU_BATCH_TOKENS = 4096, 1024
@@ -91,7 +92,7 @@ def score(model: nn.Module, examples: Examples, batch_tokens: int | None = None)
     """One `Scored` per example, in order. Neither batch size, padding nor order changes a value beyond rounding.
 
     Args:
-        model: any module that `objectives.forward` can call; runs in eval mode, its mode is put back.
+        model: any module that `overhaul.forward` can call; runs in eval mode, its mode is put back.
         examples: sequences whose labels mark the answer, or images.
         batch_tokens: most tokens in one forward, padding included; what suits the model's device if None.
 
@@ -144,7 +145,7 @@ def answers_of(
     """The logits behind every answer token (or image), batch by batch; the model is in eval mode for each.
 
     Args:
-        model: any module that `objectives.forward` can call.
+        model: any module that `overhaul.forward` can call.
         examples: sequences whose labels mark the answer, or images.
         tokens: most tokens in one forward, padding included.
 

@@ -31,10 +31,10 @@ from overhaul.data.lazy import TextFile
 from overhaul.data.materials import Row, Source
 from overhaul.data.values import FileRow, place_of
 from overhaul.errors import MaterialWarning, OverhaulError, RequestError
+from overhaul.forward import forward
 from overhaul.judge import judge as judging
 from overhaul.method import Material, Outcome
 from overhaul.modes import at_rest
-from overhaul.objectives import forward
 from overhaul.recipe.check import Checked, Step
 from overhaul.recipe.encoded import check_encoded, encoded
 from overhaul.session import WorkBegins

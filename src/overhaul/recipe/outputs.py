@@ -10,7 +10,8 @@ from torch import nn
 from overhaul import models
 from overhaul.data.forms import Form
 from overhaul.errors import RequestError
-from overhaul.objectives import encodes_and_decodes, headless, one_class, without_head, without_padding
+from overhaul.forward import encodes_and_decodes, headless, without_head, without_padding
+from overhaul.objectives import one_class
 from overhaul.recipe.materials import Reference
 
 if TYPE_CHECKING:

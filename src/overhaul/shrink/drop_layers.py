@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from overhaul import session
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
+from overhaul.forward import read_by
 from overhaul.method import Outcome, method
 from overhaul.modes import at_rest, uncompiled
-from overhaul.objectives import read_by
 from overhaul.prefix import path_losses
 from overhaul.stack import LayerStack
 from overhaul.trace import measure, turn, windows

@@ -30,8 +30,9 @@ from overhaul.adapters import adapters
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
 from overhaul.fit import Regime, adamw, fit
+from overhaul.forward import headless
 from overhaul.method import Outcome, method
-from overhaul.objectives import Term, cross_entropy, evaluate, headless, states_term
+from overhaul.objectives import Term, cross_entropy, evaluate, states_term
 from overhaul.references import cache_outputs, cache_states
 from overhaul.rollouts import own_answers
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from overhaul.errors import RequestError, RunError
-from overhaul.objectives import caches, forward
+from overhaul.forward import caches, forward
 from overhaul.stack import LayerStack
 
 State = tuple[Tensor | None, ...]

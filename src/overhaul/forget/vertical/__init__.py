@@ -45,8 +45,8 @@ from overhaul import session
 from overhaul.data.examples import Examples, collate, join
 from overhaul.errors import RequestError, RunError
 from overhaul.forget.vertical.mixup import LegacyMix, Mixing, class_mixing, mix, pair_mixing
+from overhaul.forward import forward
 from overhaul.method import Outcome, method
-from overhaul.objectives import forward
 from overhaul.parties.messages import InProcess
 from overhaul.parties.model import VerticalModel
 from overhaul.parties.party import ActiveParty, Objective, PassiveParty, Rates

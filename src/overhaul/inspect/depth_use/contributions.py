@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from overhaul.data.examples import Batch
+from overhaul.forward import forward
 from overhaul.modes import at_rest
-from overhaul.objectives import forward
 from overhaul.stack import LayerStack
 from overhaul.stack.calls import Calls
 from overhaul.trace import capture, counted

@@ -33,9 +33,10 @@ from overhaul.conversions import convert
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
 from overhaul.fit import Ledger, OptimizerFactory, Schedule, fit
+from overhaul.forward import forward
 from overhaul.method import Outcome, method
 from overhaul.modes import at_rest
-from overhaul.objectives import cross_entropy, forward
+from overhaul.objectives import cross_entropy
 from overhaul.outcome import Table
 from overhaul.rewire.attention_residuals.layout import layout_of
 from overhaul.rewire.attention_residuals.reads import Routing

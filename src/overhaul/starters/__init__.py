@@ -12,9 +12,9 @@ from overhaul.data import corpora, tasks
 from overhaul.data.encode import encode_images, encode_qa, encode_text
 from overhaul.data.examples import Examples
 from overhaul.data.sources import STARTER_DATA
-from overhaul.data.starter_builds import BUILDS
 from overhaul.errors import RequestError, did_you_mean
 from overhaul.judge import judge as judging
+from overhaul.starters.builds import BUILDS
 
 Quality = dict[str, tuple[float, str]]
 """What was measured, and what the starter is held to."""
@@ -68,7 +68,7 @@ def write_card(name: str, folder: Path, seconds: float | None = None) -> str:
         "",
         ORIGINS[name],
         "",
-        f"Trained again by `overhaul starters build {name} -o FOLDER`; the recipe is `data/starter_builds.py`.",
+        f"Trained again by `overhaul starters build {name} -o FOLDER`; the recipe is `starters/builds.py`.",
         "",
     ]
     card = "\n".join(lines)
