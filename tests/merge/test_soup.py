@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import tiny_llama
+from conftest import tiny_llama, tiny_tokenizer
 from contract import Case, pictures, some_facts
 from merging import base_and_two
 from overhaul import models, session
 from overhaul.data.examples import collate
 from overhaul.errors import RequestError
+from overhaul.forward import forward
 from overhaul.judge import judge as judging
 from overhaul.merge.soup import soup
 from overhaul.merge.soup.learned import LearntSoup
-from overhaul.objectives import cross_entropy_sum, forward
+from overhaul.objectives import cross_entropy_sum
 from overhaul.weights import TensorIndex, blend, corresponding, mapped
 from tiny_checkpoints import make, rewrite, same_bits, tensors
 
@@ -27,7 +28,7 @@ LEARNED = {"kind": "learned"}
 CASE = Case(
     method=soup,
     idle={"tokenizer": "the models of the case have one vocabulary and no tokenizer"},
-    materials=lambda folder: {**base_and_two(folder), "held_out": some_facts(0, 8)},
+    materials=lambda folder: {**_with_words(base_and_two(folder)), "held_out": some_facts(0, 8)},
     knobs={"steps": 4, "batch_size": 4},
     varied={
         "kind": ("uniform", "learned"),
@@ -45,6 +46,12 @@ CASE = Case(
         "clip": (None, 1e-6, LEARNED),
     },
 )
+
+
+def _with_words(given: dict[str, Any]) -> dict[str, Any]:
+    for one in (given["base"], *given["tuned"]):
+        tiny_tokenizer().save_pretrained(one.folder)
+    return given
 
 
 def three(folder: Path, family: str = "llama") -> list[Path]:

@@ -18,8 +18,9 @@ from overhaul import processes
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
 from overhaul.fit import Regime, fit
+from overhaul.forward import caches
 from overhaul.models import Checkpoint
-from overhaul.objectives import caches, cross_entropy
+from overhaul.objectives import cross_entropy
 from overhaul.weights import TensorFacts, TensorIndex, corresponding, mapped
 from overhaul.weights.depths import built_names
 
