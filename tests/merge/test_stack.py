@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import FAMILIES, tiny_tokenizer
 from contract import Case
+from families import FAMILIES as KNOWN
 from merging import base_and_two
 from overhaul import models
 from overhaul.errors import RequestError
@@ -20,7 +21,7 @@ from overhaul.recipe.check import check
 from overhaul.recipe.plan import plan
 from overhaul.recipe.spec import read
 from overhaul.stack import LayerStack
-from tiny_checkpoints import make, same_bits, tensors
+from tiny_checkpoints import VISION_LANGUAGE, make, same_bits, tensors
 
 CASE = Case(
     method=stack,
@@ -96,6 +97,32 @@ def test_it_loads_plainly_and_generates_with_its_cache(family: str, tmp_path: Pa
         for cache in (True, False)
     ]
     assert torch.equal(*said)
+
+
+def test_lists_that_speak_of_each_block_follow_the_blocks(tmp_path: Path) -> None:
+    base = models.save(KNOWN["Qwen3, alternating windows"].build(), None, tmp_path / "m")
+    kinds = json.loads((base / "config.json").read_text())["layer_types"]
+    done = stack(base, slices=slices((0, "1-2"), (0, "0-3"), (0, "3")), out=tmp_path / "out")
+    made = json.loads((done.model / "config.json").read_text())
+    assert made["layer_types"] == [kinds[n] for n in (1, 2, 0, 1, 2, 3, 3)] and made["num_hidden_layers"] == 7
+    network = models.open_model(base)[0]
+    with torch.no_grad(), LayerStack.of(network).following([1, 2, 0, 1, 2, 3, 3]):
+        expected = network(input_ids=ids()).logits
+    assert torch.allclose(models.open_model(done.model)[0](input_ids=ids()).logits, expected, atol=1e-5)
+
+
+def test_the_language_blocks_of_a_model_that_sees_are_meant(tmp_path: Path) -> None:
+    base = models.save(VISION_LANGUAGE["gemma3"](), None, tmp_path / "m")
+    done = stack(base, slices=slices((0, "0-1"), (0, "0-1")), out=tmp_path / "out")
+    config = json.loads((done.model / "config.json").read_text())
+    assert (config["text_config"]["num_hidden_layers"], config["vision_config"]["num_hidden_layers"]) == (4, 3)
+    models.open_model(done.model)
+
+
+def test_a_model_of_diffusers_keeps_its_files_names(tmp_path: Path) -> None:
+    base = models.save(KNOWN["PixArt"].build(), None, tmp_path / "m")
+    done = stack(base, slices=slices((0, "0-3"), (0, "2-3")), out=tmp_path / "out")
+    assert len(LayerStack.of(models.open_model(done.model)[0])) == 6
 
 
 def test_models_of_another_depth_and_dtype_are_taken_from(tmp_path: Path) -> None:

@@ -30,8 +30,6 @@ DTYPE_CODES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 def facts_of(source: Source) -> Checkpoint:
