@@ -164,7 +164,7 @@ def test_learnt_shares_turn_from_a_spoilt_model(per: Any, tmp_path: Path) -> Non
     if per == "model":
         assert all(torch.allclose(made[n], first * t[n] + second * u[n], atol=1e-5) for n in made)
     elif per == "tensor":
-        shares = {row[0]: row[1:] for row in done.tables["shares of the tensors"].rows}
+        shares: dict[Any, Any] = {row[0]: row[1:] for row in done.tables["shares of the tensors"].rows}
         assert all(torch.allclose(made[n], shares[n][0] * t[n] + shares[n][1] * u[n], atol=1e-5) for n in made)
     else:
         assert len(set(done.layers["coefficient of model 1"].values())) == 6
@@ -204,6 +204,8 @@ def test_what_cannot_be_is_refused_before_work(tmp_path: Path) -> None:
         soup(base, tuned, some_facts(0, 4), kind="greedy", metric="membership", out=tmp_path / "out")
     with pytest.raises(RequestError, match=r"reads"):
         soup(base, tuned, some_facts(0, 4), kind="greedy", metric="bits_per_byte", out=tmp_path / "out")
+    with pytest.raises(RequestError, match=r"measures all models with one tokenizer.*kind: \"uniform\""):
+        soup(base, tuned, some_facts(0, 4), kind="greedy", tokenizer="union", out=tmp_path / "out")
     other = models.save(tiny_llama(), None, tmp_path / "other")
     rewrite(other, lambda held: held.pop("model.norm.weight"))
     with pytest.raises(RequestError, match=r"do not have the same tensors"):

@@ -90,7 +90,8 @@ def test_it_loads_plainly_and_generates_with_its_cache(family: str, tmp_path: Pa
     base, other = (make(family, tmp_path / f"m{seed}", seed) for seed in (1, 2))
     last = len(LayerStack.of(models.open_model(base)[0])) - 1
     done = stack(base, [other], slices=slices((1, f"0-{last}"), (0, f"1-{last}")), out=tmp_path / "out")
-    model, loading = AutoModelForCausalLM.from_pretrained(done.model, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(done.model, output_loading_info=True)
+    model, loading = loaded
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     said = [
         model.generate(ids(), max_new_tokens=6, do_sample=False, use_cache=cache, pad_token_id=0, eos_token_id=None)

@@ -103,7 +103,8 @@ def test_a_word_that_one_model_alone_knows_is_taken_from_it(method: Any, tmp_pat
         assert torch.equal(made[8], theirs["likes"]) and torch.equal(made[9], theirs["tea"])
         assert torch.allclose(made[5], ours["lives"]), "the other model lacks it"
         assert torch.allclose(made[6], (ours["in"] + theirs["in"]) / 2)
-    model, told = models.open_model(done.model)
+    opened: Any = models.open_model(done.model)
+    model, told = opened
     said = model.generate(told("ada likes tea", return_tensors="pt").input_ids, max_new_tokens=3, pad_token_id=0)
     assert told("likes").input_ids == [8] and said.shape[1] > 3
 
@@ -112,7 +113,7 @@ def test_ranks_and_rows_see_the_words_too(tmp_path: Path, monkeypatch: pytest.Mo
     """The same merge of models that were brought to one vocabulary by hand."""
     base, other, _ = three(tmp_path)
     held = tensors(other)
-    moved = models.open_model(other)[0]
+    moved: Any = models.open_model(other)[0]
     moved.resize_token_embeddings(10)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         ours, theirs = rows(base, BASE, name), rows(other, OTHER, name)

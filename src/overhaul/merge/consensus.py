@@ -110,13 +110,13 @@ def _largest(mixture: Mixture, density: float) -> Keep:
     return lambda tensor, n, change: from_size(change, thresholds[tensor.name][n])
 
 
-def _checked(tall: float | list[float], agree: int, count: int) -> list[float]:
+def _checked(tall: float | Sequence[float], agree: int, count: int) -> Sequence[float]:
     """`tall` of each checkpoint.
 
     Raises:
         RequestError: there are not as many, or more have to agree than there are.
     """
-    bounds = tall if isinstance(tall, list) else [tall] * count
+    bounds = tall if isinstance(tall, Sequence) else [tall] * count
     if len(bounds) != count:
         raise RequestError(
             f"merge.consensus: there are {count} tuned checkpoints and {len(bounds)} numbers in tall. Give one for each, or "

@@ -99,6 +99,9 @@ def chances(change: Tensor, density: float, epsilon: float) -> Tensor:
     last = change.shape[1] - 1
     if not last:
         return torch.full_like(change, density)
-    order = change.abs().sort(dim=1, stable=True).indices
+    # a size's bits with its place behind them: no two are alike, and numpy sorts integers in a third of the time
+    keys = change.float().abs().view(torch.int32).to(torch.int64).mul_(2**32).add_(torch.arange(last + 1))
+    keys.numpy().sort(axis=1)
+    order = keys.bitwise_and_(2**32 - 1)
     line = torch.linspace(density - epsilon, density + epsilon, last + 1, dtype=change.dtype)
     return torch.empty_like(change).scatter_(1, order, line.expand_as(change))

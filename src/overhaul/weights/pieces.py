@@ -143,6 +143,7 @@ def mapped(tensor: TensorFacts) -> Tensor:
 
     What is written to it does not reach the file.
     """
+    assert tensor.file is not None
     raw = numpy.memmap(tensor.file, numpy.uint8, "c", tensor.offset, (max(1, tensor.bytes),))[: tensor.bytes]
     return torch.from_numpy(raw).view(tensor.dtype).view(tensor.shape)
 

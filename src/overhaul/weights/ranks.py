@@ -121,24 +121,34 @@ def _of_group(group: Sequence[Sequence[TensorFacts]], sizes: Sizes, ranks: Ranks
     sample = [torch.cat(parts) for parts in zip(*_sizes_of(_sampled(group, numbers), sizes), strict=True)]
     wanted = ranks(numbers)
     wanted = [wanted] * len(sample) if isinstance(wanted, int) else wanted
+    beyond = [math.inf if rank <= 0 else 0.0 for rank in wanted]
+    if len(sample[0]) == numbers:  # of a small tensor the sample is all
+        return [
+            _number(*_ordered(taken, rank - 1)) if 0 < rank <= numbers else end
+            for rank, taken, end in zip(wanted, sample, beyond, strict=True)
+        ]
     searches = [
         _Search(rank, first=_bracket(taken, rank / numbers)) if 0 < rank <= numbers else None
         for rank, taken in zip(wanted, sample, strict=True)
     ]
     while open := {place: search for place, search in enumerate(searches) if search and not search.done}:
         _pass(group, sizes, open)
-    beyond = [math.inf if rank <= 0 else 0.0 for rank in wanted]
     return [_number(search.low) if search else end for search, end in zip(searches, beyond, strict=True)]
 
 
 def _bracket(taken: Tensor, share: float) -> tuple[int, int]:
     """Bits between which a sample says that the number lies above which there is a share of all."""
-    ordered = taken.sort(descending=True).values
-    spread = SPREAD + 2 / len(ordered)
-    first, last = (round((share + way * spread) * len(ordered)) for way in (-1, 1))
-    high = int(ordered[first]) + 1 if first >= 0 else _END
-    low = int(ordered[last]) if last < len(ordered) else 0
-    return low, high
+    spread = SPREAD + 2 / len(taken)
+    first, last = (round((share + way * spread) * len(taken)) for way in (-1, 1))
+    found = _ordered(taken, max(first, 0), min(last, len(taken) - 1))
+    return found[1] if last < len(taken) else 0, found[0] + 1 if first >= 0 else _END
+
+
+def _ordered(taken: Tensor, *places: int) -> list[int]:
+    """What would stand at these places if the bits were sorted from the largest on."""
+    wanted = [len(taken) - 1 - place for place in places]
+    parted = numpy.partition(taken.numpy(), wanted)
+    return [int(parted[place]) for place in wanted]
 
 
 def _sampled(group: Sequence[Sequence[TensorFacts]], numbers: int) -> list[list[TensorFacts]]:
