@@ -142,3 +142,12 @@ def test_closed_outputs_and_a_folder_that_is_gone(tmp_path: Path) -> None:
     gone = f"cd {tmp_path}/gone; rmdir ../gone; {command}"
     done = subprocess.run(["bash", "-c", gone], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "The folder in which the command was given cannot be read" in done.stderr
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("arguments", ["methods", "methods --json", "--help"])
+def test_a_full_disk_behind_the_output_is_one_sentence(arguments: str) -> None:
+    command = f"{sys.executable} -m overhaul {arguments} > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr == "Error What was to be printed could not be written: No space left on device.\n"

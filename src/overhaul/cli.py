@@ -74,6 +74,8 @@ def main() -> None:
         with reading("The folder in which the command was given"):
             os.getcwd()  # native libraries end the process where it is gone
         code = app(arguments, prog_name="overhaul", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # later nothing could be said of what does not get there
     except Exception as error:
         # what is said of work that was broken off, in the middle of an import for one, is not the reason
         code = INTERRUPTED if _interrupted else _said(error, debug)
@@ -91,8 +93,21 @@ def _said(error: Exception, debug: bool) -> int:
     if hasattr(error, "format_message"):  # one of the command line parser's own
         _fail(error.format_message(), debug=False)  # pyright: ignore[reportAttributeAccessIssue]
         return 2
+    if isinstance(error, OSError) and _printed_nowhere():
+        _fail(f"What was to be printed could not be written: {error.strerror}.", debug)
+        return 1
     _fail(f"{type(error).__name__}: {error}. `--debug` shows where.", debug)
     return 1
+
+
+def _printed_nowhere() -> bool:
+    """Whether standard output takes no line. It is let go then: the interpreter would fail on what is held at its end."""
+    try:
+        print(flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _fail(message: str, debug: bool) -> None:

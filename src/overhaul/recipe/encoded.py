@@ -12,6 +12,7 @@ from overhaul import models
 from overhaul.data.examples import Examples, join
 from overhaul.data.materials import Row, Source, encode
 from overhaul.errors import OverhaulError, RequestError
+from overhaul.positions import declared, left_out, most_positions
 
 
 @contextmanager
@@ -57,10 +58,11 @@ def check_encoded(data: Mapping[str, Examples], model: models.Checkpoint) -> Non
             raise RequestError(f"The material {role!r} has rows, but no example is left once they are encoded.")
         if examples.kind in ("tokens", "pairs"):
             _check_tokens(role, examples, model.config)
+            _check_length(role, examples, model)
 
 
 def _check_tokens(role: str, examples: Examples, config: Mapping[str, Any]) -> None:
-    """Whether the model can read these tokens: they are in its vocabulary, and their number within its positions."""
+    """Whether the model's vocabulary has these tokens."""
     place = max(range(len(examples)), key=lambda n: int(examples.items[n]["input_ids"].max()))
     top = int(examples.items[place]["input_ids"].max())
     text = config.get("text_config")
@@ -72,17 +74,22 @@ def _check_tokens(role: str, examples: Examples, config: Mapping[str, Any]) -> N
             f"{size - 1}, so there is no row for it. Take that word out of the text, or resize the embeddings "
             "(`model.resize_token_embeddings`) and save the model again."
         )
-    longest = examples.by_length()[0]
-    length, positions = len(examples.items[longest]["input_ids"]), _positions(config)
-    if positions is not None and length > positions:
-        asked = examples.rows[longest].get("question")
-        which = f"number {longest + 1}" if asked is None else f"the question {str(asked)[:60]!r}"
-        way_out = f"Write `length: {positions}`." if asked is None else "Shorten such rows or leave them out."
-        raise RequestError(
-            f"The material {role!r} has an example of {length} tokens ({which}), but the model ends at {positions} "
-            f"positions: cut there, its answer would be lost. {way_out}"
-        )
 
 
-def _positions(config: Mapping[str, Any]) -> int | None:
-    return config.get("max_position_embeddings", config.get("n_positions"))
+def _check_length(role: str, examples: Examples, known: models.Checkpoint) -> None:
+    """Whether the model has positions for all tokens of every example."""
+    most = declared(known.config)
+    if most is None or examples.beyond(most - left_out(known.config)) is None:
+        return
+    network = models.planned(known)
+    most = most if network is None else most_positions(network) or most
+    if (found := examples.beyond(most)) is None:
+        return
+    place, length = found
+    asked = examples.rows[place].get("question")
+    which = f"number {place + 1}" if asked is None else f"the question {str(asked)[:60]!r}"
+    way_out = f"Write `length: {most}`." if asked is None else "Shorten such rows or leave them out."
+    raise RequestError(
+        f"The material {role!r} has an example of {length} tokens ({which}), but the model ends at {most} positions: cut "
+        f"there, its answer would be lost. {way_out}"
+    )

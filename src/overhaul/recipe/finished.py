@@ -9,10 +9,12 @@ Paths are kept as the recipe leads to them: a link that leads elsewhere now make
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from overhaul.files import matching, pattern_of
 from overhaul.recipe.spec import Document
 from overhaul.versions import libraries, package_version
 
@@ -58,7 +60,9 @@ def remember(root: Path, checked: Checked) -> None:
                 continue
             place = checked.document.base / Path(spec.from_).expanduser()
             if not place.exists():
-                return
+                place = Path(pattern_of(spec.from_, checked.document.base))
+                if not matching(str(place)):  # a data set of the hub
+                    return
             places.append(place)
     for value in checked.recipe.materials.values():
         for part in value if isinstance(value, list) else [value]:
@@ -79,11 +83,14 @@ def _stamps(places: Iterable[Path], root: Path) -> list[list[Any]]:
 
 
 def _counts(path: Path, place: Path, root: Path) -> bool:
-    return place.is_relative_to(root) or not path.is_relative_to(root)
+    return place.is_relative_to(root) or not Path(os.path.normpath(path)).is_relative_to(root)
 
 
 def _below(place: Path) -> Iterable[Path]:
-    return [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    """The file at a place, those in a folder, or those that a pattern names."""
+    if place.is_dir():
+        return sorted(path for path in place.rglob("*") if path.is_file())
+    return [place] if place.is_file() else matching(str(place))
 
 
 def _stamp(path: Path) -> list[Any]:

@@ -12,6 +12,7 @@ Every change is registered with an `ExitStack`: closing it takes all of them bac
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -32,6 +33,7 @@ Entry = int | tuple[int, nn.Module]
 _PER_BLOCK = re.compile(r"layer|block|_types$")
 _LEADING = re.compile(r"^first_k_dense_replace$|^num_dense_layers$")  # how many blocks at the beginning have no experts
 _OF_PREDICTION_HEADS = "mtp_"
+_POOLED = "add_pooling_layer"
 _ONLY_IN_TRAINING = re.compile(r"drop|^p$|^training$")
 
 
@@ -314,7 +316,16 @@ def skeleton(model: nn.Module) -> nn.Module:
             return kind.from_config(dict(model.config))
         config: Any = model.config  # as it is read from a file: some entries are made of others there
         options = {"attn_implementation": config._attn_implementation} if config._attn_implementation else {}
-        return kind(type(config).from_dict(config.to_dict(), **options))
+        return kind(
+            type(config).from_dict(config.to_dict(), **options),
+            **without_pooler(kind, getattr(model, "pooler", True) is not None),
+        )
+
+
+def without_pooler(kind: Any, held: bool) -> dict[str, bool]:
+    """What a class is built with whose pooler is not `held`, where that may be left out and all else stays the same."""
+    plain: Any = vars(kind).get("plain", kind)  # of a converted class
+    return {} if held or _POOLED not in inspect.signature(plain.__init__).parameters else {_POOLED: False}
 
 
 def faults(stack: LayerStack, origin: Sequence[int]) -> list[str]:
