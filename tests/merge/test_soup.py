@@ -99,16 +99,16 @@ def by_the_paper(tuned: Sequence[Path], examples: Any, metric: str, sign: int, p
     return chosen
 
 
-@pytest.mark.parametrize(("metric", "sign"), [("perplexity", -1), ("answer_probability", 1), ("accuracy", 1)])
+@pytest.mark.parametrize(("metric", "sign"), [("perplexity", -1), ("answer_probability", 1)])
 def test_a_greedy_soup_is_the_papers(metric: str, sign: int, tmp_path: Path) -> None:
-    base, *tuned = (make("llama", tmp_path / f"m{seed}", seed) for seed in range(5))
-    examples = some_facts(0, 6)
+    base, *tuned = (make("llama", tmp_path / f"m{seed}", seed) for seed in range(4))
+    examples = some_facts(0, 4)
     chosen = by_the_paper(tuned, examples, metric, sign, tmp_path)
     before = sorted(tmp_path.iterdir())
     done = soup(base, tuned, examples, kind="greedy", metric=metric, out=tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "out"]), "no soup that was tried is left"
     assert done.facts["chosen"] == [str(tuned[n]) for n in chosen]
-    assert done.facts["shares"] == [1 / len(chosen) if n in chosen else 0.0 for n in range(4)]
+    assert done.facts["shares"] == [1 / len(chosen) if n in chosen else 0.0 for n in range(3)]
     mean = sum((tensors(tuned[n])["model.embed_tokens.weight"] for n in chosen), torch.zeros(())) / len(chosen)
     assert torch.allclose(tensors(done.model)["model.embed_tokens.weight"], mean, atol=1e-6)
     assert done.facts["soup"] == pytest.approx(worth(done.model, examples, metric), rel=1e-4)
@@ -155,7 +155,7 @@ def test_learnt_shares_turn_from_a_spoilt_model(per: Any, tmp_path: Path) -> Non
     base, *tuned = three(tmp_path)
     rewrite(tuned[1], lambda held: held.update({name: 3 * t for name, t in held.items()}))
     done = soup(
-        base, tuned, some_facts(0, 8), kind="learned", per=per, steps=12, batch_size=8, lr=0.3, out=tmp_path / "out"
+        base, tuned, some_facts(0, 4), kind="learned", per=per, steps=8, batch_size=4, lr=0.4, out=tmp_path / "out"
     )
     first, second = done.facts["shares"]
     assert first + second == pytest.approx(1) and first > 0.55

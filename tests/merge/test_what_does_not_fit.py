@@ -17,7 +17,11 @@ from overhaul.recipe.check import check
 from overhaul.recipe.plan import plan
 from overhaul.recipe.spec import read
 
-MERGES = sorted(name for name in methods() if name.startswith("merge."))
+MERGES = sorted(
+    name
+    for name, known in methods().items()
+    if known.verb == "merge" and known.subject and known.subject.name == "base"
+)
 KNOBS: dict[str, dict[str, Any]] = {
     "merge.lines": {"alpha": 0.5},
     "merge.stack": {"slices": [{"model": 0, "blocks": "0-3"}, {"model": 1, "blocks": "0-1"}]},

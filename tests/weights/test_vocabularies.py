@@ -113,8 +113,8 @@ def test_ranks_and_rows_see_the_words_too(tmp_path: Path, monkeypatch: pytest.Mo
     """The same merge of models that were brought to one vocabulary by hand."""
     base, other, _ = three(tmp_path)
     held = tensors(other)
-    moved: Any = models.open_model(other)[0]
-    moved.resize_token_embeddings(10)
+    moved: Any = tiny_llama(vocab_size=10, tie_word_embeddings=False)
+    moved.load_state_dict({name: one for name, one in held.items() if one.shape[0] != 9}, strict=False)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         ours, theirs = rows(base, BASE, name), rows(other, OTHER, name)
         new = torch.stack([theirs.get(word, ours[word]) for word in BASE])
