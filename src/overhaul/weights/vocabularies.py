@@ -7,7 +7,8 @@ A row of an embedding, or of a head that is a tensor of its own, stands for a wo
 3. else the mean of those of all models that have it.
 
 Rows are gathered from the files piece by piece (`pieces`); nothing is permuted in memory. Words are the same where their
-strings are.
+strings are. The first model's words keep their numbers, and its rows of no word stay (mergekit cuts them off); further
+words follow in the order of the models, and of their numbers there.
 """
 
 from __future__ import annotations
