@@ -35,7 +35,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "data": ("data",),
     "models": (
         "_auto checkpoints models processor conversions stack forward modes outcome",
-        "weight_files architectures adapter_folders quantised companions recomputed",
+        "weight_files architectures adapter_folders quantised companions recomputed finite",
     ),
     "ground": ("errors session processes files versions",),
 }

@@ -49,7 +49,13 @@ FEWEST_BATCHES = 20
 """With fewer of them, the squared gradients of batch means say little about single examples."""
 
 
-@method(verb="forget", paper="2308.07707", changes="weights", memory="gradient")
+@method(
+    verb="forget",
+    paper="2308.07707",
+    changes="weights",
+    memory="gradient",
+    singly=lambda knobs: knobs["importance"] != "batch",
+)
 def ssd(
     model: nn.Module,
     forget: Examples,

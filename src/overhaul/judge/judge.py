@@ -143,9 +143,8 @@ def try_out(model: nn.Module, request: Request, data: Mapping[str, Examples]) ->
     Raises:
         RequestError: the model cannot do it.
     """
-    if not METRICS[request.metric].anchored:
-        evidence = {name: Evidence(model, data[role], 1) for name, role in request.roles.items()}
-        _value(request, evidence, {})
+    evidence = {name: Evidence(model, data[role], 1) for name, role in request.roles.items()}
+    _value(request, evidence, evidence)
 
 
 def _evidence(

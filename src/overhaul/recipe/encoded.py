@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from jinja2 import TemplateError
 
 from overhaul import models
-from overhaul.data.examples import Examples, join
-from overhaul.data.materials import Row, Source, encode
+from overhaul.data.examples import SEQUENCES, Examples, join
+from overhaul.data.lazy import TextFile
+from overhaul.data.materials import Row, Source
 from overhaul.errors import OverhaulError, RequestError
 
 
@@ -29,14 +30,25 @@ def opening(known: models.Checkpoint) -> Iterator[None]:
         ) from error
 
 
-def encoded(role: str, parts: Sequence[tuple[Source, Sequence[Row]]], processor: Any) -> Examples:
-    """The examples of one material.
+AFFORDED = 20_000
+"""Rows of a source that are all encoded before a run."""
+
+
+def affordable(rows: Sequence[Row]) -> bool:
+    """Whether all of a source is encoded in a moment: few rows, and no text that lies in a file."""
+    return len(rows) <= AFFORDED and not any(isinstance(value, TextFile) for row in rows[:2] for value in row.values())
+
+
+def encoded(
+    role: str, parts: Sequence[tuple[Source, Sequence[Row]]], encode: Callable[[Sequence[Row], Source], Examples]
+) -> Examples:
+    """The examples of one material; `encode` makes those of one of its sources.
 
     Raises:
         RequestError: a row is not what its form reads.
     """
     try:
-        return join([encode(rows, spec, processor) for spec, rows in parts])
+        return join([encode(rows, spec) for spec, rows in parts])
     except OverhaulError as error:
         raise type(error)(f"The material {role!r}: {error}") from error
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, TemplateError) as error:
@@ -61,8 +73,9 @@ def check_encoded(data: Mapping[str, Examples], model: models.Checkpoint) -> Non
 
 def _check_tokens(role: str, examples: Examples, config: Mapping[str, Any]) -> None:
     """Whether the model can read these tokens: they are in its vocabulary, and their number within its positions."""
-    place = max(range(len(examples)), key=lambda n: int(examples.items[n]["input_ids"].max()))
-    top = int(examples.items[place]["input_ids"].max())
+    tops = [max(int(item[ids].max()) for ids in SEQUENCES.values() if ids in item) for item in examples.items]
+    place = max(range(len(tops)), key=lambda n: tops[n])
+    top = tops[place]
     text = config.get("text_config")
     size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, Mapping) else None)
     if isinstance(size, int) and top >= size:
@@ -72,9 +85,11 @@ def _check_tokens(role: str, examples: Examples, config: Mapping[str, Any]) -> N
             f"{size - 1}, so there is no row for it. Take that word out of the text, or resize the embeddings "
             "(`model.resize_token_embeddings`) and save the model again."
         )
-    longest = examples.by_length()[0]
-    length, positions = len(examples.items[longest]["input_ids"]), _positions(config)
-    if positions is not None and length > positions:
+    positions = _positions(config)
+    if positions is None:
+        return
+    longest, length = _longest(examples)
+    if length > positions:
         asked = examples.rows[longest].get("question")
         which = f"number {longest + 1}" if asked is None else f"the question {str(asked)[:60]!r}"
         way_out = f"Write `length: {positions}`." if asked is None else "Shorten such rows or leave them out."
@@ -82,6 +97,16 @@ def _check_tokens(role: str, examples: Examples, config: Mapping[str, Any]) -> N
             f"The material {role!r} has an example of {length} tokens ({which}), but the model ends at {positions} "
             f"positions: cut there, its answer would be lost. {way_out}"
         )
+
+
+def _longest(examples: Examples) -> tuple[int, int]:
+    """The place of the longest sequence and its tokens; of a pair either may be."""
+    if examples.kind == "tokens":
+        place = examples.by_length()[0]
+        return place, len(examples.items[place]["input_ids"])
+    sizes = [max(len(item[ids]) for ids in SEQUENCES.values()) for item in examples.items]
+    place = max(range(len(sizes)), key=lambda n: sizes[n])
+    return place, sizes[place]
 
 
 def _positions(config: Mapping[str, Any]) -> int | None:

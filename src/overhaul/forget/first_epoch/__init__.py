@@ -218,6 +218,7 @@ def _sum(
 ) -> tuple[Gradients, Facts]:
     """What the ledger holds of `forget`, and some words on it."""
     ids = kept.matching(forget, tau)
+    kept.check(parameters)
     same = "yes" if kept.weights == weights_digest(model) else "no"
     facts: Facts = {"samples_matched": len(ids), "ledger_bytes": kept.bytes, "weights_as_recorded": same}
     return kept.sum(ids, gradients, list(parameters)), facts

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -30,7 +31,8 @@ from annotated_types import Ge, Gt, Lt
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from overhaul.adapters import adapters
+from overhaul import session
+from overhaul.adapters import adapters, of_adapters
 from overhaul.data.examples import Batch, Examples, collate, join
 from overhaul.errors import RequestError
 from overhaul.fit import fit
@@ -48,7 +50,7 @@ KNOWN_TO_THE_ATTACK = 10
 """Labelled images of each forgotten class that the attack of the facts has, at most half of them."""
 
 
-@method(verb="forget", paper="2509.15230", changes="architecture", memory="training")
+@method(verb="forget", paper="2509.15230", changes="architecture", memory="training", rank=of_adapters)
 def prompt_tokens(
     model: nn.Module,
     full: Examples | None = None,
@@ -106,23 +108,30 @@ def prompt_tokens(
             "forget.prompt_tokens: this model has its prompts already; say with the role `forget` what it is to forget."
         )
     curves: dict[str, list[float]] = {}
+    gone = _classes(forget)
     if prompted is None:
         assert full is not None
         prompted = PromptedClassifier.around(model, collate(full.items[:2]), prompts_per_class)
         _check_labels(full, prompted)
-        prompted.check(_classes(forget), harden)
+        prompted.check(gone, harden)
         adapted = _queries_and_values(prompted, full) if weights == "lora" else None
+        session.begins(partial(_without, prompted, gone, harden))
         with _trainable(prompted, adapted, rank, alpha, dropout):
             steps = max(1, round(epochs * len(full) / batch_size))
             model, data = Gated(prompted, inputs_of(full[0], prompted)), {"full": full}
             curves = fit(
                 model, terms(), data, steps=steps, batch_size=batch_size, lr=lr, clip=None, name="prompt tokens"
             ).curves
-    gone = _classes(forget)
-    if gone:
-        prompted.forget(gone, harden)
+    prompted = _without(prompted, gone, harden)
     facts = {"remaining": prompted.available, "forgotten": gone, **_facts(prompted, full, forget)}
     return Outcome(prompted, facts=facts, curves=curves)
+
+
+def _without(prompted: PromptedClassifier, gone: list[int], harden: bool) -> PromptedClassifier:
+    """The same classifier, in which these classes are forgotten."""
+    if gone:
+        prompted.forget(gone, harden)
+    return prompted
 
 
 def _classes(examples: Examples | None) -> list[int]:

@@ -29,6 +29,7 @@ from annotated_types import Ge, Gt
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from overhaul import session
 from overhaul.conversions import convert
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
@@ -101,6 +102,7 @@ def attention_residuals(
     added = sum(p.numel() for p in model.parameters()) - before
     ledger = Ledger()
     if steps:
+        session.begins(lambda: model)
         ledger = fit(
             model,
             [cross_entropy("text")],
