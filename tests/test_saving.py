@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import overhaul as oh
 from conftest import tiny_llama
-from overhaul import models
+from overhaul import finite, models
 from overhaul.errors import RequestError, RunError
 from overhaul.recipe.check import check
 from overhaul.recipe.spec import read
@@ -188,3 +189,18 @@ def test_a_tokenizer_of_words_alone_is_found(tmp_path: Path) -> None:
     (tmp_path / "m" / "vocab.txt").write_text("\n".join(names))
     assert models.count_tokens(models.facts(tmp_path / "m")) == 7
     assert oh.open(tmp_path / "m")[1]("the cat")["input_ids"] == [2, 5, 6, 3]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_folder_with_a_weight_that_is_no_number_is_not_opened(value: float, tmp_path: Path) -> None:
+    folder = sharded(tiny_llama(), tmp_path / "bad", "20KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    name = "model.layers.2.mlp.up_proj.weight"
+    file = folder / index["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name][3, 1] = value
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(RequestError, match=rf"{file.name}: '{name}' holds values that are not finite .*in float32\."):
+        oh.open(folder)
+    # sums that are too large are no fault
+    assert finite._is_finite(torch.full((4,), 3e38)) and not finite._is_finite(torch.tensor([value]))
