@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_training_needs_more_than_a_forward_and_time_follows_steps(folder: Path,
 
 
 def test_models_that_are_read_beside_are_listed(folder: Path, tmp_path: Path) -> None:
-    one = {"model": str(folder)}
+    one = {"model": str(shutil.copytree(folder, tmp_path / "twin"))}
     materials = {"a": one, "b": one, "tuned": ["a", "b"]}
     (ties,) = planned(folder, tmp_path, materials=materials, steps=["merge.ties"])
     assert ties.reads == {} and ties.others == {"tuned": ("a", "b")}

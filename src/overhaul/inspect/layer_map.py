@@ -149,8 +149,8 @@ class _Batches:
     """The text, the part that maps are fitted to and the part that they are judged on."""
 
     def __init__(self, text: Examples, held_out: float, skip_first: int, size: int, model: nn.Module) -> None:
-        if text.kind == "images":
-            raise RequestError("inspect.layer_map reads text, and the role `text` holds images.")
+        if text.kind != "tokens":
+            raise RequestError(f"inspect.layer_map reads text, and the role `text` holds {text.kind}.")
         kept = max(1, round(len(text) * held_out))
         if len(text) < 2 or kept >= len(text):
             raise RequestError(

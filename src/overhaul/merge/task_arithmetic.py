@@ -18,12 +18,11 @@ How it differs from the paper's code:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from overhaul.errors import RequestError
-from overhaul.merge._writing import by_depth, some, written
+from overhaul.merge._writing import LARGEST, by_depth, some, written
 from overhaul.method import Outcome, method
 from overhaul.models import Checkpoint
 from overhaul.weights import weighted_deltas
@@ -57,16 +56,16 @@ def task_arithmetic(
         RunError: nothing changed, or a number is not finite.
     """
     name = "merge.task_arithmetic"
-    count = some(name, tuned)
+    count = some(name, base, tuned, scale=scale)
     factors = [1.0] * count if weights is None else weights
     if len(factors) != count:
         raise RequestError(
             f"{name}: there are {count} tuned checkpoints and {len(factors)} weights. Give one for each."
         )
     coefficients = [scale * factor for factor in factors]
-    if not any(coefficients) or not all(map(math.isfinite, coefficients)):
+    if not any(coefficients) or not all(abs(one) <= LARGEST for one in coefficients):
         raise RequestError(
-            f"{name}: scale {scale} and weights {factors} would change nothing, or are not finite numbers."
+            f"{name}: scale {scale} and weights {factors} would change nothing, or are larger than a weight can be."
         )
     assert out is not None
     facts = written(name, base, tuned, weighted_deltas(coefficients), out)

@@ -41,7 +41,7 @@ from overhaul.errors import RequestError
 from overhaul.merge._writing import by_depth, some, written
 from overhaul.method import Outcome, method
 from overhaul.models import Checkpoint
-from overhaul.weights import TensorFacts, kth_largest, totals
+from overhaul.weights import TensorFacts, correspond, kth_largest, totals
 
 Rule = Literal["released", "paper"]
 Scope = Literal["model", "tensor"]
@@ -81,7 +81,7 @@ def ties(
         RequestError: the checkpoints do not correspond, or `scale` is 0.
         RunError: nothing changed, or a number is not finite.
     """
-    some("merge.ties", tuned)
+    some("merge.ties", base, tuned, scale=scale)
     if not scale:
         raise RequestError("merge.ties: scale 0 would change nothing.")
     assert out is not None
@@ -162,6 +162,7 @@ def elect(
         RequestError: as in `ties`.
         RunError: as in `ties`.
     """
+    correspond([base, *tuned])
 
     def rank(numbers: int) -> int:
         return int(density * numbers) + 1 if rule == "released" else max(int(density * numbers), 1)

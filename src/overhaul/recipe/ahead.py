@@ -36,7 +36,7 @@ from overhaul.method import Material
 from overhaul.modes import at_rest
 from overhaul.recipe.check import Checked, Step
 from overhaul.recipe.encoded import affordable, check_encoded, encoded
-from overhaul.recipe.stand_ins import Networks, NotYet, lacks_numbers, told
+from overhaul.recipe.stand_ins import DRAWN, Networks, NotYet, lacks_numbers, told
 from overhaul.session import WorkBegins
 
 SHOWN, STRETCH = 200, 50_000
@@ -71,7 +71,8 @@ def look_ahead(checked: Checked, data: Mapping[str, Examples] | None = None) -> 
         if network is not None:
             _ask(network, checked, data)
         _ask_others(networks, checked, data)
-        _Stages(checked, data, networks, network).go()
+        with tempfile.TemporaryDirectory() as scratch:  # for networks that a step is to read from their files
+            _Stages(checked, data, networks, network, scratch).go()
 
 
 def _ask(network: nn.Module, checked: Checked, data: Mapping[str, Examples], where: str = "") -> None:
@@ -205,9 +206,9 @@ class _Stages:
     """The steps one after the other, each with the network that it would be given, as far as that is known."""
 
     def __init__(
-        self, checked: Checked, data: Mapping[str, Examples], made: Networks, network: nn.Module | None
+        self, checked: Checked, data: Mapping[str, Examples], made: Networks, network: nn.Module | None, scratch: str
     ) -> None:
-        self.checked, self.data, self.made = checked, data, made
+        self.checked, self.data, self.made, self.scratch = checked, data, made, scratch
         self.networks: list[nn.Module | None] = [network]
         self.folders: list[models.Checkpoint | None] = [checked.model]
 
@@ -230,13 +231,12 @@ class _Stages:
         given = self.given(step)
         if given is None:
             return None
-        with tempfile.TemporaryDirectory() as place:  # nothing comes to lie there
-            torch.manual_seed(0)
-            out = {"out": Path(place) / "model"} if step.method.writes else {}
-            try:
-                made = step.method.call(**given, **out, **step.knobs).model
-            except WorkBegins as begun:
-                return begun.hands_on
+        torch.manual_seed(0)
+        out = {"out": Path(self.scratch) / "model"} if step.method.writes else {}  # nothing comes to lie there
+        try:
+            made = step.method.call(**given, **out, **step.knobs).model
+        except WorkBegins as begun:
+            return begun.hands_on
         if step.method.changes == "architecture":
             _check_rebuilt(step, self.networks[-1], made)
         return made
@@ -245,7 +245,7 @@ class _Stages:
         """The materials of a step; None where the model that it changes is not known."""
         given: dict[str, Any] = {}
         if (subject := step.method.subject) is not None:
-            known = self._as_asked(subject, self.networks[-1], self.folders[-1])
+            known = self.stage(subject, len(self.networks) - 1)
             if known is None:
                 return None
             given[subject.name] = known
@@ -266,18 +266,21 @@ class _Stages:
             return NotYet()
         if "model" in reference:
             known = models.facts(reference["model"])
-            found = self._as_asked(role, self.made.of(known) if role.kind == "model" else None, known)
+            found = known if role.kind == "checkpoint" else self.made.of(known)
         else:
             after = reference["after"]
             place = 0 if after == "start" else next(one.number for one in self.checked.steps if one.goes_by(after))
-            found = self._as_asked(role, self.networks[place], self.folders[place])
+            found = self.stage(role, place)
         return NotYet() if found is None else found
 
-    @staticmethod
-    def _as_asked(role: Material, network: nn.Module | None, folder: models.Checkpoint | None) -> Any:
-        """A network of the step's own, or the folder."""
+    def stage(self, role: Material, place: int) -> Any:
+        """The model after a number of steps: a network of the step's own, or its folder; None where it is not known."""
+        network = self.networks[place]
         if role.kind == "checkpoint":
-            return folder
+            if self.folders[place] is None and network is not None and self.checked.model.parameters <= DRAWN:
+                folder = models.save(network, self.checked.processor, Path(self.scratch) / str(place))
+                self.folders[place] = replace(models.facts(folder), source=f"step {place}")
+            return self.folders[place]
         return None if network is None else copy.deepcopy(network).eval()
 
 

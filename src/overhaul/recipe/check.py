@@ -325,6 +325,12 @@ def product_of(where: str, name: str, reference: Reference, before: Sequence[Ste
             f"{where}: {step.name} makes no {reference['name']!r} for the material {name!r}."
             f"{did_you_mean(reference['name'], makes) or ' It makes nothing beside the model.'}"
         )
+    options = [key for key in reference if key not in ("made", "name")]
+    if options and makes[reference["name"]] != "rows":
+        raise RequestError(
+            f"{where}: {step.name} makes {reference['name']!r} as {makes[reference['name']]}, and `{options[0]}:` is for "
+            f"rows alone. Leave it out of the material {name!r}."
+        )
     if lacking := step.method.makes_with(reference["name"], step.knobs):
         raise RequestError(
             f"{where}: {step.name} makes {reference['name']!r} for the material {name!r} only with {lacking}, and step "

@@ -248,7 +248,7 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
         for role, parts in read.items()
     }
     size = int(step.knobs.get("batch_size") or 16)
-    positions = max([1, *(largest_batch(each, size) for each in lengths.values())])
+    positions = max([1, *(largest_batch(each, size) for each in lengths.values() if each)])
     trains = step.method.memory in ("gradient", "training")
     # logits stand several times: raw, shifted, log-softmax and its gradient in float32
     logits = shape.logits * (16 if trains else width + 4)
@@ -268,7 +268,7 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
     }[step.method.memory]
     cached = width * shape.hidden * sum(map(sum, lengths.values())) if models > 1 else 0
     steps = step.knobs.get("steps")
-    means = [sum(each) / len(each) for each in lengths.values()]
+    means = [sum(each) / max(1, len(each)) for each in lengths.values()]
     tokens = steps * size * sum(means) if steps else sum(map(sum, lengths.values()))
     seconds = tokens * model.parameters * (6 if trains else 2) / speed
     if step.method.memory == "stream":

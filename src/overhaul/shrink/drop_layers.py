@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from overhaul import session
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
-from overhaul.forward import read_by
+from overhaul.forward import headless, read_by
 from overhaul.method import Outcome, method
 from overhaul.modes import at_rest, uncompiled
+from overhaul.objectives import check_labelled
 from overhaul.prefix import path_losses
 from overhaul.stack import LayerStack
 from overhaul.trace import measure, turn, windows
@@ -218,6 +219,8 @@ def _chosen(
 ) -> tuple[list[int], dict[str, Scores]]:
     """The blocks to drop by a criterion, in the order of choice, and what it measured."""
     starts = choice.windows(stack) if criterion == "window" else []
+    if criterion in ("perplexity", "greedy") and not headless(stack.model):
+        check_labelled("text", text)
     if session.current().planning:  # how many go is known before which
         return _some(stack, choice, starts), {}
     if criterion == "block_influence":
@@ -234,11 +237,11 @@ def _chosen(
 def _some(stack: LayerStack, choice: Choice, starts: Sequence[int]) -> list[int]:
     """Blocks that may be those which a criterion will choose: as many, and such that the class can be built without."""
     windows = [[*range(start, start + choice.count)] for start in reversed(starts)]
-    for removed in windows or [choice.first(choice.candidates[::-1]), choice.first(choice.candidates)]:
-        if stack.can_drop(removed):
-            return removed
-    session.begins()  # the criterion may find others
-    raise AssertionError("nothing is chosen without measuring, except where a recipe is planned")
+    sets = windows or [choice.first(choice.candidates[::-1]), choice.first(choice.candidates)]
+    fitting = next((removed for removed in sets if stack.can_drop(removed)), None)
+    if fitting is None and stack.kinds > 1:
+        session.begins()  # the criterion may find others
+    return fitting or sets[0]
 
 
 class _FailsError(Exception):

@@ -32,7 +32,7 @@ from overhaul.errors import RequestError
 from overhaul.fit import Regime, adamw, fit
 from overhaul.forward import headless
 from overhaul.method import Outcome, method
-from overhaul.objectives import Term, cross_entropy, evaluate, states_term
+from overhaul.objectives import Term, check_learnable, cross_entropy, evaluate, states_term
 from overhaul.references import cache_outputs, cache_states
 from overhaul.rollouts import own_answers
 
@@ -91,6 +91,8 @@ def heal(
     """
     if not len(text):
         raise RequestError("shrink.heal: the role `text` is empty; there is nothing to heal the model on.")
+    if target in ("tokens", "teacher"):
+        check_learnable("text", text)
     if weights == "lora":
         projections(model)  # refuses a model that has none, before the teacher runs
     read = training.steps * training.batch_size

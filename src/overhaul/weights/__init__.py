@@ -16,6 +16,7 @@ from overhaul.weights.merge import Coefficient as Coefficient
 from overhaul.weights.merge import add_deltas as add_deltas
 from overhaul.weights.merge import blend as blend
 from overhaul.weights.merge import combined as combined
+from overhaul.weights.merge import correspond as correspond
 from overhaul.weights.merge import restore as restore
 from overhaul.weights.merge import scale_by_depth as scale_by_depth
 from overhaul.weights.merge import stream as stream

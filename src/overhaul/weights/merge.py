@@ -262,6 +262,17 @@ def _check(
         warnings.warn(f"The configs differ, and the result follows the first: {'; '.join(said)}.", stacklevel=3)
 
 
+def correspond(sources: Sequence[Source]) -> None:
+    """Whether checkpoints can be combined whole, for what reads them all before `stream` is called.
+
+    Raises:
+        RequestError: their tensors or their tokenizers do not correspond.
+    """
+    indexes = aligned(sources)
+    check_alike(indexes, lambda _: True)
+    check_words(indexes, [*indexes[0].tensors.values()])
+
+
 def _check_count(coefficients: Sequence[Coefficient], sources: Sequence[Source], what: str) -> None:
     if len(coefficients) != len(sources):
         raise RequestError(f"There are {len(sources)} {what} and {len(coefficients)} coefficients. Give one for each.")

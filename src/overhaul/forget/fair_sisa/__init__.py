@@ -31,6 +31,7 @@ from overhaul.forget.sisa import example_ids
 from overhaul.forget.sisa.ensemble import Ensemble
 from overhaul.forget.sisa.shards import ShardMap
 from overhaul.method import Outcome, method
+from overhaul.objectives import check_labelled
 from overhaul.session import begins, progress
 
 GROUP = "group"
@@ -100,6 +101,7 @@ def _checked(model: nn.Module, calibration: Examples) -> tuple[Ensemble, np.ndar
         )
     if not len(calibration):
         raise RequestError("forget.fair_sisa: the role `calibration` has no examples.")
+    check_labelled("calibration", calibration)
     config: Any = model.config
     base: Any = model.base.config
     labels = [item["labels"] for item in calibration.items]

@@ -39,7 +39,7 @@ from overhaul.fit import fit
 from overhaul.forget.prompt_tokens.gating import gated, logits_under, recover, uniform_kl
 from overhaul.forget.prompt_tokens.prompts import PromptedClassifier, inputs_of
 from overhaul.method import Outcome, method
-from overhaul.objectives import Term, cross_entropy_sum, sequences
+from overhaul.objectives import Term, check_labelled, cross_entropy_sum, sequences
 from overhaul.selectors import select
 from overhaul.stack import LayerStack
 
@@ -107,6 +107,9 @@ def prompt_tokens(
         raise RequestError(
             "forget.prompt_tokens: this model has its prompts already; say with the role `forget` what it is to forget."
         )
+    for role, examples in (("full", full), ("forget", forget)):
+        if examples:
+            check_labelled(role, examples)
     curves: dict[str, list[float]] = {}
     gone = _classes(forget)
     if prompted is None:

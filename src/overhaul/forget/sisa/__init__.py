@@ -46,7 +46,7 @@ from overhaul.forget.sisa.ensemble import (
 )
 from overhaul.forget.sisa.shards import Request, ShardMap, Sisa, epochs_per_slice
 from overhaul.method import Outcome, method
-from overhaul.objectives import cross_entropy
+from overhaul.objectives import check_learnable, cross_entropy
 
 ID_LENGTH = 32
 
@@ -130,6 +130,7 @@ def _learn(
 ) -> Outcome:
     if not ids:
         raise RequestError("forget.sisa: the role `full` is empty; there is nothing to learn.")
+    check_learnable("full", full)
     places = ShardMap.draw(ids, knobs["shards"], knobs["slices"], torch.initial_seed())
     if removed:
         places = places.without(removed)

@@ -37,7 +37,7 @@ from overhaul.fit import Ledger, OptimizerFactory, Schedule, fit
 from overhaul.forward import forward
 from overhaul.method import Outcome, method
 from overhaul.modes import at_rest
-from overhaul.objectives import cross_entropy
+from overhaul.objectives import check_learnable, cross_entropy
 from overhaul.outcome import Table
 from overhaul.rewire.attention_residuals.layout import layout_of
 from overhaul.rewire.attention_residuals.reads import Routing
@@ -91,6 +91,8 @@ def attention_residuals(
     """
     if not len(text):
         raise RequestError("rewire.attention_residuals: the role `text` is empty.")
+    if steps:
+        check_learnable("text", text)
     stack = LayerStack.of(model)
     inputs = {k: v for k, v in collate(text.items[:1]).items() if k in ("input_ids", "pixel_values")}
     layout = layout_of(stack, inputs)
