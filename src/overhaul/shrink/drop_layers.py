@@ -238,8 +238,10 @@ def _some(stack: LayerStack, choice: Choice, starts: Sequence[int]) -> list[int]
     """Blocks that may be those which a criterion will choose: as many, and such that the class can be built without."""
     windows = [[*range(start, start + choice.count)] for start in reversed(starts)]
     sets = windows or [choice.first(choice.candidates[::-1]), choice.first(choice.candidates)]
+    if stack.kinds == 1:  # any are as good
+        return sets[0]
     fitting = next((removed for removed in sets if stack.can_drop(removed)), None)
-    if fitting is None and stack.kinds > 1:
+    if fitting is None:
         session.begins()  # the criterion may find others
     return fitting or sets[0]
 
