@@ -89,7 +89,7 @@ def recipe(first: Path, _: Path, out: Path) -> str:
         "materials": {"text": text},
         "steps": [
             {"shrink.drop_layers": {"count": 2, "batch_size": 2}},
-            {"shrink.heal": {"steps": 1, "batch_size": 2}},
+            {"shrink.heal": {"steps": 1, "batch_size": 2, "weights": "lora"}},
         ],
     }
     planned = [libraries_bytes() + step.peak_bytes for step in plan(check(read(wanted)), 1e9)]

@@ -29,7 +29,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "method": ("listing method signatures",),
     "judge": ("judge report",),
     "bench": (
-        "blockwise prefix fit importance adapters rollouts generation",
+        "blockwise prefix fit importance influence adapters rollouts generation",
         "parties weights trace objectives references selectors parts _batching",
     ),
     "data": ("data",),

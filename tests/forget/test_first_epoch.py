@@ -16,9 +16,10 @@ from overhaul import session
 from overhaul.data.examples import Examples, join
 from overhaul.errors import RequestError, RunError
 from overhaul.forget.first_epoch import first_epoch
-from overhaul.forget.first_epoch.ascent import Goal, iterate, live, norm_of, once
+from overhaul.forget.first_epoch.ascent import Goal, iterate, norm_of, once
 from overhaul.forget.first_epoch.ledger import chosen
 from overhaul.forget.first_epoch.recording import record
+from overhaul.influence import gradient
 from overhaul.references import reference_nll
 
 LANGUAGE: dict[str, Callable[..., nn.Module]] = {
@@ -184,8 +185,8 @@ def test_the_change_is_eta_times_the_stored_gradients(
     stored = ledger.sum(ledger.matching(forget))
     eta = float(str(outcome.facts["eta"]))
     assert eta > 0
-    for name, gradient in stored.items():
-        assert torch.allclose(model.get_parameter(name), weights[name] + eta * gradient, atol=1e-6)
+    for name, value in stored.items():
+        assert torch.allclose(model.get_parameter(name), weights[name] + eta * value, atol=1e-6)
     assert float(str(outcome.facts["length"])) == pytest.approx(eta * norm_of(stored), rel=1e-3)
 
 
@@ -294,7 +295,7 @@ def test_the_slope_is_that_of_the_loss_along_the_way(model: nn.Module, forget: E
 
 def test_the_live_gradient_is_that_of_the_summed_nll(model: nn.Module, forget: Examples) -> None:
     parameters = chosen(model, "all")
-    here = live(model.train(), forget, parameters)
+    here = gradient(model.train(), forget, parameters)
     assert model.training
     direction = {name: gradient / norm_of(here) for name, gradient in here.items()}
 
@@ -315,7 +316,7 @@ def test_a_step_that_ruins_everything_is_an_error(
     model: nn.Module, forget: Examples, retain: Examples, walk: Any
 ) -> None:
     parameters = chosen(model, "all")
-    direction = live(model, retain, parameters)
+    direction = gradient(model, retain, parameters)
     goal = Goal.at(model, forget, retain, target=50.0, retain_rise=1e-9)
     with pytest.raises(RunError, match="Even a step of length .* costs `retain` more"):
         walk(parameters, lambda: direction, goal, 1e3, 3)

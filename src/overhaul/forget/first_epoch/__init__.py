@@ -33,11 +33,9 @@ from torch import nn
 from overhaul import session
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError, writing
-from overhaul.forget.first_epoch.ascent import Goal, Way, iterate, live, norm_of, once
-from overhaul.forget.first_epoch.influence import dot
+from overhaul.forget.first_epoch.ascent import Goal, Way, iterate, norm_of, once
 from overhaul.forget.first_epoch.ledger import (
     GradientLedger,
-    Gradients,
     Stores,
     Where,
     alike,
@@ -47,6 +45,7 @@ from overhaul.forget.first_epoch.ledger import (
     weights_digest,
 )
 from overhaul.forget.first_epoch.recording import record
+from overhaul.influence import Gradients, dot, gradient
 from overhaul.method import Outcome, method
 from overhaul.objectives import answer_tokens, check_labelled
 from overhaul.stack import LayerStack
@@ -131,7 +130,7 @@ def first_epoch(
             curves["training loss"] = ran.curves["loss"]
 
     def direction() -> Gradients:
-        return live(model, forget, parameters) if stored is None else stored
+        return gradient(model, forget, parameters) if stored is None else stored
 
     goal = Goal.at(model, forget, retain, unseen=unseen, target=target, retain_rise=retain_rise)
     slope = _slope(model, forget, parameters, direction())
@@ -227,7 +226,7 @@ def _sum(
 
 def _slope(model: nn.Module, forget: Examples, parameters: Mapping[str, nn.Parameter], direction: Gradients) -> float:
     """By how many nats a token `forget` rises for each unit of length along the direction, to first order."""
-    here = live(model, forget, parameters)
+    here = gradient(model, forget, parameters)
     return dot(here, direction) / norm_of(direction) / sum(answer_tokens(batch) for batch in forget.batches(64))
 
 

@@ -19,18 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from overhaul import session
-from overhaul.data.examples import Batch, Examples
+from overhaul.data.examples import Examples
 from overhaul.errors import RunError
-from overhaul.forget.first_epoch.ledger import Gradients
-from overhaul.forward import forward
+from overhaul.influence import Gradients
 from overhaul.judge.likelihood import extraction_strength, score
-from overhaul.modes import at_rest
-from overhaul.objectives import cross_entropy_sum
 
 HALVINGS = 8
 """How often the interval of eta is halved: it is known to 1/256 of the last doubling."""
-
-GRADIENT_BATCH = 8
 
 Ended = Literal["forgotten", "retain", "repetitions"]
 Source = Callable[[], Gradients]
@@ -257,24 +252,3 @@ def _too_much(goal: Goal, step: float) -> RunError:
         f"Even a step of length {step:.2g} costs `retain` more than {goal.ceiling:.3f} nats a token, and `forget` is not "
         "forgotten by then. Give a shorter step, other parameters (`where`) or a higher retain_rise."
     )
-
-
-def live(
-    model: nn.Module,
-    examples: Examples,
-    parameters: Mapping[str, nn.Parameter],
-    loss: Callable[[Tensor, Batch], Tensor] = cross_entropy_sum,
-) -> Gradients:
-    """The gradient of the summed loss (answer NLL) of all examples at the present weights, in eval mode, on the CPU."""
-    values = list(parameters.values())
-    wide = {name: torch.promote_types(p.dtype, torch.float32) for name, p in parameters.items()}
-    total = {name: torch.zeros(p.shape, dtype=wide[name]) for name, p in parameters.items()}
-    with at_rest(model):
-        for batch in examples.batches(GRADIENT_BATCH):
-            moved = {k: v.to(values[0].device) for k, v in batch.items()}
-            value = loss(forward(model, moved), moved)
-            found = torch.autograd.grad(value, values, allow_unused=True)
-            for name, gradient in zip(parameters, found, strict=True):
-                if gradient is not None:
-                    total[name] += gradient.cpu()
-    return total

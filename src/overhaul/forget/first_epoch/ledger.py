@@ -31,13 +31,13 @@ from torch import Tensor, nn
 
 from overhaul.data.examples import Encoded, Examples
 from overhaul.errors import RequestError, RunError, writing
+from overhaul.influence import Gradients
 from overhaul.selectors import blocks_of
 from overhaul.stack import LayerStack
 
 Where = Literal["embedding", "all", "first block", "last blocks"]
 Epochs = Literal["first", "all", "last"]
 Stores = Literal["gradient", "update"]
-Gradients = dict[str, Tensor]
 
 LAST_BLOCKS = 2
 """How many blocks "last blocks" are (the paper's 11 and 12 of GPT-2)."""

@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from overhaul import session, trace
 from overhaul.data.examples import Batch, Examples
 from overhaul.errors import RunError
-from overhaul.forget.first_epoch.ascent import live
-from overhaul.forget.first_epoch.ledger import Gradients, Where, chosen
 from overhaul.forward import forward
 from overhaul.modes import at_rest
 from overhaul.objectives import cross_entropy_sum, evaluate
@@ -34,6 +32,7 @@ from overhaul.stack import LayerStack
 Loss = Callable[[Tensor, Batch], Tensor]
 """(logits, batch) -> the loss summed over the batch."""
 
+Gradients = dict[str, Tensor]
 Product = Callable[[Gradients], Gradients]
 Parameters = Mapping[str, nn.Parameter]
 
@@ -207,7 +206,7 @@ def tracin(
     samples: Examples,
     probes: Examples,
     *,
-    where: Where | list[int] = "all",
+    names: Collection[str] | None = None,
     loss: Loss = cross_entropy_sum,
 ) -> Float[Tensor, "z q"]:
     """Sum over checkpoints of the learning rate times the product of a sample's and a probe's gradient.
@@ -216,7 +215,7 @@ def tracin(
         checkpoints: models along a training, each with the rate it had.
         samples: z of them.
         probes: q of them.
-        where: the parameters that count.
+        names: of the parameters that count; all that train, if None.
         loss: summed over a batch.
 
     Returns:
@@ -224,7 +223,8 @@ def tracin(
     """
     found = torch.zeros(len(samples), len(probes))
     for model, rate in checkpoints:
-        parameters = chosen(model, where)
+        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        parameters = trained if names is None else {name: trained[name] for name in names}
         for z in range(len(samples)):
             ours = _gradient(model, samples, z, parameters, loss)
             for q in range(len(probes)):
@@ -254,9 +254,29 @@ def activation_similarity(model: nn.Module, samples: Examples, probes: Examples,
     return (pooled(samples) @ pooled(probes).T).cpu()
 
 
+def gradient(
+    model: nn.Module,
+    examples: Examples,
+    parameters: Parameters,
+    loss: Loss = cross_entropy_sum,
+) -> Gradients:
+    """The gradient of the summed loss (answer NLL) of all examples at the present weights, in eval mode, on the CPU."""
+    values = list(parameters.values())
+    wide = {name: torch.promote_types(p.dtype, torch.float32) for name, p in parameters.items()}
+    total = {name: torch.zeros(p.shape, dtype=wide[name]) for name, p in parameters.items()}
+    with at_rest(model):
+        for batch in examples.batches(8):
+            moved = {k: v.to(values[0].device) for k, v in batch.items()}
+            found = torch.autograd.grad(loss(forward(model, moved), moved), values, allow_unused=True)
+            for name, value in zip(parameters, found, strict=True):
+                if value is not None:
+                    total[name] += value.cpu()
+    return total
+
+
 def _gradient(model: nn.Module, examples: Examples, place: int, parameters: Parameters, loss: Loss) -> Gradients:
-    found = live(model, examples[place : place + 1], parameters, loss)
-    return {name: gradient.to(parameters[name].device) for name, gradient in found.items()}
+    found = gradient(model, examples[place : place + 1], parameters, loss)
+    return {name: value.to(parameters[name].device) for name, value in found.items()}
 
 
 def dot(one: Gradients, other: Gradients) -> float:

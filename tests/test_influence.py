@@ -11,11 +11,13 @@ from conftest import examples_for, mean_loss, tiny_gemma3, tiny_gpt2, tiny_llama
 from overhaul.data.examples import Batch, Examples, collate
 from overhaul.errors import RunError
 from overhaul.fit import fit
-from overhaul.forget.first_epoch.ascent import live
-from overhaul.forget.first_epoch.influence import (
+from overhaul.forget.first_epoch.ledger import Gradients, chosen
+from overhaul.forward import forward
+from overhaul.influence import (
     activation_similarity,
     conjugate_gradient,
     dot,
+    gradient,
     hessian_vector,
     influence,
     lissa,
@@ -23,8 +25,6 @@ from overhaul.forget.first_epoch.influence import (
     tracin,
     twice_differentiable,
 )
-from overhaul.forget.first_epoch.ledger import Gradients, chosen
-from overhaul.forward import forward
 from overhaul.objectives import cross_entropy, cross_entropy_sum
 
 LANGUAGE: dict[str, Callable[..., nn.Module]] = {
@@ -97,7 +97,7 @@ def test_check_5_the_product_is_that_of_finite_differences(name: str) -> None:
         with torch.no_grad():
             for key, p in parameters.items():
                 p.add_(vector[key], alpha=sign * step)
-        gradients.append(live(model, examples, parameters))
+        gradients.append(gradient(model, examples, parameters))
         with torch.no_grad():
             for key, p in parameters.items():
                 p.sub_(vector[key], alpha=sign * step)
