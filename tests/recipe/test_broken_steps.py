@@ -52,7 +52,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models.save(tiny_resnet(), None, base / "resnet")
     models.save(tiny_vit(num_labels=2), None, base / "vit2")
     models.save(BertForMaskedLM(BertConfig(**sizes)).eval(), tokenizer, base / "masked")
-    models.save(BertForSequenceClassification(BertConfig(**{**sizes, "num_labels": 3})).eval(), tokenizer, base / "classifier")
+    models.save(
+        BertForSequenceClassification(BertConfig(**{**sizes, "num_labels": 3})).eval(), tokenizer, base / "classifier"
+    )
     file = shutil.copytree(base / "llama", base / "damaged") / "model.safetensors"
     tensors = load_file(file)
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
