@@ -30,6 +30,7 @@ from breaking import (
 from conftest import tiny_gpt2, tiny_resnet, tiny_tokenizer, tiny_vit
 from overhaul import models
 from overhaul.errors import RequestError
+from overhaul.recipe import ahead, stand_ins
 from overhaul.recipe.run import run
 
 TEXT = {"from": "text.jsonl", "length": 32}
@@ -244,6 +245,23 @@ def test_what_is_broken_is_stopped_by_plan(name: str, place: Path, monkeypatch: 
     with pytest.raises(RequestError, match=f"(?s){said}") as caught:
         planned(recipe, monkeypatch, place)
     assert len(str(caught.value)) < 1000
+
+
+NEED_NUMBERS = {
+    "gates in GPT-2", "half a layer", "experts", "residuals behind norms", "gates after a drop", "blocks after residuals",
+    "prompts twice", "a class that is gone", "a merge with what was deeper",
+}  # fmt: skip
+"""What shows only where a network has numbers: of one too large to be drawn, the run finds it."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(BROKEN.keys() - NEED_NUMBERS))
+def test_what_is_broken_about_a_large_network_is_stopped_too(
+    name: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (ahead, stand_ins):
+        monkeypatch.setattr(module, "DRAWN", 0)
+    test_what_is_broken_is_stopped_by_plan(name, place, monkeypatch)
 
 
 SOUND: dict[str, Change] = {
