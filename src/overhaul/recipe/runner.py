@@ -57,7 +57,8 @@ def start(document: Document, root: Path) -> dict[str, Any]:
         raise RequestError("The recipe has nothing but `compare:`, which `overhaul compare` runs.")
     folder = RunFolder(root)
     if processes.is_main():
-        folder = RunFolder.claim(root, document.name, disk_bytes(checked))
+        reads = [checked.model, *checked.references_read()]
+        folder = RunFolder.claim(root, document.name, disk_bytes(checked), reads)
     processes.wait()
     with folder.held(), folder.logged(), session.using(device=checked.recipe.on, stack=checked.recipe.stack):
         return Runner(checked, folder).go()
@@ -232,7 +233,8 @@ class Runner:
             self.make(step, stages, key, place)
             processes.wait()
         record = json.loads((place / "step.json").read_text(encoding="utf-8"))
-        record.pop("files", None)
+        for stamp in ("files", "sha256"):
+            record.pop(stamp, None)
         self.warnings += results.done_with_others(step, record.get("libraries") or {}, self.folder.root / "steps")
         if not (place / "model").exists():
             return replace(stages[-1], name=step.name, record=record, place=place, step_key=key, changed=False)

@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from overhaul.stack.discovery import Blocks, uncompiled
 
@@ -241,7 +241,7 @@ def describe(stack: LayerStack, places: Sequence[int], count: int, undo: ExitSta
         return True
     if len(_twin(stack)) == len(places):  # the running config is the saved one
         return True
-    for read, write in _saved_configs(stack.model):
+    for read, write in saved_configs(stack.model):
         for name in [name for name, value in read().items() if type(value) is int and value == count]:
             changes = {**per_block_values(read(), places, count), name: len(places)}
             old = {name: read()[name] for name in changes}
@@ -253,7 +253,7 @@ def describe(stack: LayerStack, places: Sequence[int], count: int, undo: ExitSta
     return False
 
 
-def _saved_configs(model: nn.Module) -> Iterator[tuple[Callable[[], Mapping[str, Any]], Callable[[Any], None]]]:
+def saved_configs(model: nn.Module) -> Iterator[tuple[Callable[[], Mapping[str, Any]], Callable[[Any], None]]]:
     """(read, write) of each config that `save_pretrained` writes: the model's own and its parts."""
     config: Any = model.config
     if isinstance(config, dict):  # diffusers
@@ -362,7 +362,8 @@ def _differences(ours: Mapping[str, Any], planned: Mapping[str, Any], label: str
 
 
 def _shapes(module: nn.Module, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    state = module.state_dict()
+    # torch's quantised modules keep their dtype among their tensors
+    state = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
     return {name: tuple(tensor.shape) for name, tensor in state.items() if not without or not name.startswith(without)}
 
 
