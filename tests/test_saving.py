@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import overhaul as oh
-from conftest import tiny_llama
+from conftest import tiny_llama, tiny_resnet
 from overhaul import models
 from overhaul.errors import RequestError, RunError
 from overhaul.recipe.check import check
@@ -77,13 +77,55 @@ def another_norm_in_place(model: Any) -> None:
     model.model.layers[1].input_layernorm.variance_epsilon = 0.5
 
 
-@pytest.mark.parametrize("edit", [slower, another_base, another_norm, another_norm_in_place])
+def another_activation(model: Any) -> None:
+    model.model.layers[1].mlp.act_fn = nn.ReLU()
+
+
+def looking_ahead(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+
+
+EDITS = [slower, another_base, another_norm, another_norm_in_place, another_activation, looking_ahead]
+
+
+@pytest.mark.parametrize("edit", EDITS)
 def test_what_a_reload_would_compute_otherwise_is_not_saved(edit: Callable[[Any], None], tmp_path: Path) -> None:
     model = tiny_llama()
     edit(model)
     with pytest.raises(RunError, match="would open as another model"):
         oh.save(model, None, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def doubled(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+    return 2 * output
+
+
+def test_what_no_folder_holds_is_said_where_it_may_change_what_the_model_says(tmp_path: Path) -> None:
+    hooked, quiet = tiny_llama(), tiny_llama()
+    hooked.model.layers[1].mlp.register_forward_hook(doubled)
+    with pytest.warns(UserWarning, match=r"model\.layers\.1\.mlp has hooks here"):
+        oh.save(hooked, None, tmp_path / "hooked")
+    quiet.enable_input_require_grads()  # a hook of the library's own
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        oh.save(quiet, None, tmp_path / "quiet")
+
+
+def test_tensors_that_are_not_in_one_piece_are_saved(tmp_path: Path) -> None:
+    model = tiny_resnet().to(memory_format=torch.channels_last)
+    assert not all(parameter.is_contiguous() for parameter in model.parameters())
+    opened, _ = oh.open(oh.save(model, None, tmp_path / "out"))
+    expected = dict(model.named_parameters())
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in opened.named_parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_torch_quantised_is_refused_in_words(tmp_path: Path) -> None:
+    model = torch.ao.quantization.quantize_dynamic(tiny_llama(), {nn.Linear})
+    with pytest.raises(RunError, match="would not load back what this model holds"):
+        oh.save(model, None, tmp_path / "out")
 
 
 def test_weights_that_were_cast_are_saved_and_it_is_said_that_tables_were_too(tmp_path: Path) -> None:

@@ -82,13 +82,16 @@ def module_folders(source: Path) -> list[str]:
     return [name for name in inside if (source / name).is_dir()]
 
 
-def cast(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The state as it is stored in another dtype; tied tensors stay one tensor, or they would be written twice."""
+def cast(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """The state as it is stored, in another dtype if any; tied tensors stay one tensor, or they would be written twice.
+
+    Each tensor is in one piece, as those of images with their channels last are not.
+    """
     kept, made, state = _kept_exact(model), dict[int, torch.Tensor](), dict[str, torch.Tensor]()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in made:
-            exact = not tensor.is_floating_point() or _NUMBERS.sub(".*.", name) in kept
-            made[id(tensor)] = tensor.detach() if exact else tensor.detach().to(dtype)
+            exact = dtype is None or not tensor.is_floating_point() or _NUMBERS.sub(".*.", name) in kept
+            made[id(tensor)] = (tensor if exact else tensor.to(dtype)).detach().contiguous()
         state[name] = made[id(tensor)]
     return state
 

@@ -355,7 +355,8 @@ def write_checkpoint(model: Any, processor: Any, folder: Path, dtype: str | None
     """`save_pretrained` in `dtype` without changing the model that is held."""
     if (wanted := DTYPES.get(dtype or "")) is None:
         with quiet_transformers():
-            model.save_pretrained(folder, **_sized(model))
+            state = {} if hasattr(model, "register_to_config") else {"state_dict": cast(model, None)}
+            model.save_pretrained(folder, **state, **_sized(model))
     elif hasattr(model, "register_to_config"):  # diffusers saves only what the model holds
         from huggingface_hub import save_torch_state_dict
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from overhaul.conversions.records import records
 from overhaul.errors import RunError
 from overhaul.stack.arrangement import skeleton
 
@@ -31,12 +32,16 @@ LIBRARIES = ("transformers.", "torch.nn.")
 IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 """What changes nothing outside of training."""
 
+HOOKS = ("transformers", "diffusers", "accelerate", "peft", "torch", "overhaul")
+"""Whose hooks change nothing that is said: they move tensors, or ask for gradients."""
+
 
 def check_recomputed(model: Any) -> None:
     """Refuse to save a model that would not open as what it is, although all its weights do.
 
     Warns:
-        UserWarning: a table was rounded with the weights (`model.to(torch.bfloat16)`), and the folder opens with exact ones.
+        UserWarning: a table was rounded with the weights (`model.to(torch.bfloat16)`), and the folder opens with exact ones;
+            or somebody's hooks may change what the model says.
 
     Raises:
         RunError: a module, a setting or a table is not what the config describes.
@@ -56,6 +61,12 @@ def check_recomputed(model: Any) -> None:
         rounded += [
             key for key, table, new in _tables(planned, name, module, twin) if _is_rounded(model, key, table, new)
         ]
+    if not records(model) and (hooked := next((name for name, one in held.items() if _hooked(one)), None)) is not None:
+        warnings.warn(
+            f"{hooked or 'The model'} has hooks here, which no folder holds. If they change what the model says, the folder "
+            "says something else; a conversion (overhaul.conversions) is recorded.",
+            stacklevel=5,
+        )
     if rounded:
         warnings.warn(
             f"{len(rounded)} tables that are not stored, such as {rounded[0]!r}, were rounded with the weights of this "
@@ -63,6 +74,13 @@ def check_recomputed(model: Any) -> None:
             "want (`dtype=`) instead of casting them.",
             stacklevel=5,
         )
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody hooked into a module."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    owners = [getattr(hook, "func", hook) for hook in hooks]
+    return any(str(getattr(one, "__module__", "")).partition(".")[0] not in HOOKS for one in owners)
 
 
 def _check_kind(model: nn.Module, name: str, module: nn.Module | None, twin: nn.Module) -> None:

@@ -185,12 +185,12 @@ CLAIM = Claim(
     ),
     run=run,
     remarks=(
-        "Variety comes back for little validity, more than by any mixture of all weights, but not because the blocks are the "
-        "base's: the same run out of another network does as well (0.29 to 0.35 against 0.31 to 0.34) and keeps as much "
-        "validity. The best explanation is that in six blocks the first one and the embeddings do the task; what "
-        "post-training wrote into the others is what narrows, and taking it away is enough. With the first block in the run, "
-        "as in the pilots on another seed, another network's blocks break the model (0.11 to 0.22 valid). On one "
-        "seed the floor leaves less than 1.3 times the diversity. How long post-training lasts was changed twice after pilots (200 "
-        "and 60 steps, then 100); checks and margins were not."
+        "Variety comes back for little validity, more than by any mixture of all weights, but not because the blocks "
+        "are the base's: the same run out of another network does as well (0.29 to 0.35 against 0.31 to 0.34) and keeps "
+        "as much validity. The best explanation is that in six blocks the first one and the embeddings do the task; "
+        "what post-training wrote into the others is what narrows, and taking it away is enough. With the first block "
+        "in the run, as in the pilots on another seed, another network's blocks break the model (0.11 to 0.22 valid). "
+        "On one seed the floor leaves less than 1.3 times the diversity. How long post-training lasts was changed twice "
+        "after pilots (200 and 60 steps, then 100); checks and margins were not."
     ),
 )

@@ -14,10 +14,12 @@ from torch import Tensor
 from overhaul import weights
 from overhaul.errors import RequestError, RunError
 from overhaul.models import Checkpoint
-from overhaul.weights import Combine, TensorFacts, TensorIndex
+from overhaul.weights import Combine, TensorFacts, TensorIndex, Whole
 
 
-def written(method: str, base: Checkpoint, tuned: Sequence[Checkpoint], combine: Combine, out: Path) -> dict[str, Any]:
+def written(
+    method: str, base: Checkpoint, tuned: Sequence[Checkpoint], combine: Combine, out: Path, whole: Whole = False
+) -> dict[str, Any]:
     """Stream `combine` into a new folder.
 
     Args:
@@ -26,6 +28,7 @@ def written(method: str, base: Checkpoint, tuned: Sequence[Checkpoint], combine:
         tuned: the others.
         combine: as for `weights.stream`.
         out: folder to write.
+        whole: as for `weights.stream`.
 
     Returns:
         Facts: how many tensors there are and how many are not the base's, and in what the folders differ.
@@ -49,7 +52,7 @@ def written(method: str, base: Checkpoint, tuned: Sequence[Checkpoint], combine:
                 moved.add(tensor.name)
         return made
 
-    weights.stream([base, *tuned], watched, out, told={"name": method})
+    weights.stream([base, *tuned], watched, out, whole=whole, told={"name": method})
     if not moved:
         shutil.rmtree(out)
         raise RunError(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from overhaul.files import matching, pattern_of
 from overhaul.recipe.spec import Document
-from overhaul.versions import libraries, package_version
+from overhaul.versions import installed, libraries, package_version
 
 if TYPE_CHECKING:
     from overhaul.recipe.check import Checked
@@ -33,7 +33,7 @@ def found(root: Path, document: Document) -> dict[str, Any] | None:
             return None
         kept = json.loads(path.read_text(encoding="utf-8"))
         places = [Path(place) for place in kept["places"]]
-        if kept["recipe"] != document.text or kept["base"] != str(document.base) or kept["code"] != _code():
+        if kept["recipe"] != document.text or kept["base"] != str(document.base) or kept["code"] != _code(document):
             return None
         if _stamps(places, root) != kept["files"]:
             return None
@@ -46,6 +46,7 @@ def remember(root: Path, checked: Checked) -> None:
     """Write down what the finished run in `root` depended on; not where some of it is no file and no code of ours."""
     from overhaul.data.chats import is_template
     from overhaul.files import write_json
+    from overhaul.judge import harness
 
     if any(not step.method.module.startswith("overhaul.") for step in checked.steps):
         return
@@ -69,9 +70,11 @@ def remember(root: Path, checked: Checked) -> None:
             template = part.get("chat_template") if isinstance(part, dict) else None
             if template is not None and not is_template(template):
                 places.append(checked.document.base / template)
+    for request in checked.requests:
+        places += harness.places(request.task, request.options) if request.task else []
     places = [place.absolute() for place in dict.fromkeys(places)]
     text, base = checked.document.text, str(checked.document.base)
-    kept = {"recipe": text, "base": base, "code": _code(), "places": list(map(str, places))}
+    kept = {"recipe": text, "base": base, "code": _code(checked.document), "places": list(map(str, places))}
     write_json(root / FILE, kept | {"files": _stamps(places, root)})
 
 
@@ -98,5 +101,12 @@ def _stamp(path: Path) -> list[Any]:
     return [str(path), status.st_size, status.st_mtime_ns, status.st_ino]
 
 
-def _code() -> list[str]:
-    return [package_version(), *(f"{name} {number}" for name, number in libraries().items())]
+def _code(document: Document) -> list[str]:
+    used = libraries() | (
+        {"lm_eval": installed("lm_eval")} if any(map(_of_tasks, document.recipe.judge.values())) else {}
+    )
+    return [package_version(), *(f"{name} {number}" for name, number in used.items())]
+
+
+def _of_tasks(metrics: Any) -> bool:
+    return isinstance(metrics, dict) and "lm_eval" in metrics

@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from overhaul.stack.discovery import Blocks, uncompiled
 
@@ -362,7 +362,8 @@ def _differences(ours: Mapping[str, Any], planned: Mapping[str, Any], label: str
 
 
 def _shapes(module: nn.Module, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    state = module.state_dict()
+    # torch's quantised modules keep their dtype among their tensors
+    state = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
     return {name: tuple(tensor.shape) for name, tensor in state.items() if not without or not name.startswith(without)}
 
 
