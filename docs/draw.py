@@ -30,14 +30,14 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "judge": ("judge report",),
     "bench": (
         "blockwise prefix fit importance influence adapters rollouts generation",
-        "parties weights trace objectives references selectors parts _batching",
+        "parties weights trace objectives references selectors groups parts _batching",
     ),
     "data": ("data",),
     "models": (
         "_auto checkpoints models processor conversions stack forward modes outcome",
-        "weight_files architectures adapter_folders quantised companions recomputed finite",
+        "weight_files architectures adapter_folders quantised companions recomputed positions finite",
     ),
-    "ground": ("errors session processes files versions",),
+    "ground": ("errors session processes files quoting versions",),
 }
 """The layers from the door to the ground, each of one row of rooms or several. A verb without methods has no room yet."""
 

@@ -30,6 +30,7 @@ def recipes_page() -> str:
         ("Every option of data", _options(Source)),
         ("Every form", _table(("`as:`", "it is", "columns", "needs"), map(_form, FORMS.values()))),
         ("Every metric", _table(("metric", "what it is", "unit", "better", "reads", "options"), _metrics())),
+        *((f"Every option of `{one.name}`", _arguments(one)) for one in METRICS.values() if one.tasks),
         ("Every verifier", _table(("`verify:`", "it accepts", "columns"), map(_verifier, VERIFIERS.values()))),
     ]
     return "\n".join([f"{head}{mark or MARK}", *(f"\n## {title}\n\n{text}" for title, text in parts), ""])
@@ -56,10 +57,20 @@ def _form(form: Any) -> tuple[str, ...]:
 def _metrics() -> Iterable[tuple[str, ...]]:
     for name, one in METRICS.items():
         columns = [f"the column `{column}`" for column in one.columns]
-        roles = [] if len(one.roles) == 1 else [f"roles {' and '.join(f'`{role}`' for role in one.roles)}"]
+        roles = [] if len(one.roles) < 2 else [f"roles {' and '.join(f'`{role}`' for role in one.roles)}"]
         options = ", ".join(f"`{key}: {default}`" for key, (_, default) in one.options.items())
         reads = "; ".join([", ".join(one.reads), *columns, *roles])
-        yield f"`{name}`", f"{one.label}: {one.help}", one.unit or "number", one.better, reads, options
+        said = [f"{one.label}: {one.help}", one.unit or "number", one.better, reads, options]
+        if one.tasks:
+            said[1:] = ["the task's", "the task's", "tasks of its own", "below"]
+        yield f"`{name}`", *said
+
+
+def _arguments(one: Any) -> str:
+    """The options of a metric that has many, each with what it says."""
+    docs = argument_docs(one.doc, "Args")
+    rows = [(f"`{key}`", type_text(hint), f"`{default}`", docs[key]) for key, (hint, default) in one.options.items()]
+    return _table(("option", "type", "default", "what it says"), rows)
 
 
 def _verifier(one: Any) -> tuple[str, ...]:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from made_up import language_report
 from overhaul import cli
 from overhaul.claims import _claim
 from overhaul.errors import RequestError
 from overhaul.recipe.begin import packaged
+from overhaul.report.comparison import Comparison, Row
 
 COMMAND = [str(Path(sys.executable).parent / "overhaul")]
 
@@ -134,6 +140,66 @@ def test_a_damaged_report_is_named(damage: str, tmp_path: Path) -> None:
         cli.report(tmp_path)
 
 
+def odd_reports(whole: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A report with each of its parts gone or of another kind."""
+    for key in whole:
+        yield {name: value for name, value in whole.items() if name != key}
+        for value in (None, [7]):
+            yield {**whole, key: value}
+
+
+@pytest.mark.filterwarnings("ignore")  # damage is said as a warning too
+def test_a_report_of_somebody_else_is_shown_or_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found: Counter[int] = Counter()
+    for content in odd_reports(language_report()):
+        (tmp_path / "report.json").write_text(json.dumps(content))
+        code = call(monkeypatch, "report", str(tmp_path))
+        said = capsys.readouterr().err
+        found[code] += 1
+        assert code == 0 or (
+            code == 2 and "report.json is damaged, or not of this version" in " ".join(said.split())
+        ), said
+        assert "Traceback" not in said
+    assert found.keys() == {0, 2}, found
+
+
+def test_a_comparison_is_shown_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure = {"group": "kept", "metric": "accuracy", "label": "accuracy", "help": "", "on": "retain"}
+    measure |= {"unit": "share", "better": "up", "wanted": "same", "n": 4}
+    rows = [Row("before", "before", [[1.0]]), Row("forget.npo", "method", [[0.5]])]
+    Comparison("mine", [measure], rows, {"recipe": "", "warnings": []}).write(tmp_path)
+    (tmp_path / "comparison.html").unlink()
+    assert call(monkeypatch, "report", str(tmp_path)) == 0
+    assert "forget.npo" in capsys.readouterr().out and "forget.npo" in (tmp_path / "comparison.html").read_text()
+
+
+def test_a_terminal_that_goes_ends_the_work_unless_nohup_says_to_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        for stays in (signal.SIG_DFL, signal.SIG_IGN):
+            signal.signal(signal.SIGHUP, stays)
+            cli._listen()
+            ends = stays is signal.SIG_DFL
+            assert (signal.getsignal(signal.SIGHUP) is cli._interrupt) == ends
+            assert signal.getsignal(signal.SIGTERM) is cli._interrupt
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("options", ["", "--json"])
+def test_who_reads_only_the_beginning_hears_no_complaint(options: str) -> None:
+    command = f"{sys.executable} -m overhaul methods {options} | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stdout and not done.stderr
+
+
 @pytest.mark.smoke
 def test_closed_outputs_and_a_folder_that_is_gone(tmp_path: Path) -> None:
     command = f"{sys.executable} -m overhaul methods shrink.prune"
@@ -142,3 +208,12 @@ def test_closed_outputs_and_a_folder_that_is_gone(tmp_path: Path) -> None:
     gone = f"cd {tmp_path}/gone; rmdir ../gone; {command}"
     done = subprocess.run(["bash", "-c", gone], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "The folder in which the command was given cannot be read" in done.stderr
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("arguments", ["methods", "methods --json", "--help"])
+def test_a_full_disk_behind_the_output_is_one_sentence(arguments: str) -> None:
+    command = f"{sys.executable} -m overhaul {arguments} > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr == "Error What was to be printed could not be written: No space left on device.\n"

@@ -20,6 +20,7 @@ from overhaul.recipe.spec import read
 from overhaul.shrink.drop_layers import drop_layers
 from overhaul.shrink.heal import heal
 from overhaul.stack import LayerStack
+from tiny_checkpoints import rewrite
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
 SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 160}
@@ -253,3 +254,40 @@ def test_modules_that_cannot_do_without_their_folders_are_missed(tmp_path: Path)
     model, processor = models.open_model(place)
     out = models.save(model, processor, tmp_path / "out")
     assert (out / "more" / "3_Dense" / "config.json").is_file(), "wherever below the folder it lies"
+
+
+def pooled(name: str, **options: Any) -> Any:
+    import transformers
+
+    sizes = {
+        key: value
+        for key, value in SIZES.items()
+        if name != "ViT" or key not in ("vocab_size", "max_position_embeddings")
+    }
+    more = {"image_size": 8, "patch_size": 4, "num_channels": 1} if name == "ViT" else {}
+    config = getattr(transformers, f"{name}Config")(**sizes, **more)
+    return getattr(transformers, f"{name}Model")(config, **options).eval()
+
+
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "MPNet", "ViT"])
+def test_a_folder_without_a_pooler_opens_changes_and_is_saved_without(name: str, tmp_path: Path) -> None:
+    source: Any = pooled(name, add_pooling_layer=False)
+    source.save_pretrained(tmp_path / "m")
+    given = torch.randn(1, 1, 8, 8) if name == "ViT" else torch.arange(3, 12)[None]
+    models.check_shapes(models.facts(tmp_path / "m"))
+    opened: Any = oh.open(tmp_path / "m")[0]
+    with torch.no_grad():
+        assert opened.pooler is None
+        assert torch.equal(opened(given).last_hidden_state, source(given).last_hidden_state)
+        drop_layers(opened, drop=[1])
+        again: Any = oh.open(oh.save(opened, None, tmp_path / "out"))[0]
+        assert again.pooler is None and torch.equal(again(given)[0], opened(given)[0])
+        with pytest.raises(RequestError, match="the weights lack 1 tensors, such as 'pooler.dense.bias'"):
+            oh.open(half(tmp_path / "whole", name))
+
+
+def half(place: Path, name: str) -> Path:
+    """A folder with half a pooler."""
+    pooled(name).save_pretrained(place)
+    rewrite(place, lambda held: held.pop("pooler.dense.bias"))
+    return place

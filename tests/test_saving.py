@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import overhaul as oh
-from conftest import tiny_llama
+from conftest import tiny_llama, tiny_resnet
 from overhaul import finite, models
 from overhaul.errors import RequestError, RunError
 from overhaul.recipe.check import check
 from overhaul.recipe.spec import read
-from tiny_checkpoints import sharded
+from overhaul.shrink.drop_layers import drop_layers
+from tiny_checkpoints import rewrite, sharded, tensors
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,13 +78,55 @@ def another_norm_in_place(model: Any) -> None:
     model.model.layers[1].input_layernorm.variance_epsilon = 0.5
 
 
-@pytest.mark.parametrize("edit", [slower, another_base, another_norm, another_norm_in_place])
+def another_activation(model: Any) -> None:
+    model.model.layers[1].mlp.act_fn = nn.ReLU()
+
+
+def looking_ahead(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+
+
+EDITS = [slower, another_base, another_norm, another_norm_in_place, another_activation, looking_ahead]
+
+
+@pytest.mark.parametrize("edit", EDITS)
 def test_what_a_reload_would_compute_otherwise_is_not_saved(edit: Callable[[Any], None], tmp_path: Path) -> None:
     model = tiny_llama()
     edit(model)
     with pytest.raises(RunError, match="would open as another model"):
         oh.save(model, None, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def doubled(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+    return 2 * output
+
+
+def test_what_no_folder_holds_is_said_where_it_may_change_what_the_model_says(tmp_path: Path) -> None:
+    hooked, quiet = tiny_llama(), tiny_llama()
+    hooked.model.layers[1].mlp.register_forward_hook(doubled)
+    with pytest.warns(UserWarning, match=r"model\.layers\.1\.mlp has hooks here"):
+        oh.save(hooked, None, tmp_path / "hooked")
+    quiet.enable_input_require_grads()  # a hook of the library's own
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        oh.save(quiet, None, tmp_path / "quiet")
+
+
+def test_tensors_that_are_not_in_one_piece_are_saved(tmp_path: Path) -> None:
+    model = tiny_resnet().to(memory_format=torch.channels_last)
+    assert not all(parameter.is_contiguous() for parameter in model.parameters())
+    opened, _ = oh.open(oh.save(model, None, tmp_path / "out"))
+    expected = dict(model.named_parameters())
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in opened.named_parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_torch_quantised_is_refused_in_words(tmp_path: Path) -> None:
+    model = torch.ao.quantization.quantize_dynamic(tiny_llama(), {nn.Linear})
+    with pytest.raises(RunError, match="would not load back what this model holds"):
+        oh.save(model, None, tmp_path / "out")
 
 
 def test_weights_that_were_cast_are_saved_and_it_is_said_that_tables_were_too(tmp_path: Path) -> None:
@@ -204,3 +247,77 @@ def test_a_folder_with_a_weight_that_is_no_number_is_not_opened(value: float, tm
         oh.open(folder)
     # sums that are too large are no fault
     assert finite._is_finite(torch.full((4,), 3e38)) and not finite._is_finite(torch.tensor([value]))
+
+
+def another_activation(model: Any) -> None:
+    model.model.layers[1].mlp.act_fn = nn.Tanh()
+
+
+def no_activation(model: Any) -> None:
+    model.model.layers[1].mlp.act_fn = nn.Identity()
+
+
+def all_activations(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.Sequential(layer.mlp.act_fn, nn.ReLU())
+
+
+def both_ways(model: Any) -> None:
+    model.model.layers[0].self_attn.is_causal = False
+
+
+def without_norm(model: Any) -> None:
+    model.model.rotary_emb = None
+
+
+@pytest.mark.parametrize("edit", [another_activation, no_activation, all_activations, both_ways, without_norm])
+def test_what_is_no_weight_and_was_exchanged_is_not_saved(edit: Callable[[Any], None], tmp_path: Path) -> None:
+    model = tiny_llama()
+    edit(model)
+    with pytest.raises(RunError, match="its config describes .*what is saved would open as another model"):
+        oh.save(model, None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_make_of_the_same_activation_and_switches_of_training_are_saved(tmp_path: Path) -> None:
+    model: Any = tiny_llama(attention_dropout=0.1)
+    model.model.layers[1].mlp.act_fn = nn.SiLU(inplace=False)
+    model.activation_checkpointing_enable()
+    model.train()
+    opened: Any = oh.open(oh.save(model, None, tmp_path / "out"))[0]
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(opened(ids).logits, model.eval()(ids).logits)
+
+
+def test_a_function_that_was_exchanged_is_not_saved(tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    from conftest import tiny_gpt2
+
+    assert GPT2Config().activation_function == "gelu_new"
+    model: Any = tiny_gpt2()
+    model.transformer.h[0].mlp.act.forward = torch.tanh
+    with pytest.raises(RunError, match="transformer.h.0.mlp.act has a forward of its own"):
+        oh.save(model, None, tmp_path / "out")
+
+
+def test_what_is_exact_among_smaller_numbers_stays_exact(tmp_path: Path) -> None:
+    model: Any = tiny_llama()
+    for n, layer in enumerate(model.model.layers):
+        layer.input_layernorm.weight.data += 1e-4 * (n + 1)
+    place = oh.save(model, None, tmp_path / "m", dtype="bfloat16")
+    norms = {name: tensor for name, tensor in model.state_dict().items() if "input_layernorm" in name}
+    rewrite(place, lambda held: held.update(norms))
+    opened: Any = oh.open(place)[0]
+    drop_layers(opened, drop=[1])
+    stored = tensors(oh.save(opened, None, tmp_path / "out", dtype="bfloat16"))
+    assert {name for name, tensor in stored.items() if tensor.dtype is torch.float32} == set(list(norms)[:3])
+    assert [float(stored[name][0]) for name in list(norms)[:3]] == [
+        float(norms[name][0]) for n, name in enumerate(norms) if n != 1
+    ]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    whole = oh.open(oh.save(model, None, tmp_path / "exact"))[0]
+    assert {t.dtype for t in tensors(oh.save(whole, None, tmp_path / "small", dtype="bfloat16")).values()} == {
+        torch.bfloat16
+    }

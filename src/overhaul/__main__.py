@@ -18,8 +18,6 @@ import io
 import os
 import sys
 
-from rich.console import Console
-
 from overhaul import cli
 
 
@@ -33,7 +31,7 @@ def main() -> None:
         return
     said = io.StringIO()
     cli.console.quiet = cli.notes.quiet = os.environ.get("RANK", "0") != "0"
-    cli.errors = Console(file=said, force_terminal=sys.stderr.isatty())
+    cli.errors = cli.Terminal(file=said, force_terminal=sys.stderr.isatty())
     try:
         cli.main()
     except SystemExit as end:

@@ -21,6 +21,7 @@ from torch import nn
 from overhaul.checkpoints import Checkpoint
 from overhaul.conversions.classes import class_in
 from overhaul.errors import OverhaulError, RequestError
+from overhaul.stack.arrangement import without_pooler
 
 CUSTOM_GENERATE = Path("custom_generate") / "generate.py"
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
@@ -176,9 +177,15 @@ def build(known: Checkpoint) -> nn.Module:
         return auto.from_config(config, trust_remote_code=True)
     if known.library == "diffusers":
         return kind.from_config(kind.load_config(known.folder))
-    if hasattr(kind, "plain_config"):  # a converted class
-        return kind(kind.plain_config(known.folder))
-    return kind(kind.config_class.from_pretrained(known.folder))
+    read = getattr(kind, "plain_config", kind.config_class.from_pretrained)  # a converted class has its own
+    return kind(read(known.folder), **pooling(known))
+
+
+def pooling(known: Checkpoint) -> dict[str, bool]:
+    """How a model is built whose pooler is not among its weights: without one, where its class can do that."""
+    held = known.is_new or any(re.search(r"(^|\.)pooler\.", name) for name in known.shapes)
+    kind = class_of(known)
+    return {} if kind is None else without_pooler(kind, held)
 
 
 @contextmanager

@@ -6,24 +6,29 @@ Exit codes: 0 done, 1 the run failed, 2 the request was wrong.
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
+from rich.segment import Segment
 
 from overhaul import __version__
 from overhaul.errors import OverhaulError, reading
+from overhaul.quoting import shown
 
 app = typer.Typer(
     help="Change a trained network, layer by layer, without training it again, and prove what the change did.",
@@ -33,9 +38,22 @@ app = typer.Typer(
 starters_app = typer.Typer(help="Small trained models and data that ship with Overhaul.", invoke_without_command=True)
 app.add_typer(starters_app, name="starters")
 
-console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 110)
-errors = Console(stderr=True)
-notes = Console(stderr=True)
+
+class Terminal(Console):
+    """A console that shows what rows and names hold: it is not steered by them, and `:word:` is no picture."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(emoji=False, **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As a console does it; its own codes stay."""
+        for part in super().render(renderable, options):
+            yield part if part.control else Segment(shown(part.text), part.style)
+
+
+console = Terminal(width=None if sys.stdout is not None and sys.stdout.isatty() else 110)
+errors = Terminal(stderr=True)
+notes = Terminal(stderr=True)
 
 INTERRUPTED = 130
 """What the command line parser makes of Ctrl-C."""
@@ -46,6 +64,11 @@ Device = Annotated[
     str | None, typer.Option("--device", help="In place of the recipe's: cpu, cuda, cuda:1, mps.", show_default=False)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def _say(text: str) -> None:
+    """Print a line with paths or names in it, as it is."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 _interrupted = False
@@ -63,17 +86,41 @@ def _go_on() -> None:
         raise KeyboardInterrupt
 
 
+def _listen() -> None:
+    """End as Ctrl-C does where the system asks for it, or where the terminal goes and `nohup` does not say to stay."""
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    gone = getattr(signal, "SIGHUP", None)
+    if gone is not None and signal.getsignal(gone) is not signal.SIG_IGN:
+        signal.signal(gone, _interrupt)
+
+
+def _noted(message: Warning | str, category: type[Warning], filename: str, *place: Any) -> None:
+    """Show a warning: of ours what it says, of a library's also where it is from."""
+    ours = Path(filename).is_relative_to(Path(__file__).parent)
+    text = f"Note: {message}" if ours else warnings.formatwarning(message, category, filename, place[0]).rstrip()
+    notes.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def main() -> None:
-    """Run the command; turn errors into one paragraph and an exit code. SIGTERM ends it as Ctrl-C does."""
+    """Run the command; turn errors into one paragraph and an exit code. SIGTERM and SIGHUP end it as Ctrl-C does."""
     if threading.current_thread() is threading.main_thread() and "LOCAL_RANK" not in os.environ:
-        signal.signal(signal.SIGINT, _interrupt)
-        signal.signal(signal.SIGTERM, _interrupt)  # a launcher of several processes has its own use for it
+        _listen()  # a launcher of several processes has its own use for signals
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what its encoding lacks is no reason to stop
+    warnings.showwarning = _noted
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         with reading("The folder in which the command was given"):
             os.getcwd()  # native libraries end the process where it is gone
         code = app(arguments, prog_name="overhaul", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # later nothing could be said of what does not get there
+    except BrokenPipeError:  # `| head` has read enough; Rich ends so by itself
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 1
     except Exception as error:
         # what is said of work that was broken off, in the middle of an import for one, is not the reason
         code = INTERRUPTED if _interrupted else _said(error, debug)
@@ -91,8 +138,21 @@ def _said(error: Exception, debug: bool) -> int:
     if hasattr(error, "format_message"):  # one of the command line parser's own
         _fail(error.format_message(), debug=False)  # pyright: ignore[reportAttributeAccessIssue]
         return 2
+    if isinstance(error, OSError) and _printed_nowhere():
+        _fail(f"What was to be printed could not be written: {error.strerror}.", debug)
+        return 1
     _fail(f"{type(error).__name__}: {error}. `--debug` shows where.", debug)
     return 1
+
+
+def _printed_nowhere() -> bool:
+    """Whether standard output takes no line. It is let go then: the interpreter would fail on what is held at its end."""
+    try:
+        print(flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _fail(message: str, debug: bool) -> None:
@@ -134,17 +194,18 @@ def _progress() -> Iterator[None]:
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = [TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, TextColumn("{task.fields[detail]}"), console=console, transient=True) as bar:
-        shown: dict[str, Any] = {}
+    what, detail = (TextColumn(form, markup=False) for form in ("{task.description:<28}", "{task.fields[detail]}"))
+    columns = (what, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), detail)
+    with Progress(*columns, console=console, transient=True) as bar:
+        tasks: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int, detail: str) -> None:
             _go_on()
-            if what not in shown or bar.tasks[shown[what]].finished:
-                for other in shown.values():
+            if what not in tasks or bar.tasks[tasks[what]].finished:
+                for other in tasks.values():
                     bar.update(other, visible=False)
-                shown[what] = bar.add_task(what, total=total, detail=detail)
-            bar.update(shown[what], completed=done, total=total, detail=detail, visible=True)
+                tasks[what] = bar.add_task(what, total=total, detail=detail)
+            bar.update(tasks[what], completed=done, total=total, detail=detail, visible=True)
 
         with session.using(report=report, say=lambda text: console.print(text, highlight=False, markup=False)):
             yield
@@ -156,8 +217,8 @@ def init(folder: Annotated[Path, typer.Argument(help="A new folder.", show_defau
     from overhaul.recipe.begin import begin
 
     for path in begin(folder):
-        console.print(str(path), soft_wrap=True)
-    console.print(f"\nNext: cd {folder}; overhaul plan recipe.yaml; overhaul run recipe.yaml -o out", soft_wrap=True)
+        _say(str(path))
+    _say(f"\nNext: cd {shlex.quote(str(folder))}; overhaul plan recipe.yaml; overhaul run recipe.yaml -o out")
 
 
 @app.command()
@@ -181,7 +242,7 @@ def _run(recipe: Path, out: Path | None, device: str | None) -> None:
     with _progress():
         done = run_recipe(recipe, out, device=device)
     print_table(done.report, console)
-    console.print(f"\nreport  {done.folder / 'report.html'}\nmodel   {done.folder / 'model'}", soft_wrap=True)
+    _say(f"\nreport  {done.folder / 'report.html'}\nmodel   {done.folder / 'model'}")
 
 
 @app.command()
@@ -201,7 +262,7 @@ def compare(
     with _progress():
         done = compare_methods(recipe, names, out, seeds=seeds)
     Comparison.from_json(done.report).print(console)
-    console.print(f"\npage    {done.folder / 'comparison.html'}\nmodels  {done.folder}/METHOD/model", soft_wrap=True)
+    _say(f"\npage    {done.folder / 'comparison.html'}\nmodels  {done.folder}/METHOD/model")
 
 
 @app.command()
@@ -219,23 +280,10 @@ def plan(recipe: RecipeFile) -> None:
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]) -> None:
-    """Print a finished run's table again, and write its report.html anew."""
-    from overhaul.errors import RequestError
-    from overhaul.files import read_json
-    from overhaul.report.html import write_html
-    from overhaul.report.terminal import print_table
+    """Print a finished run's or comparison's table again, and write its page anew."""
+    from overhaul.report.again import again
 
-    source = folder / "report.json"
-    if not source.exists():
-        raise RequestError(f"{folder} holds no report.json: it is not the folder of a finished run.")
-    content = read_json(source, holds=("title", "stages", "measures", "steps", "samples", "warnings"))
-    if content is None:
-        raise RequestError(
-            f"{source} is damaged. The command that made the run writes it again, and does nothing else."
-        )
-    write_html(content, folder / "report.html")
-    print_table(content, console)
-    console.print(f"\nreport  {folder / 'report.html'}", soft_wrap=True)
+    _say(f"\npage    {again(folder, console)}")
 
 
 @app.command()
@@ -251,13 +299,9 @@ def push(
 
     done = upload(run, name, dry_run=not yes, public=public)
     for file, size in done.files.items():
-        console.print(f"  {file}  {humanise(size, 'bytes')}", highlight=False, markup=False)
-    said = (
-        f"pushed  {done.url}"
-        if yes
-        else f"Nothing was uploaded. `--yes` puts these {len(done.files)} files into {name}."
-    )
-    console.print(said, soft_wrap=True)
+        _say(f"  {file}  {humanise(size, 'bytes')}")
+    nothing = f"Nothing was uploaded. `--yes` puts these {len(done.files)} files into {name}."
+    _say(f"pushed  {done.url}" if yes else nothing)
 
 
 @app.command()
@@ -285,8 +329,8 @@ def methods(
     (one,) = chosen
     console.print(f"[bold]{one['name']}[/]  {one['paper'] or ''}\n", highlight=False)
     for indent, text in paragraphs(one["doc"]):
-        shown = Padding(text, (0, 0, 0, indent), expand=False) if text else ""
-        console.print(shown, markup=False, highlight=False)
+        part = Padding(text, (0, 0, 0, indent), expand=False) if text else ""
+        console.print(part, markup=False, highlight=False)
     console.print()
     table = Table("reads", "kind", "", box=None, pad_edge=False)
     for material in one["materials"]:

@@ -3,22 +3,33 @@
 1. Of sentence-transformers: modules.json, its settings, and the modules' folders (pooling, normalisation).
 2. Of a model whose code came with it, that code.
 3. How large a file of weights may be: what was one file is one again, what was several has files as large as those were.
+4. What is in float32 among smaller numbers (routers, decays of state spaces): it stays so.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from overhaul.errors import RequestError
+from overhaul.weight_files import header, weight_files
 
 MODULES = "modules.json"
 _SETTINGS = (MODULES, "sentence_bert_config.json", "config_sentence_transformers.json")
 _WITH_FILES = frozenset({"Dense", "Pooling", "WeightedLayerPooling", "LayerNorm", "LSTM", "CNN"})
 """Modules of sentence-transformers that read something from their folders."""
 _CODE = "transformers_modules."
+_NUMBERS = re.compile(r"\.\d+\.")
+EXACT = "F32"
 LARGEST = 50_000_000_000
 """The size in bytes up to which transformers saves one file."""
 
@@ -69,6 +80,32 @@ def module_folders(source: Path) -> list[str]:
                 "module out of modules.json."
             )
     return [name for name in inside if (source / name).is_dir()]
+
+
+def cast(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """The state as it is stored, in another dtype if any; tied tensors stay one tensor, or they would be written twice.
+
+    Each tensor is in one piece, as those of images with their channels last are not.
+    """
+    kept, made, state = _kept_exact(model), dict[int, torch.Tensor](), dict[str, torch.Tensor]()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in made:
+            exact = dtype is None or not tensor.is_floating_point() or _NUMBERS.sub(".*.", name) in kept
+            made[id(tensor)] = (tensor if exact else tensor.to(dtype)).detach().contiguous()
+        state[name] = made[id(tensor)]
+    return state
+
+
+def _kept_exact(model: nn.Module) -> set[str]:
+    """What the model's folder holds in float32 while most of it is smaller: names, without the numbers of blocks."""
+    source = opened_from(model)
+    numbers, exact = Counter[str](), set[str]()
+    with suppress(RequestError):  # without weights, or changed since
+        for path in weight_files(source) if source is not None else ():
+            for name, entry in header(path).items():
+                numbers[entry["dtype"]] += math.prod(entry["shape"])
+                exact |= {_NUMBERS.sub(".*.", name)} if entry["dtype"] == EXACT else set()
+    return exact if numbers and max(numbers, key=lambda kind: numbers[kind]) != EXACT else set()
 
 
 def largest_file(model: Any) -> int:

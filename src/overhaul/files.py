@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -34,6 +35,17 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of indented JSON; NaN is refused."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def pattern_of(source: str, base: Path) -> str:
+    """A pattern of files as it is looked for: what stands in `base` is no part of it."""
+    named = Path(source).expanduser()
+    return str(named) if named.is_absolute() else os.path.join(glob.escape(str(base)), named)
+
+
+def matching(pattern: str) -> list[Path]:
+    """The files that a pattern names, in order, also below folders by `**`."""
+    return [path for each in sorted(glob.glob(pattern, recursive=True)) if not (path := Path(each)).is_dir()]
 
 
 def remove(path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from overhaul import session
 from overhaul.errors import RequestError, RunError
+from overhaul.positions import most_positions
 
 BATCH_TOKENS = 2**14
 """Most tokens in the cache of one batch."""
@@ -98,8 +99,8 @@ def _plan(lengths: Sequence[int], new_tokens: int) -> Iterator[list[int]]:
 
 def room(model: nn.Module, length: int, new_tokens: int) -> int:
     """How many of `new_tokens` may follow a prompt of `length` tokens before the model's positions end; at least 1."""
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return new_tokens if positions is None else max(1, min(new_tokens, positions - length))
+    most = most_positions(model)
+    return new_tokens if most is None else max(1, min(new_tokens, most - length))
 
 
 def _continue(

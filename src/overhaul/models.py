@@ -23,12 +23,12 @@ from torch import nn
 
 from overhaul import finite, quantised, session
 from overhaul.adapter_folders import check_fits, merged
-from overhaul.architectures import build, check_code, check_counts, class_of, in_words, own_class, planned
+from overhaul.architectures import build, check_code, check_counts, class_of, in_words, own_class, planned, pooling
 from overhaul.architectures import refusal as refusal
 from overhaul.checkpoints import ADAPTER_CONFIG, Checkpoint, facts, listed, read_json, saved_from_memory
 from overhaul.checkpoints import locate as locate
 from overhaul.checkpoints import starters as starters
-from overhaul.companions import copy_companions, largest_file, module_folders
+from overhaul.companions import cast, copy_companions, largest_file, module_folders
 from overhaul.conversions.classes import CONVERTED, apply_late, marked_with
 from overhaul.conversions.records import records
 from overhaul.errors import RequestError, RunError, did_you_mean, writing
@@ -108,7 +108,7 @@ def _options(known: Checkpoint, dtype: str) -> dict[str, Any]:
     if known.library == "diffusers":
         return {**options, "torch_dtype": DTYPES[dtype]}
     options |= {"dtype": DTYPES[dtype], "trust_remote_code": known.trusted}
-    return options | quantised.loading(known)
+    return options | quantised.loading(known) | pooling(known)
 
 
 def _check_unexpected(known: Checkpoint, model: Any, names: list[str]) -> None:
@@ -249,7 +249,7 @@ def save(model: nn.Module, processor: Any, folder: str | Path, *, dtype: str | N
             class and the paths that it follows are recorded in config.json.
         processor: its tokenizer or image processor, or None.
         folder: must not exist yet.
-        dtype: of the files; the model's own if None.
+        dtype: of the files; the model's own if None. What its folder held in float32 among smaller numbers stays so.
 
     Raises:
         RequestError: the folder exists, or a path leads through another model.
@@ -337,7 +337,8 @@ def write_checkpoint(model: Any, processor: Any, folder: Path, dtype: str | None
     """`save_pretrained` in `dtype` without changing the model that is held."""
     if (wanted := DTYPES.get(dtype or "")) is None:
         with quiet_transformers():
-            model.save_pretrained(folder, **_sized(model))
+            state = {} if hasattr(model, "register_to_config") else {"state_dict": cast(model, None)}
+            model.save_pretrained(folder, **state, **_sized(model))
     elif hasattr(model, "register_to_config"):  # diffusers saves only what the model holds
         from huggingface_hub import save_torch_state_dict
 
@@ -345,10 +346,10 @@ def write_checkpoint(model: Any, processor: Any, folder: Path, dtype: str | None
         # diffusers names the index of several files otherwise where there is a variant
         variant, size = (f".{CONVERTED}", "10TB") if records(model) else ("", "10GB")
         pattern = f"diffusion_pytorch_model{variant}{{suffix}}.safetensors"
-        save_torch_state_dict(_cast(model, wanted), folder, filename_pattern=pattern, max_shard_size=size)
+        save_torch_state_dict(cast(model, wanted), folder, filename_pattern=pattern, max_shard_size=size)
     else:
         with quiet_transformers():
-            model.save_pretrained(folder, state_dict=_cast(model, wanted), **_sized(model))
+            model.save_pretrained(folder, state_dict=cast(model, wanted), **_sized(model))
         _say_dtype(folder / "config.json", str(wanted).removeprefix("torch."))
     copy_companions(model, folder)
     if processor is not None:
@@ -368,14 +369,3 @@ def _say_dtype(path: Path, name: str) -> None:
 def _sized(model: nn.Module) -> dict[str, Any]:
     """How large a file of weights may be; diffusers has a rule of its own."""
     return {} if hasattr(model, "register_to_config") else {"max_shard_size": largest_file(model)}
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The state in another dtype; tied tensors stay one tensor, or they would be written twice."""
-    cast: dict[int, torch.Tensor] = {}
-    state: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in cast:
-            cast[id(tensor)] = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
-        state[name] = cast[id(tensor)]
-    return state

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from overhaul.data.examples import IGNORED, SEQUENCES, Batch, Examples, collate, length
+from overhaul.data.examples import IGNORED, Batch, Examples, collate
 from overhaul.errors import RequestError
 from overhaul.forward import forward, output_head
 from overhaul.modes import at_rest
+from overhaul.positions import most_positions
 
 
 @dataclass(frozen=True)
@@ -115,22 +116,16 @@ def check_positions(model: nn.Module, examples: Examples) -> None:
     Raises:
         RequestError: an example is longer.
     """
-    config: Any = getattr(model, "config", None)
-    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if examples.kind not in ("tokens", "pairs") or not isinstance(most, int):
+    most = most_positions(model)
+    if examples.kind not in ("tokens", "pairs") or most is None or (found := examples.beyond(most)) is None:
         return
-    for place in examples.by_length():
-        item = examples.items[place]
-        if length(item) <= most:  # both sequences of a pair together, and those that follow are no longer
-            return
-        size = max(item[ids].shape[0] for ids in SEQUENCES.values() if ids in item)
-        if size > most:
-            row = examples.rows[place] if examples.rows else {}
-            said = str(next(iter(row.values()), ""))[:60]
-            raise RequestError(
-                f"An example has {size} tokens and the model ends at {most} positions; it begins with {said!r}. Shorten its "
-                "question or its answers; wrong and paraphrased ones and refusals count too."
-            )
+    place, size = found
+    row = examples.rows[place] if examples.rows else {}
+    said = str(next(iter(row.values()), ""))[:60]
+    raise RequestError(
+        f"An example has {size} tokens and the model ends at {most} positions; it begins with {said!r}. Shorten its "
+        "question or its answers; wrong and paraphrased ones and refusals count too."
+    )
 
 
 SPARED = 0.8

@@ -142,7 +142,7 @@ class Finder:
         found: list[Part] = []
         for place in self.places:
             block = self.stack.blocks[place]
-            kind = tuple((name, type(module), _shapes(module)) for name, module in block.named_modules())
+            kind = kind_of(block)
             if kind not in known:
                 known[kind] = self._run(place)
             for role, path, rows in known[kind]:
@@ -172,6 +172,11 @@ class Finder:
                 elif term == "mlp":
                     found.append(("experts", path, None))
         return found
+
+
+def kind_of(block: nn.Module) -> tuple[Any, ...]:
+    """What blocks have in common of which one shows what is in all: their modules by name, class and shapes."""
+    return tuple((name, type(module), _shapes(module)) for name, module in block.named_modules())
 
 
 def _shapes(module: nn.Module) -> tuple[Any, ...]:

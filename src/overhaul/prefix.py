@@ -134,6 +134,42 @@ def path_losses(
     return [total / max(1, count) for total in sums]
 
 
+def path_answers(
+    stack: LayerStack,
+    paths: Sequence[Sequence[Entry]],
+    examples: Examples,
+    batch_size: int,
+    read: Callable[[Tensor, Mapping[str, Any]], Result],
+    *,
+    budget: int = BUDGET,
+) -> list[list[Result]]:
+    """What is read of the logits that predict answers, along every path.
+
+    Args:
+        stack: a stack of a language or image model.
+        paths: as for `run_paths`.
+        examples: what is answered.
+        batch_size: examples in one forward.
+        read: (logits [n, v] at the positions whose next label counts, row by row; the batch) -> what is kept. Logits of
+            images are [b, classes].
+        budget: as for `run_paths`.
+
+    Returns:
+        For each path one result a batch.
+
+    Raises:
+        RequestError: as for `run_paths`.
+    """
+    trie, answers = _Trie(stack, paths, budget), _Answers(stack.model)
+    steps = -(-len(examples) // batch_size)
+    with trie.at_rest():
+        runs = [
+            trie.run(batch, lambda calls, state: read(answers(calls, state), calls.inputs))
+            for batch in session.progress(examples.batches(batch_size), "answers along paths", steps)
+        ]
+    return [[run[n] for run in runs] for n in range(len(paths))]
+
+
 class _Trie:
     """Some paths over one stack, to be run on one set of inputs after the other."""
 
@@ -285,24 +321,21 @@ def _counting(states: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     return states.new_ones(states.shape[:2], dtype=torch.bool) if mask is None else mask.to(states.device).bool()
 
 
-class _AnswerLoss:
-    """The loss of a batch from a state that leaves the stack, with the output head only where labels carry loss."""
-
-    count = staticmethod(units)
+class _Answers:
+    """Logits from a state that leaves the stack, [n, v]: the head sees only positions whose next label counts."""
 
     def __init__(self, model: nn.Module) -> None:
         self.head = output_head(model)
         self.tried = False
 
-    def __call__(self, calls: Calls, state: State) -> float:
+    def __call__(self, calls: Calls, state: State) -> Tensor:
         labels = calls.inputs["labels"]
-        if labels.ndim == 1 or self.head is None:
-            return cross_entropy_sum(calls.finish(state), dict(calls.inputs)).item()
+        if labels.ndim == 1:
+            return calls.finish(state)
         keep = labels[:, 1:] != IGNORED
-        logits = (
-            self._scored(self.head, calls, state, keep) if self.tried else self._first(self.head, calls, state, keep)
-        )
-        return F.cross_entropy(logits.float(), labels[:, 1:][keep], reduction="sum").item()
+        if self.head is None:
+            return calls.finish(state)[:, :-1][keep]
+        return self._scored(self.head, calls, state, keep) if self.tried else self._first(self.head, calls, state, keep)
 
     def _first(self, head: nn.Module, calls: Calls, state: State, keep: Tensor) -> Tensor:
         """The logits of the whole head; and a try whether it can be spared, on the first batch that carries loss."""
@@ -320,3 +353,19 @@ class _AnswerLoss:
         """Logits [n, v] at the positions in `keep` [b, t - 1]: the head, and what follows it, see only these."""
         with head_only_at(head, keep):
             return calls.finish(state)[0]
+
+
+class _AnswerLoss:
+    """The loss of a batch from a state that leaves the stack."""
+
+    count = staticmethod(units)
+
+    def __init__(self, model: nn.Module) -> None:
+        self.answers = _Answers(model)
+
+    def __call__(self, calls: Calls, state: State) -> float:
+        labels = calls.inputs["labels"]
+        if labels.ndim == 1 or self.answers.head is None:
+            return cross_entropy_sum(calls.finish(state), dict(calls.inputs)).item()
+        counted = labels[:, 1:][labels[:, 1:] != IGNORED]
+        return F.cross_entropy(self.answers(calls, state).float(), counted, reduction="sum").item()

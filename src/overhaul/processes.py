@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from overhaul import session
-from overhaul.errors import RequestError
+from overhaul.errors import RequestError, RunError
 
 PATIENCE = timedelta(days=1)
 """How long a process waits for another, which may be judging a large model or saving it."""
@@ -96,9 +97,10 @@ def agreed(flag: bool) -> bool:
 def add_up(tensors: Sequence[Tensor]) -> None:
     """Replace every tensor by its sum over the processes, in place; each must lie on the process's device."""
     if count() > 1:
-        for pending in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-            if pending is not None:
-                pending.wait()
+        with _among_others():
+            for pending in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                if pending is not None:
+                    pending.wait()
 
 
 def total(values: Tensor) -> Tensor:
@@ -115,7 +117,8 @@ def from_main(values: Tensor) -> Tensor:
     if count() == 1:
         return values
     sent = values.to(_device(), copy=True)
-    dist.broadcast(sent, src=0)
+    with _among_others():
+        dist.broadcast(sent, src=0)
     return sent.to(values.device)
 
 
@@ -124,8 +127,23 @@ def stacked(values: Tensor) -> Tensor:
     if count() == 1:
         return values[None]
     parts = [torch.empty_like(values, device=_device()) for _ in range(count())]
-    dist.all_gather(parts, values.to(_device()))
+    with _among_others():
+        dist.all_gather(parts, values.to(_device()))
     return torch.stack(parts).to(values.device)
+
+
+@contextmanager
+def _among_others() -> Iterator[None]:
+    """Say in words that another process was ended, which its connection alone tells."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RunError(
+            f"Another process of this run has ended, or cannot be reached ({' '.join(str(error).split())[:200]}). Finished "
+            "steps and checkpoints are kept; the same command goes on from there."
+        ) from error
 
 
 def _device() -> torch.device:

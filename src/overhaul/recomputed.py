@@ -1,46 +1,72 @@
-"""What loading computes anew instead of reading it: tables that are not stored (rotary frequencies) and settings of modules.
+"""What loading makes anew instead of reading it: modules without weights, their settings, and tables that are not stored.
 
-A model whose config was edited in memory still computes as before; its folder would open as what the config now says.
+A model whose config was edited in memory still computes as before, and one whose activation was exchanged computes otherwise
+than its config says; its folder would open as what the config says.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
+from overhaul.conversions.records import records
 from overhaul.errors import RunError
 from overhaul.stack.arrangement import skeleton
 
-_OF_TRAINING = re.compile(r"drop|^p$|momentum")
+_PASSED_OVER = re.compile(r"drop|^p$|momentum|training|checkpoint|inplace|cached|^(shift|window)_size$")
+"""Settings that count in training alone, or that a forward sets by the size of what it is given (Swin)."""
+_COUNTS = re.compile(r"layer|block|depth|^n_|^num_")
+"""Numbers that a class reads when it is built: of blocks, which are counted anew where some were dropped."""
+
+LIBRARIES = ("transformers.", "torch.nn.")
+"""Whose modules are what their class and their settings are."""
+
+IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+"""What changes nothing outside of training."""
+
+HOOKS = ("transformers", "diffusers", "accelerate", "peft", "torch", "overhaul")
+"""Whose hooks change nothing that is said: they move tensors, or ask for gradients."""
 
 
 def check_recomputed(model: Any) -> None:
     """Refuse to save a model that would not open as what it is, although all its weights do.
 
     Warns:
-        UserWarning: a table was rounded with the weights (`model.to(torch.bfloat16)`), and the folder opens with exact ones.
+        UserWarning: a table was rounded with the weights (`model.to(torch.bfloat16)`), and the folder opens with exact ones;
+            or somebody's hooks may change what the model says.
 
     Raises:
-        RunError: a table or a setting is not what the config describes.
+        RunError: a module, a setting or a table is not what the config describes.
     """
     planned = skeleton(model)
-    twins = dict(planned.named_modules())
-    rounded: list[str] = []
-    for name, module in model.named_modules():
-        twin = twins.get(name)
-        if twin is None or type(twin) is not type(module) or not type(module).__module__.startswith("transformers."):
+    twins, rounded = dict(planned.named_modules(remove_duplicate=False)), list[str]()
+    held = dict(model.named_modules(remove_duplicate=False))
+    for name, twin in twins.items():
+        module = held.get(name)
+        _check_kind(model, name, module, twin)
+        if module is None or _kind(module) is not _kind(twin) or not type(module).__module__.startswith(LIBRARIES):
             continue
         for key, value in vars(module).items():
-            if isinstance(value, float) and not key.startswith("_") and not _OF_TRAINING.search(key):
-                _check_setting(model, f"{name}.{key}", value, getattr(twin, key, value))
+            skipped = _PASSED_OVER.search(key) or (type(value) is int and _COUNTS.search(key))
+            if key in vars(twin) and not key.startswith("_") and not skipped:
+                _check_setting(model, f"{name}.{key}", value, vars(twin)[key])
         rounded += [
-            key for key, held, new in _tables(planned, name, module, twin) if _is_rounded(model, key, held, new)
+            key for key, table, new in _tables(planned, name, module, twin) if _is_rounded(model, key, table, new)
         ]
+    if not records(model) and (hooked := next((name for name, one in held.items() if _hooked(one)), None)) is not None:
+        warnings.warn(
+            f"{hooked or 'The model'} has hooks here, which no folder holds. If they change what the model says, the folder "
+            "says something else; a conversion (overhaul.conversions) is recorded.",
+            stacklevel=5,
+        )
     if rounded:
         warnings.warn(
             f"{len(rounded)} tables that are not stored, such as {rounded[0]!r}, were rounded with the weights of this "
@@ -50,12 +76,61 @@ def check_recomputed(model: Any) -> None:
         )
 
 
-def _check_setting(model: nn.Module, name: str, ours: float, theirs: Any) -> None:
-    if isinstance(theirs, float) and ours != theirs and not ours != ours:
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody hooked into a module."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    owners = [getattr(hook, "func", hook) for hook in hooks]
+    return any(str(getattr(one, "__module__", "")).partition(".")[0] not in HOOKS for one in owners)
+
+
+def _check_kind(model: nn.Module, name: str, module: nn.Module | None, twin: nn.Module) -> None:
+    """Whether a module is of the class that the config makes it and runs as that does, or computes the same.
+
+    What accelerate puts around a forward keeps the original.
+    """
+    if module is not None and "forward" in vars(module) and not {"_hf_hook", "_original_forward"} & vars(module).keys():
         raise RunError(
-            f"{name} of this {type(model).__name__} is {ours:g}, but its config describes {theirs:g}: what is saved would "
-            "open as another model; nothing was saved. Set both alike."
+            f"{name} has a forward of its own in this {type(model).__name__}, which is not saved: its folder would open as "
+            "another model; nothing was saved. Take it off (`del module.forward`), or build it as a conversion "
+            "(overhaul.conversions)."
         )
+    ours, theirs = map(_kind, (module, twin))
+    if ours is not theirs and not _same(module, twin):
+        said = "missing" if module is None else f"a {type(module).__name__}"
+        raise RunError(
+            f"{name} of this {type(model).__name__} is {said}, but its config describes a {type(twin).__name__}: what is "
+            "saved would open as another model; nothing was saved. Change the config and open it again, or build the "
+            "module as a conversion (overhaul.conversions), which is recorded."
+        )
+
+
+def _kind(module: nn.Module | None) -> type | None:
+    """The class of a module; None where it is idle. A parametrised one is of a class of its own."""
+    return None if module is None or isinstance(module, IDLE) else type_before_parametrizations(module)
+
+
+def _same(module: nn.Module | None, twin: nn.Module) -> bool:
+    """Whether two modules without tensors, such as two makes of one activation, give the same."""
+    if module is None or module.state_dict() or twin.state_dict():
+        return False
+    given = torch.linspace(-4, 4, 64).reshape(2, 32)
+    try:
+        with torch.no_grad():
+            return torch.allclose(copy.deepcopy(module).eval()(given), twin.eval()(given), atol=1e-6)
+    except Exception:  # no function of one tensor
+        return False
+
+
+def _check_setting(model: nn.Module, name: str, ours: Any, theirs: Any) -> None:
+    plain = bool | int | float | str
+    if isinstance(ours, FunctionType | BuiltinFunctionType) and callable(theirs):
+        ours, theirs = (getattr(each, "__qualname__", str(each)) for each in (ours, theirs))
+    if not isinstance(ours, plain) or not isinstance(theirs, plain) or ours == theirs or ours != ours:
+        return
+    raise RunError(
+        f"{name} of this {type(model).__name__} is {ours!r}, but its config describes {theirs!r}: what is saved would open "
+        "as another model; nothing was saved. Set both alike."
+    )
 
 
 def _tables(planned: Any, name: str, module: nn.Module, twin: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from overhaul.errors import writing
+from overhaul.quoting import shown
 
 Item = TypeVar("Item")
 
@@ -148,7 +149,7 @@ def logged(path: Path) -> Iterator[None]:
 
     def write(text: str) -> None:
         with writing(path):
-            print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=file, flush=True)
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), shown(text).replace("\n", "\n" + 20 * " "), file=file, flush=True)
 
     lines = Lines(write)
 

@@ -27,13 +27,15 @@ LIBRARIES = (
 @cache
 def libraries() -> dict[str, str]:
     """The versions of those that are installed; none of them is imported."""
-    found: dict[str, str] = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {name: number for name in LIBRARIES if (number := installed(name)) is not None}
+
+
+def installed(name: str) -> str | None:
+    """The version of a package, which is not imported; None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def version_of(module: str | Path, root: Path = ROOT) -> str:

@@ -124,7 +124,7 @@ def weight_files(folder: Path) -> list[Path]:
         RequestError: there are none, only pickled ones, or it is not certain.
     """
     held = sorted(folder.glob("*.safetensors"))
-    found = [(folder / single, folder / index) for single, index in _names()]
+    found = [(folder / single, folder / index) for single, index in names_of_files()]
     present = [(single, index) for single, index in found if single.exists() or index.exists()]
     if not present:
         raise RequestError(_none(folder, held))
@@ -152,8 +152,8 @@ def weight_files(folder: Path) -> list[Path]:
     return named
 
 
-def _names() -> list[tuple[str, str]]:
-    """What a file of all weights, and the index of several, may be called."""
+def names_of_files() -> list[tuple[str, str]]:
+    """What a file of all weights, and the index of several, may be called; the plain ones first."""
     plain = [(f"{stem}.safetensors", f"{stem}.safetensors.index.json") for stem in STEMS]
     ours = [(f"{s}.{CONVERTED}.safetensors", f"{s}.safetensors.index.{CONVERTED}.json") for s in STEMS]
     return plain + ours

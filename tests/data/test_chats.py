@@ -105,9 +105,16 @@ def test_thoughts_are_learnt_as_the_template_writes_them() -> None:
     tokenizer = talking("qwen-3", byte_level())
     for chat in (thinking, apart):
         made = encode_chat([{"messages": chat}], tokenizer)
-        assert tokenizer.decode(learnt(made.items[0])) == "no\n</think>\n\nIn Marrowick.<|im_end|>\n"
-        assert made.rows[0]["prompt"].endswith("assistant\n<think>\n")
-        assert made.rows[0]["answer"].strip() == "no\n</think>\n\nIn Marrowick."
+        assert tokenizer.decode(learnt(made.items[0])) == "<think>\nno\n</think>\n\nIn Marrowick.<|im_end|>\n"
+        assert made.rows[0]["prompt"] == tokenizer.apply_chat_template(
+            chat[:1], tokenize=False, add_generation_prompt=True
+        )
+        assert made.rows[0]["answer"].strip() == "<think>\nno\n</think>\n\nIn Marrowick."
+    begins = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n"
+    assert begins in TEMPLATES["qwen-3"]
+    tokenizer.chat_template = TEMPLATES["qwen-3"].replace(begins, f"{begins}<think>\\n")
+    made = encode_chat([{"messages": thinking}], tokenizer)
+    assert tokenizer.decode(learnt(made.items[0])) == "no\n</think>\n\nIn Marrowick.<|im_end|>\n"
     tokenizer = talking("deepseek-r1", byte_level())
     with pytest.warns(MaterialWarning, match=r"begins an answer with '<think>\\n', and writes given answers without"):
         encode_chat([{"messages": ASKED}], tokenizer)
@@ -124,6 +131,11 @@ def test_thoughts_are_learnt_as_the_template_writes_them() -> None:
         ("mistral", SYSTEM, "refuses its messages: Only user and assistant roles are supported!"),
         ("chatml", CALLING, "turn 2 of its messages calls a tool, and the chat template writes no tool calls."),
         ("llama-2", [*ASKED[:1], {"role": "assistant", "content": " "}], "last turn of its messages says nothing"),
+        ("chatml", [{**ASKED[0], "images": ["a.png"]}, ASKED[1]], "turn 1 of its messages has 'images'"),
+        ("tools", [ASKED[0], {**ASKED[1], "function_call": {"name": "f"}}, *ASKED], "Write it as `tool_calls`"),
+        ("chatml", [ASKED[0], {**ASKED[1], "weight": 0}], "last turn of its messages says `weight: 0`"),
+        ("chatml", [ASKED[0], {**ASKED[1], "weight": 0.5}], "last turn of its messages says `weight: 0.5`"),
+        ("chatml", [ASKED[0], {**ASKED[1], "train": False}], "last turn of its messages says `train: False`"),
         ("chatml", ASKED[:1], "must end with an assistant turn to learn from; this one ends with 'user'"),
         ("chatml", [], r"messages must be a list of turns, not \[\]"),
         ("chatml", "hi", "messages are text, and not JSON"),
@@ -307,3 +319,11 @@ def test_tools_that_are_none_are_refused(tools: Any) -> None:
         encode_chat([{"messages": ASKED, "tools": tools}], talking("tools", byte_level()))
     for nothing in (None, [], "", "[]"):
         encode_chat([{"messages": ASKED, "tools": nothing}], talking("tools", byte_level()))
+
+
+def test_turns_before_the_last_may_say_that_they_are_not_learnt() -> None:
+    tokenizer = talking("chatml", byte_level())
+    said = [{**turn, "weight": int(turn is LONGER[-1])} if turn["role"] == "assistant" else turn for turn in LONGER]
+    plain, weighted = (encode_chat([{"messages": chat}], tokenizer) for chat in (LONGER, said))
+    assert learnt(plain.items[0]) == learnt(weighted.items[0])
+    assert torch.equal(plain.items[0]["input_ids"], weighted.items[0]["input_ids"])

@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -287,3 +288,35 @@ def test_a_list_inside_of_one_row_is_no_set_of_rows(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"written in UTF-32. Write `encoding: utf-32`"):
         read(tmp_path, "a.csv")
     assert read(tmp_path, "a.csv", encoding="utf-32")[0]["answer"] == "é"
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "marks"),
+    [
+        ("forget/a.jsonl retain/b.jsonl", "roles", "forget, retain"),
+        ("forget01.json retain99.json", "roles", "forget, retain"),
+        ("forget.txt holdout/1.txt", "roles", "forget, holdout"),
+        ("train/forget_a.jsonl train/retain_a.jsonl", "roles", "forget, retain"),
+        ("en/train/a.jsonl en/test/b.jsonl", "splits", "test, train"),
+    ],
+)
+def test_what_is_named_for_several_roles_or_splits_is_no_one_material(
+    names: str, kind: str, marks: str, tmp_path: Path
+) -> None:
+    for name in names.split():
+        place = tmp_path / "d" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(ROWS[0]))
+    for source in ("d", "d/**/*.*"):
+        with pytest.raises(
+            RequestError, match=rf"^{re.escape(source)}|d holds files of several {kind} \({marks}\)"
+        ) as error:
+            read(tmp_path, source)
+        (named,) = re.findall(r"`from: (\S+)`", str(error.value))
+        assert len(read(tmp_path, named)) == 1
+
+
+def test_names_that_only_begin_like_a_role_are_none(tmp_path: Path) -> None:
+    for name in ("forgetful.jsonl", "retainer.jsonl", "train.jsonl"):
+        (tmp_path / name).write_text(json.dumps(ROWS[0]))
+    assert len(read(tmp_path, "*.jsonl")) == 3

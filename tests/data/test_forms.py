@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import numpy
@@ -14,7 +15,7 @@ from conftest import tiny_llama
 from overhaul.data.examples import IGNORED, collate, join, length
 from overhaul.data.forms import FORMS
 from overhaul.data.materials import Source, encode, examples, form_of, positions_of
-from overhaul.errors import RequestError
+from overhaul.errors import MaterialWarning, RequestError
 from overhaul.forward import forward
 from overhaul.objectives import pair_nll, sequence_nll
 
@@ -129,6 +130,8 @@ def test_preferences_that_are_chats_go_through_the_template(talking: Any, tokeni
         examples([row], tokenizer)
     with pytest.raises(RequestError, match="must end with an assistant turn"):
         examples([{**row, "chosen": asked}], talking)
+    with pytest.raises(RequestError, match="begins with a turn of 'user' that is not the prompt's last one"):
+        examples([{**row, "chosen": [{"role": "user", "content": "ho"}, row["chosen"][-1]]}], talking)
     with pytest.raises(RequestError, match="row 1: .rejected. is empty"):
         examples([{**PAIRS[0], "rejected": " "}], talking)
 
@@ -173,3 +176,26 @@ def test_a_processor_of_both_reads_pictures_and_captions(tokenizer: Any) -> None
 def test_kinds_do_not_mix(tokenizer: Any) -> None:
     with pytest.raises(RequestError, match="cannot mix pairs and tokens"):
         join([examples(PAIRS, tokenizer), examples([ROWS["qa"]], tokenizer)])
+
+
+def test_pairs_of_one_answer_are_counted(tokenizer: Any) -> None:
+    same = {"prompt": "name a bird", "chosen": "a heron", "rejected": " a heron"}
+    with pytest.warns(
+        MaterialWarning, match=r"^rows: in 2 of 4 rows the chosen answer is the rejected one \(first: rows, row 2\)"
+    ):
+        examples([PAIRS[0], {**same, "rejected": same["chosen"]}, PAIRS[1], same], tokenizer)
+
+
+@pytest.mark.parametrize("form", ["qa", "preference", "prompt"])
+def test_a_tokenizer_without_an_end_is_said(form: str, tokenizer: Any) -> None:
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.warns(
+        MaterialWarning, match="the tokenizer has no EOS, so an answer that is learnt has no end"
+    ) as said:
+        examples([ROWS[form]], endless, form=form)
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MaterialWarning)
+        examples([ROWS[form]], tokenizer, form=form)
+        examples([ROWS["text"]], endless)

@@ -78,8 +78,8 @@ def test_bad_files_are_refused(name: str, content: str, options: dict[str, Any],
         load_rows(source(**{"from": name, **options}), tmp_path)
 
 
-def test_paths_cannot_climb_out_and_must_exist(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="climb out"):
+def test_paths_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"\.\./a.json does not exist \(looked in "):
         load_rows(source(**{"from": "../a.json"}), tmp_path)
     with pytest.raises(RequestError, match="does not exist"):
         load_rows(source(**{"from": "a.jsonl"}), tmp_path)

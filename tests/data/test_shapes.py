@@ -85,3 +85,64 @@ def test_a_shape_with_something_odd_is_refused_with_its_line(row: dict[str, Any]
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     with pytest.raises(RequestError, match=f"a.jsonl, {message}"):
         load_rows(Source.model_validate({"from": "a.jsonl"}), tmp_path)
+
+
+KTO = [{"prompt": "q", "completion": f"a{n}", "label": label} for n, label in enumerate((True, False, True))]
+
+
+@pytest.mark.parametrize("kind", ["texts", "turns", "cells"])
+def test_answers_that_are_labelled_bad_are_learnt_only_where_that_is_asked_for(kind: str, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = KTO
+    if kind == "turns":
+        rows = [{**row, "prompt": [ASKED], "completion": [{**SAID, "content": row["completion"]}]} for row in KTO]
+    if kind == "cells":
+        lines = ["prompt,completion,label", *(",".join(map(str, row.values())) for row in KTO)]
+        (tmp_path / "a.csv").write_text("\n".join(lines))
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    name = "a.csv" if kind == "cells" else "a.jsonl"
+
+    def answers(**options: Any) -> list[str]:
+        found = load_rows(Source.model_validate({"from": name, **options}), tmp_path)
+        return [row["answer"] if "answer" in row else row["messages"][-1]["content"] for row in found]
+
+    with pytest.raises(
+        RequestError, match=rf"{name}, line {3 if kind == 'cells' else 2}: 'label' is false, .*where: {{label: true}}"
+    ):
+        answers()
+    assert answers(where={"label": True}) == answers(unless={"label": False}) == ["a0", "a2"]
+    assert answers(where={"label": False}) == ["a1"]
+    assert answers(where={"label": [True, False]}) == ["a0", "a1", "a2"] and answers(limit=1) == ["a0"]
+
+
+def test_turns_that_are_not_to_be_learnt_keep_saying_so(tmp_path: Path) -> None:
+    said = {"from": "gpt", "value": "yes", "weight": 0}
+    (tmp_path / "a.jsonl").write_text(json.dumps({"conversations": [{"from": "human", "value": "hi"}, said]}))
+    (row,) = load_rows(Source.model_validate({"from": "a.jsonl"}), tmp_path)
+    assert row["messages"][-1] == {**SAID, "weight": 0}
+
+
+def test_squads_own_files_are_their_questions(tmp_path: Path) -> None:
+    def asked(question: str, *answers: str, impossible: bool = False) -> dict[str, Any]:
+        told = [{"text": text, "answer_start": n} for n, text in enumerate(answers)]
+        return {"id": question, "question": question, "answers": told, "is_impossible": impossible}
+
+    paragraphs = [
+        {"context": "c", "qas": [asked("who?", "Ada", "Ada"), asked("why?", impossible=True)]},
+        {"context": "d", "qas": [asked("where?", "here")]},
+    ]
+    whole = {
+        "version": "2.0",
+        "data": [{"title": "t", "paragraphs": paragraphs}, {"title": "u", "paragraphs": paragraphs[1:]}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(whole))
+    rows = load_rows(Source.model_validate({"from": "a.json", "where": {"is_impossible": False}}), tmp_path)
+    assert [(row["title"], row["context"], row["question"], row["answer"]) for row in rows] == [
+        ("t", "c", "who?", "Ada"), ("t", "d", "where?", "here"), ("u", "d", "where?", "here")
+    ]  # fmt: skip
+    with pytest.raises(RequestError, match="a.json, row 1, paragraph 1, question 2: 'answer' is an empty list"):
+        load_rows(Source.model_validate({"from": "a.json"}), tmp_path)
+    (tmp_path / "a.json").write_text(
+        json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "who?"}]}]}]})
+    )
+    with pytest.raises(RequestError, match="a.json, row 1, paragraph 1: SQuAD's paragraphs have a `context` and `qas`"):
+        load_rows(Source.model_validate({"from": "a.json"}), tmp_path)

@@ -8,7 +8,7 @@ from overhaul.data import corpora, tasks
 from overhaul.data.verifiers import verify
 
 
-@pytest.mark.parametrize("task", [tasks.people, tasks.addition, tasks.brackets])
+@pytest.mark.parametrize("task", [tasks.people, tasks.addition, tasks.brackets, tasks.characters])
 def test_answers_verify_and_splits_do_not_touch(task: object) -> None:
     train, held_out = task("train"), task("validation")  # pyright: ignore[reportCallIssue]
     assert train and held_out

@@ -241,14 +241,13 @@ def test_options_from_python_are_checked(options: dict[str, Any], message: str) 
         examples([{"question": "q", "answer": "a"}], None, **options)
 
 
-def test_paths_from_python_may_climb(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_may_climb(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     jsonl(tmp_path, {"question": "q", "answer": "a"})
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
     for source in ("../a.jsonl", Path("..") / "a.jsonl", "..", "../*.jsonl"):
         assert [row["answer"] for row in examples(source, tokenizer).rows] == ["a"], source
-    with pytest.raises(RequestError, match="climb out"):
-        read(tmp_path / "notebooks", "../a.jsonl")
+    assert [row["answer"] for row in read(tmp_path / "notebooks", "../a.jsonl")] == ["a"]
 
 
 def test_short_fractions_and_a_negative_nought_stay_as_they_are_written(tmp_path: Path) -> None:

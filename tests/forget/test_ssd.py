@@ -17,9 +17,10 @@ from overhaul.data import corpora
 from overhaul.data.encode import encode_images
 from overhaul.data.examples import Examples, collate, join
 from overhaul.errors import RequestError, RunError
-from overhaul.forget.ssd import ssd
+from overhaul.forget.ssd import _advice, ssd  # pyright: ignore[reportPrivateUsage]
 from overhaul.forward import forward
 from overhaul.importance import (
+    Dampened,
     PerParameter,
     Signal,
     adaptive_alpha,
@@ -464,3 +465,23 @@ def test_a_frozen_model_is_refused() -> None:
 def test_knobs_out_of_range_are_refused(knobs: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=next(iter(knobs))):
         ssd(two_layers(), vectors(4), vectors(16), **knobs)
+
+
+def test_what_hardly_changed_anything_says_what_to_try() -> None:
+    model, forget, full = tiny_vit(), pictures([3] * 4), pictures([3] * 4 + [1, 2] * 6)
+
+    def done(**knobs: Any) -> dict[str, Any]:
+        changed = copy.deepcopy(model)
+        facts = ssd(changed, forget, full, alpha=1.5, importance="batch", **knobs).facts
+        pairs = zip(changed.parameters(), model.parameters(), strict=True)
+        assert facts["changed"] == sum(int((ours != theirs).sum()) for ours, theirs in pairs)
+        return facts
+
+    assert "advice" not in done()
+    highest = [batch_importance(model, one.shuffled(torch.initial_seed()), 64, "loss", "") for one in (forget, full)]
+    top = max(float(values[values.isfinite()].max()) for values in ratios(*highest).values())
+    assert "of themselves on average: a smaller lam dampens them more" in done(lam=0.999 * top)["advice"]
+    told = _advice(Dampened({"a": 3}, changed=3, mean_factor=0.5), 10_000_000)
+    assert (
+        told == "3 of 10,000,000 weights changed, to 0.5 of themselves on average: a smaller alpha selects more of them"
+    )

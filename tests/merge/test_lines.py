@@ -20,6 +20,7 @@ from tiny_checkpoints import depth_of, make, same_bits, tensors, two_llamas
 
 CASE = Case(
     method=lines,
+    idle={"tokenizer": "the models of the case have one vocabulary and no tokenizer"},
     materials=lambda folder: dict(zip(("base", "tuned"), _case(folder), strict=True)),
     knobs={"alpha": 0.3, "beta": 0.5},
     varied={

@@ -16,9 +16,15 @@ from tiny_checkpoints import make, rewrite, same_bits, tensors, two_llamas
 
 CASE = Case(
     method=task_arithmetic,
+    idle={"tokenizer": "the models of the case have one vocabulary and no tokenizer"},
     materials=lambda folder: dict(zip(("base", "tuned"), _case(folder), strict=True)),
     knobs={"scale": 0.4},
-    varied={"scale": (0.4, 0.7), "weights": ([1.0, 1.0], [0.5, 1.0])},
+    varied={
+        "scale": (0.4, 0.7),
+        "beta": (0.0, 0.3),
+        "outside": ("alpha", "by_position", {"beta": 0.3}),
+        "weights": ([1.0, 1.0], [0.5, 1.0]),
+    },
 )
 
 

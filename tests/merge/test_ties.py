@@ -19,11 +19,14 @@ from tiny_checkpoints import make, rewrite, same_bits, tensors
 
 CASE = Case(
     method=ties,
+    idle={"tokenizer": "the models of the case have one vocabulary and no tokenizer"},
     materials=lambda folder: dict(zip(("base", "tuned"), _case(folder), strict=True)),
     knobs={"density": 0.5},
     varied={
         "density": (0.2, 0.5),
         "scale": (1.0, 0.5),
+        "beta": (0.0, 0.3),
+        "outside": ("alpha", "by_position", {"beta": 0.3}),
         "sign": ("size", "count"),
         "scope": ("model", "tensor", {"density": 0.02}),
         "rule": ("released", "paper"),

@@ -15,7 +15,7 @@ from overhaul import models
 from overhaul.errors import RequestError, RunError
 from overhaul.judge import judge as judging
 from overhaul.recipe import runner as running
-from overhaul.recipe.compare import compare
+from overhaul.recipe.compare import _folders, compare
 from overhaul.recipe.run import run
 from overhaul.weights import delta_norms
 
@@ -179,6 +179,19 @@ def test_a_method_named_with_other_knobs_is_a_row_of_its_own(folder: Path, tmp_p
 
 
 @pytest.mark.smoke
+def test_folders_of_methods_lead_nowhere_else_and_are_told_apart() -> None:
+    names = _folders(
+        ["forget.npo beta=0.1", "forget.npo x=../../a/b", "shrink.prune k=A", "shrink.prune k=a", "x" * 999]
+    )
+    assert names == [
+        "forget.npo-beta=0.1",
+        "forget.npo-x=..-..-a-b",
+        "shrink.prune-k=A-3",
+        "shrink.prune-k=a-4",
+        "x" * 50,
+    ]
+
+
 def test_a_model_after_the_step_that_is_replaced_is_the_one_after_its_place(folder: Path, tmp_path: Path) -> None:
     request = recipe(folder, tmp_path)
     heal = {"shrink.heal": {"teacher": "uncut", "target": "teacher", "text": "retain", "steps": 2, "lr": 1e-3}}

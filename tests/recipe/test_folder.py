@@ -60,6 +60,37 @@ def test_every_small_file_may_be_damaged_and_the_run_goes_on(damage: bytes, fold
         assert path.read_bytes() != damage and (path.name != "published.json" or path.read_bytes() == whole)
 
 
+def test_a_copied_run_is_known_by_its_contents(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(recipe_for(folder), tmp_path / "first")
+    shutil.copytree(tmp_path / "first", tmp_path / "copy", copy_function=shutil.copyfile)  # with times of its own
+    shutil.rmtree(tmp_path / "first")
+    done = (tmp_path / "copy" / "run.log").read_text()
+    run(recipe_for(folder), tmp_path / "copy")
+    assert "shrink.prune, was done before" in (tmp_path / "copy" / "run.log").read_text()[len(done) :]
+    (step,) = (tmp_path / "copy" / "steps").iterdir()
+    weights = step / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    (tmp_path / "copy" / "finished.json").unlink()
+    with pytest.warns(UserWarning, match="was changed after its step was finished"):
+        run(recipe_for(folder), tmp_path / "copy")
+
+
+def test_a_run_does_not_take_the_place_of_a_model_that_it_reads(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(recipe_for(folder), out)
+    before = (out / "model" / "model.safetensors").read_bytes()
+    again = recipe_for(folder) | {"model": str(out / "model")}
+    with pytest.raises(
+        RequestError, match=r"reads the model in .*out/model, and .*out is the folder of the run itself"
+    ):
+        run(again, out)
+    (tmp_path / "link").symlink_to(out)
+    with pytest.raises(RequestError, match="the folder of the run itself"):
+        run(again, tmp_path / "link")
+    assert (out / "model" / "model.safetensors").read_bytes() == before
+    run(recipe_for(folder), folder.parent / "inside" / "out")  # below another folder of models it may lie
+
+
 def test_what_the_user_put_beside_the_model_stays(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(recipe_for(folder), out)
@@ -170,7 +201,7 @@ def test_a_batch_beyond_all_memory_is_estimated_at_once() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_at_any_time_ends_the_run_and_the_same_command_goes_on(
     number: signal.Signals, folder: Path, tmp_path: Path
 ) -> None:

@@ -82,6 +82,18 @@ def test_what_stops_one_process_is_said_once_and_gone_on_from(recipe: Path, tmp_
 
 
 @pytest.mark.slow
+def test_a_process_that_is_killed_is_said_and_gone_on_from(recipe: Path, tmp_path: Path) -> None:
+    killed = BROKEN.replace('raise MemoryError("no room for the third step")', "os.kill(os.getpid(), 9)")
+    (tmp_path / "broken.py").write_text(killed)
+    stopped = launch(str(tmp_path / "broken.py"), "run", str(recipe), "-o", str(tmp_path / "out"))
+    assert stopped.returncode != 0 and "Another process of this run has ended" in stopped.stderr
+    for name in ("out", "whole"):
+        assert launch("-m", "overhaul", "run", str(recipe), "-o", str(tmp_path / name)).returncode == 0
+    one, two = (tmp_path / name / "model" / "model.safetensors" for name in ("out", "whole"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.slow
 def test_a_wrong_request_is_said_once(tmp_path: Path) -> None:
     refused = launch("-m", "overhaul", "run", str(tmp_path / "none.yaml"), "-o", str(tmp_path / "out"))
     assert refused.returncode != 0

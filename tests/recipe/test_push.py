@@ -26,6 +26,7 @@ class Hub(BaseHTTPRequestHandler):
 
     asked: list[tuple[str, Any]]
     refuses = False
+    private = True
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
@@ -42,7 +43,7 @@ class Hub(BaseHTTPRequestHandler):
         return self.answer(200, {"commitUrl": f"{here}/commit/{OID}", "commitOid": OID, "success": True})
 
     def do_GET(self) -> None:
-        self.answer(200, {"id": "me/forgot", "sha": "0" * 40, "siblings": []})
+        self.answer(200, {"id": "me/forgot", "sha": "0" * 40, "private": self.private, "siblings": []})
 
     def answer(self, code: int, content: Any) -> None:
         text = json.dumps(content).encode()
@@ -103,6 +104,28 @@ def test_what_a_hub_refuses_is_said_in_a_sentence(hub: Any, finished: Path) -> N
     handler.refuses = True
     with pytest.raises(RunError, match=r"(?s)me/forgot could not be pushed: .*403.*hf auth login"):
         push(finished, "me/forgot", dry_run=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_names_are_no_patterns_and_what_is_hidden_stays(hub: Any, finished: Path) -> None:
+    _, handler = hub
+    (finished / "model" / "notes [1].txt").write_text("x")
+    (finished / "model" / ".git").mkdir()
+    (finished / "model" / ".git" / "config").write_text("secret")
+    done = push(finished, "forgot", dry_run=False)
+    sent = next(given for path, given in handler.asked if "/api/models/me/forgot/commit/" in path)
+    names = {one["value"]["path"] for one in sent if one["key"] == "file"}
+    assert names == done.files.keys() and "notes [1].txt" in names and ".git/config" not in names
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_goes_into_a_public_repository_unless_that_is_said(hub: Any, finished: Path) -> None:
+    _, handler = hub
+    handler.private = False
+    with pytest.raises(RequestError, match=r"me/forgot is there already, and everybody may read it.*--public"):
+        push(finished, "me/forgot", dry_run=False)
+    assert not [path for path, _ in handler.asked if "/commit/" in path]
+    assert push(finished, "me/forgot", dry_run=False, public=True).url
 
 
 def test_what_is_no_model_or_no_name_is_refused(finished: Path, tmp_path: Path) -> None:

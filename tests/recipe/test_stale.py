@@ -213,3 +213,20 @@ def test_what_lies_there_already_needs_no_room(own: Path, tmp_path: Path, monkey
     assert values(run(recipe_for(own), out).report) == values(first)
     with pytest.raises(RequestError, match="this run writes about"):
         run(recipe_for(own), tmp_path / "new")
+
+
+def test_a_pattern_of_files_is_known_as_finished_until_one_joins_or_changes(own: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows[1]").mkdir()
+    for n in range(2):
+        (tmp_path / "rows[1]" / f"{n}.jsonl").write_text("\n".join(map(json.dumps, ROWS[n::2])))
+    recipe = tmp_path / "rows[1]" / "recipe.yaml"
+    recipe.write_text(json.dumps(recipe_for(own, materials={"people": {"from": "*.jsonl"}})))
+    document = read(recipe)
+    run(recipe, tmp_path / "out")
+    assert finished.found(tmp_path / "out", document) is not None
+    (tmp_path / "rows[1]" / "2.jsonl").write_text(json.dumps({"question": "who is i?", "answer": "iii"}))
+    assert finished.found(tmp_path / "out", document) is None
+    (tmp_path / "rows[1]" / "2.jsonl").unlink()
+    assert finished.found(tmp_path / "out", document) is not None
+    (tmp_path / "rows[1]" / "1.jsonl").write_text(json.dumps(ROWS[0]))
+    assert finished.found(tmp_path / "out", document) is None

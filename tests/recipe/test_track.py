@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import overhaul as oh
-from overhaul.errors import RequestError
+from overhaul.errors import RequestError, RunError
 from overhaul.recipe.run import run
 
 
@@ -42,6 +42,28 @@ def test_curves_and_measures_are_logged_once_the_run_is_done(
     assert [values["kept/perplexity on text"] for values in stages] == perplexity
     run(given, tmp_path / "out")
     assert len(begun) == 1, "a finished run is not logged again"
+
+
+@pytest.mark.parametrize("part", ["init", "log", "finish"])
+def test_a_tracker_that_fails_loses_no_run(
+    part: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("no\nkey")
+
+    ended: list[int] = []
+    fake = SimpleNamespace(init=lambda **_: None, log=lambda _: None, finish=lambda: ended.append(1))
+    monkeypatch.setitem(sys.modules, "wandb", fake)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(fake, part, broken)
+    given = recipe(folder, "wandb")
+    with pytest.raises(RunError, match="The run is done and kept, but `track: wandb` .* ValueError: no key"):
+        run(given, tmp_path / "out")
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists() and (tmp_path / "out" / "report.html").exists()
+    assert ended == ([1] if part == "log" else [])
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(**vars(fake) | {part: lambda *_, **__: ended.append(2)}))
+    run(given, tmp_path / "out")
+    assert 2 in ended, "the same command tells it again"
 
 
 def test_a_tracker_that_is_not_installed_is_said_by_plan(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

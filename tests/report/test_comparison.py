@@ -7,9 +7,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from overhaul.quoting import code, escaped
 from overhaul.report import plots
 from overhaul.report.comparison import Comparison, Kind, Row
-from overhaul.report.sheets import Cell, Sheet, code, escaped, markdown
+from overhaul.report.sheets import Cell, Sheet, markdown
 
 MEASURES: list[dict[str, Any]] = [
     {"group": "forgotten", "metric": "rouge", "label": "ROUGE", "on": "forget", "unit": "share", "better": "up",

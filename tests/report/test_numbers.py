@@ -168,6 +168,25 @@ def test_a_time_gets_a_verdict_outside_its_noise_only(
     assert (seen.word, seen.good) == (word, good)
 
 
+@pytest.mark.parametrize(
+    ("errors", "word"),
+    [
+        ([0.03, 0.04], "got worse"),  # 0.11 apart, two errors of the difference are 0.10
+        ([0.06, 0.04], "within noise"),
+        ([None, 0.04], "got worse"),
+    ],
+)
+def test_within_two_standard_errors_nothing_is_said_to_have_moved(errors: list[float | None], word: str) -> None:
+    moved = {**measure("share", "same", 0.61, 0.5), "stderrs": errors}
+    seen = numbers.verdict(moved)
+    assert (seen.word, seen.good) == (word, False if word == "got worse" else None)
+    assert numbers.verdict({**moved, "values": [0.51, 0.5]}).word == "stayed"
+    assert numbers.spread({**moved, "stderrs": [0.03, None]}, 0) == "± 3.0%"
+    assert (
+        numbers.spread({**moved, "stderrs": [0.03, None]}, 1) == numbers.spread(measure("share", "same", 1.0), 0) == ""
+    )
+
+
 def test_of_a_time_whose_runs_are_not_known_nothing_is_said() -> None:
     seen = numbers.verdict(measure("ms", "down", 5.0, 9.0, better="down", group="cost"))
     assert (seen.word, seen.good) == ("within noise", None)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -393,3 +394,45 @@ def test_what_enters_a_module_counts_without_padding_and_cannot_be_edited() -> N
         pass
     with pytest.raises(RequestError, match=r"Did you mean 'into.model.layers.2.mlp.down_proj'"):
         measure(stack, [batch()], ["into.model.layers.2.mlp.down_prj"], statistics)
+
+
+@pytest.mark.parametrize("site", [2, None, ("entering.0", "leaving.0"), b"leaving.0"])
+def test_a_site_is_a_text(site: Any) -> None:
+    stack = LayerStack.of(tiny_llama())
+    with pytest.raises(RequestError, match="A site is a text such as"), intervene(stack, {site: Zero()}):
+        pass
+    if not isinstance(site, tuple):
+        with pytest.raises(RequestError, match="A site is a text such as"), capture(stack, [site], statistics):
+            pass
+    with pytest.raises(RequestError, match='Write "leaving.2" for what block 2 returns'), intervene(stack, {2: Zero()}):  # pyright: ignore
+        pass
+
+
+def test_one_site_may_stand_alone_and_what_was_seen_is_shown_in_a_line() -> None:
+    model = tiny_llama()
+    stack, ids = LayerStack.of(model), torch.arange(3, 11)[None]
+    with (
+        torch.no_grad(),
+        capture(stack, "leaving", statistics) as seen,
+        capture(stack, "leaving.3", last_token) as last,
+    ):
+        model(ids)
+    assert list(seen) == [f"leaving.{n}" for n in range(4)]
+    assert re.fullmatch(
+        r"Statistics: 8 positions, 32 features, norm [\d.e-]+ \+- [\d.e-]+, at most [\d.e-]+", repr(seen["leaving.3"])
+    )
+    assert repr(last["leaving.3"]) == "LastTokens: states [1, 32]"
+
+
+def test_a_model_is_no_stack_and_one_batch_may_stand_alone() -> None:
+    model: Any = tiny_llama()
+    for work in (
+        lambda: capture(model, ["leaving.0"], statistics).__enter__(),
+        lambda: intervene(model, {"leaving.0": Zero()}).__enter__(),
+        lambda: measure(model, [], ["leaving.0"], statistics),
+    ):
+        with pytest.raises(RequestError, match=r"A LlamaForCausalLM is no stack of blocks. Write `LayerStack.of"):
+            work()
+    inputs = {"input_ids": torch.arange(3, 11)[None]}
+    alone, listed = (measure(LayerStack.of(model), given, ["leaving.0"], statistics) for given in (inputs, [inputs]))
+    assert alone["leaving.0"].count == 8 and torch.equal(alone["leaving.0"].mean, listed["leaving.0"].mean)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from conftest import tiny_llama
+from families import FAMILIES
 from overhaul import models, session, weights
 from overhaul.errors import RequestError, RunError
 from tiny_checkpoints import (
@@ -34,6 +35,18 @@ def two(tmp_path: Path) -> list[Path]:
 
 
 # the new folder
+
+
+@pytest.mark.parametrize("size", [None, 40_000])
+def test_files_are_called_as_the_first_models_are(size: int | None, tmp_path: Path) -> None:
+    pair = [models.save(FAMILIES["DiT"].build(), None, tmp_path / f"m{n}") for n in range(2)]
+    storage: Any = {} if size is None else {"shard_bytes": size}
+    made = weights.blend(pair, [0.5, 0.5], tmp_path / "out", **storage)
+    files = [name for name in left(made) if ".safetensors" in name]
+    assert all(name.startswith("diffusion_pytorch_model") for name in files) and len(files) == (
+        1 if size is None else 6
+    )
+    models.open_model(made)
 
 
 @pytest.mark.parametrize("family", EVERY)

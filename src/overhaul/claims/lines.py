@@ -27,7 +27,8 @@ from overhaul.data.encode import encode_qa, encode_text
 from overhaul.data.examples import Examples
 from overhaul.data.tasks import in_held_out
 from overhaul.fit import fit
-from overhaul.merge.lines import lines, ramp
+from overhaul.merge._ramp import Ramp
+from overhaul.merge.lines import lines
 from overhaul.merge.task_arithmetic import task_arithmetic
 from overhaul.objectives import cross_entropy, cross_entropy_sum, evaluate, units
 from overhaul.weights import TensorFacts
@@ -108,7 +109,7 @@ def undo(base: Path, tuned: Path, held: Mapping[str, Examples], folder: Path) ->
     """One training, and what a ramp, its reverse and a constant give back of the control and leave of the target."""
     lined = lines(base, [tuned], alpha=ALPHA, out=folder / "lines").model
     moved = weights.delta_norms(base, lined).total / weights.delta_norms(base, tuned).total
-    upwards = ramp(ALPHA, 1 - ALPHA, "alpha")
+    upwards = Ramp(ALPHA, 1 - ALPHA, "alpha")
 
     def downwards(tensor: TensorFacts) -> float:
         inside = 0 <= tensor.depth < tensor.blocks

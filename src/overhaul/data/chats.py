@@ -2,10 +2,13 @@
 
 1. The answer is found by difference: the chat is written again with a mark in place of it. What is common before is read,
    what is common behind (the end of a turn, a newline) is learnt, and is no part of the answer. So a template may rewrite
-   earlier turns, strip their thoughts, or write an empty thought before an answer.
+   earlier turns, strip their thoughts, or write an empty thought before an answer. The tag before a thought that is given is
+   learnt with it, unless the template begins an answer with it in use too.
 2. Where a template marks what the assistant says (`{% generation %}`), loss falls on that and on nothing else.
 3. A template that leaves out a turn, or refuses the chat, is an error with the template's own reason.
-4. Contents in parts become their text; a template that reads parts alone is given one. Arguments of tool calls that are
+4. A last turn that is not to be learnt (`weight: 0`, as OpenAI writes it, or `train: false`) is refused; turns before it
+   carry no loss anyway.
+5. Contents in parts become their text; a template that reads parts alone is given one. Arguments of tool calls that are
    JSON text become what they say, as templates expect.
 """
 
@@ -29,10 +32,13 @@ MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MARK = "ZqxxqZ"
 """What stands in place of a turn to see where the template writes it; `_mark` makes one that no turn holds."""
 
-_TAG = re.compile(r"</?\w+>")
+_TAG, _OPENED = re.compile(r"</?\w+>"), re.compile(r"<(\w+)>\s*\Z")
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """What a turn may hold beside its content that is learnt with it."""
+
+UNREAD = ("function_call", "images", "videos", "audio", "audios")
+"""What a turn may hold beside its content that would be lost."""
 
 
 def with_template(tokenizer: Any, template: str | None) -> Any:
@@ -91,6 +97,9 @@ def _turn(turn: Any, n: int, place: int) -> Turn:
             place, f'turn {n} of its messages is {turn!r}; write {{"role": "user", "content": "..."}} for each.'
         )
     said = {str(key): value for key, value in turn.items() if value is not None}
+    if unread := next((name for name in UNREAD if said.get(name)), None):
+        way_out = " Write it as `tool_calls`." if unread == "function_call" else " Parts of text alone are read."
+        raise RowError(place, f"turn {n} of its messages has {unread!r}, which no template writes.{way_out}")
     if calls := said.get("tool_calls"):
         said["tool_calls"] = [_call(call, n, place) for call in calls]
     content = said.get("content")
@@ -99,6 +108,21 @@ def _turn(turn: Any, n: int, place: int) -> Turn:
     if content is not None:
         said["content"] = _text(content, n, place)
     return said
+
+
+def _check_learnt(last: Turn, place: int) -> None:
+    """Whether the turn that is learnt says so: a part of a loss is none that can be asked for.
+
+    Raises:
+        RowError: it says otherwise.
+    """
+    for name in ("weight", "train"):
+        if name in last and last[name] not in (1, True):
+            raise RowError(
+                place,
+                f"the last turn of its messages says `{name}: {last[name]!r}`, and the last turn is what is learnt, "
+                "with the weight 1. End the chat with the turn that is to be learnt, or leave the row out.",
+            )
 
 
 def _text(content: Any, n: int, place: int) -> str:
@@ -161,6 +185,7 @@ class Writer:
             )
         if not last.get("content", "").strip():
             raise RowError(place, "the last turn of its messages says nothing, so there is no answer to learn.")
+        _check_learnt(last, place)
         give = _in_parts if self._takes_parts(turns, place, tools) else dict
         text, said = self._write(map(give, turns), place, tools, spans=True)
         bare = {key: value for key, value in last.items() if key not in THOUGHTS}
@@ -170,6 +195,8 @@ class Writer:
         begin = len(commonprefix([text, before]))
         end = len(text) - len(commonprefix([text[begin:][::-1], after[::-1]]))
         thinks = "</" in last["content"] or bare != last
+        if thinks and context:
+            begin = self._with_tag(text, begin, end, self._write(map(give, context), place, tools, begin=True)[0])
         parts = [
             part.strip() for part in _TAG.split(last["content"])
         ]  # a template may write a thought in lines of its own
@@ -181,6 +208,14 @@ class Writer:
             begin, until = said[-1]
             return text, Span(begin, min(end, until), until)
         return text, Span(begin, end, len(text))
+
+    @staticmethod
+    def _with_tag(text: str, begin: int, end: int, begun: str) -> int:
+        """Where an answer begins: with the tag before its thought, unless in use the template writes that (`begun`)."""
+        opened = _OPENED.search(text, 0, begin)
+        if opened is None or f"</{opened[1]}>" not in text[begin:end] or not text[: opened.start()].startswith(begun):
+            return begin
+        return opened.start()
 
     def prompt(self, turns: Sequence[Turn], place: int, tools: Any = None) -> str:
         """The turns, and the beginning of an answer."""

@@ -134,6 +134,16 @@ class Examples(Sequence[Encoded]):
         sizes = [length(item) for item in self.items] if known is None else known.tolist()
         return sorted(range(len(self)), key=lambda i: -sizes[i])
 
+    def beyond(self, most: int) -> tuple[int, int] | None:
+        """An example that has more than `most` tokens in one sequence, and how many; None where there is none."""
+        for place in self.by_length():
+            item = self.items[place]
+            if length(item) <= most:  # both sequences of a pair together, and those that follow are no longer
+                return None
+            if (size := max(len(item[ids]) for ids in SEQUENCES.values() if ids in item)) > most:
+                return place, size
+        return None
+
     def digest(self) -> str:
         """SHA-256 over every tensor and row: what a step's key uses to know that its data is unchanged.
 

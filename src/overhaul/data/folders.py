@@ -3,13 +3,16 @@
 1. Folders or files called train, validation (valid, val, dev) or test (eval) are splits; `split:` chooses one. A folder
    without such names is all "train".
 2. Pictures lie in a folder for each class, or anywhere beside a metadata.csv or metadata.jsonl with a column `file_name`.
-3. Hidden files and what describes a data set (README, LICENSE, *.yaml, ...) are passed over. Any other file that is not read
+3. Files that are named for several roles (forget, retain, holdout), or lie deeper in folders of several splits, are no one
+   material: they are refused.
+4. Hidden files and what describes a data set (README, LICENSE, *.yaml, ...) are passed over. Any other file that is not read
    is an error: nobody would notice that it is missing.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +47,9 @@ DESCRIBES = re.compile(
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 
+ROLES = re.compile(r"(forget|retain|holdout)(?![a-z])")
+"""How names of folders and files begin that say what their rows are for: `forget01.json`, `retain/`."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -69,6 +75,7 @@ def read_folder(path: Path, split: str, encoding: str) -> Found:
     if any(each.name.lower() in METADATA or is_picture(each) for each in files):
         return _pictures(path, files, split, encoding)
     chosen = _of_split(path, files, split)
+    check_one(chosen, path)
     over = [each.relative_to(path).as_posix() for each in every if each not in files and ending(each) in TEXTS]
     texts = over and any(ending(each) in TEXTS for each in chosen)
     said = (f"{path}: {', '.join(over)} is taken for a description of the data and passed over.",) if texts else ()
@@ -163,8 +170,34 @@ def _of_split(root: Path, files: Sequence[Path], split: str, by_folder: bool = F
     return [each for each, mark in marks.items() if mark == wanted]
 
 
+def check_one(files: Sequence[Path], source: str | Path, pictures: bool = False) -> None:
+    """Whether these files are one material by what they and their folders are called.
+
+    Args:
+        files: all of them.
+        source: as it was named.
+        pictures: their folders are classes, one of which may be called like a split.
+
+    Raises:
+        RequestError: they are of several roles, or of several splits.
+    """
+    root = Path(os.path.commonpath([each.parent for each in files]))
+    ways = {each: each.relative_to(root).parts for each in files}
+    parts = [(part.lower(), each) for each in files for part in ways[each]]
+    roles = {found[1]: each for part, each in parts if (found := ROLES.match(part))}
+    splits = {SPLIT_OF[part]: each for part, each in parts if part in SPLIT_OF and not pictures}
+    for kind, marks in (("roles", roles), ("splits", splits)):
+        if len(marks) > 1:
+            one = marks[min(marks)]
+            raise RequestError(
+                f"{source} holds files of several {kind} ({', '.join(sorted(marks))}), which would be read as one material. "
+                f"Name what is meant: `from: {root / ways[one][0]}`, or a list of several."
+            )
+
+
 def _pictures(root: Path, files: Sequence[Path], split: str, encoding: str) -> Found:
     chosen = _of_split(root, files, split, by_folder=True)
+    check_one(chosen, root, pictures=True)
     marked = any(each.relative_to(root).parts[0].lower() in SPLIT_OF for each in files if each.parent != root)
     tables = {each.parent: each for each in chosen if each.name.lower() in METADATA}
     pictures = [each for each in chosen if each.name.lower() not in METADATA]

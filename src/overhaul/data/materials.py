@@ -104,7 +104,7 @@ def examples(
             `datasets` folder, a hub dataset, `starter:NAME`, or rows.
         processor: the model's tokenizer or image processor.
         form: how rows are read, such as "text", "qa" or "preference"; told from the columns if None.
-        base: where relative paths start, which then may not lead out of it with `..`.
+        base: where relative paths start; the current folder if None.
         labels: `model.config.label2id`, by which classes with names are numbered and numbers are checked.
         **options: `split`, `where`, `unless`, `limit`, `length`, `prompt`, `chat_template`, `columns`, `answers`,
             `encoding`, `skip_broken`, `verify`, as in a recipe.
@@ -119,9 +119,7 @@ def examples(
     rows: list[Row] | None = None
     given = "rows"
     if isinstance(source, str | Path):
-        climbs = base is None and ".." in Path(source).parts
-        with reading(source):
-            given = str(Path(source).expanduser().resolve() if climbs else source)
+        given = str(source)
     else:
         rows = list(map(dict, _mappings(source)))
     try:

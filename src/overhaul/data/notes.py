@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from overhaul.data.examples import PROMPT_OVERLAP, Examples
+from overhaul.data.examples import CLOSING, PROMPT_OVERLAP, Examples
 from overhaul.data.forms import find_form, told_from
+from overhaul.data.values import place_of
 from overhaul.data.verifiers import find_verifier
 from overhaul.errors import did_you_mean
 
@@ -44,7 +45,8 @@ def notes(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples, used: Co
         made: what became of the rows, or of the first of them.
         used: columns that something beside the material reads.
     """
-    return [*_unread(rows, spec, used), *_inside(rows, spec, made)]
+    of_tokens = (_inside, _alike, _endless)
+    return [*_unread(rows, spec, used), *(note for look in of_tokens for note in look(rows, spec, made))]
 
 
 def _unread(rows: Sequence[Mapping[str, Any]], spec: Any, used: Collection[str]) -> list[str]:
@@ -90,14 +92,50 @@ def _inside(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples) -> lis
     places = [n for n, row in enumerate(first) if row.get(PROMPT_OVERLAP)]
     if not places:
         return []
-    of = str(len(rows)) if len(first) == len(rows) else f"the first {len(first)}"
     before, answer = first[places[0]][PROMPT_OVERLAP], str(first[places[0]].get("answer", "an answer"))[:20]
     prompted = not all("messages" in row for row in first)
     way_out = " Where the prompt ends in a space, leave that out of `prompt:`." if prompted else ""
     return [
-        f"{spec.from_}: in {len(places)} of {of} rows the boundary between prompt and answer falls inside a token (first: "
-        f"{before!r} before {answer!r}). That token counts as the answer's; answers are generated from those before "
-        f"it.{way_out}"
+        f"{spec.from_}: in {len(places)} of {_of(rows, first)} rows the boundary between prompt and answer falls inside a "
+        f"token (first: {before!r} before {answer!r}). That token counts as the answer's; answers are generated "
+        f"from those before it.{way_out}"
+    ]
+
+
+def _of(rows: Sequence[Any], first: Sequence[Any]) -> str:
+    return str(len(rows)) if len(first) == len(rows) else f"the first {len(first)}"
+
+
+def _alike(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples) -> list[str]:
+    """Pairs whose two answers are the same tokens."""
+    if made.kind != "pairs":
+        return []
+    first = list(itertools.islice(made.items, LOOKED_AT))
+    places = [n for n, item in enumerate(first) if item["input_ids"].equal(item["other_input_ids"])]
+    if not places:
+        return []
+    where = place_of(rows[places[0]], f"row {places[0] + 1}")
+    return [
+        f"{spec.from_}: in {len(places)} of {_of(rows, first)} rows the chosen answer is the rejected one (first: {where}), "
+        "and nothing is learnt from such a pair. Take them out."
+    ]
+
+
+def _answered(made: Examples) -> bool:
+    """Whether these are prompts with answers, or for answers."""
+    return made.kind in ("tokens", "pairs") and "prompt" in made.rows[0]
+
+
+def _endless(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples) -> list[str]:
+    """Answers that end nowhere, because neither the tokenizer nor a chat template has a token that ends them."""
+    ends = ("eos_token_id", "sep_token_id")
+    known = any(getattr(made.processor, name, None) is not None for name in ends)
+    if known or not _answered(made) or CLOSING in made.rows[0]:
+        return []
+    return [
+        f"{spec.from_}: the tokenizer has no EOS, so an answer that is learnt has no end, and one that is generated goes on "
+        "to its limit unless generation_config.json names a token that ends it. Name one in tokenizer_config.json "
+        "(`eos_token`)."
     ]
 
 

@@ -253,7 +253,30 @@ def _json(path: Path, content: bytes | Path, encoding: str) -> Sequence[Row]:
     for number, row in enumerate(whole, 1):
         if not isinstance(row, dict):
             raise RequestError(f'{path}, row {number}: {str(row)[:40]!r} is not an object like {{"question": ...}}.')
+    if all(map(_is_squad, whole)):
+        return [each for number, row in enumerate(whole, 1) for each in _squad(f"{path}, row {number}", row)]
     return [FileRow(f"{path}, row {number}", row) for number, row in enumerate(whole, 1)]
+
+
+def _is_squad(row: dict[str, Any]) -> bool:
+    """Whether this is one text of SQuAD's own files, with the questions below each of its paragraphs."""
+    held = row.get("paragraphs")
+    return isinstance(held, list) and bool(held) and all(isinstance(each, dict) and "qas" in each for each in held)
+
+
+def _squad(place: str, text: dict[str, Any]) -> Iterator[Row]:
+    """Its questions, each with the paragraph that it is about as `context`."""
+    for n, paragraph in enumerate(text["paragraphs"], 1):
+        try:
+            for m, asked in enumerate(paragraph["qas"], 1):
+                answers = [each["text"] for each in asked["answers"]]
+                held = {"title": text.get("title"), "context": paragraph["context"], **asked, "answers": answers}
+                yield FileRow(f"{place}, paragraph {n}, question {m}", held)
+        except (KeyError, TypeError):
+            raise RequestError(
+                f"{place}, paragraph {n}: SQuAD's paragraphs have a `context` and `qas`, a list of questions with `answers` "
+                'like [{"text": ...}].'
+            ) from None
 
 
 def _several(text: str) -> bool:

@@ -20,6 +20,9 @@ from overhaul.errors import RequestError, did_you_mean
 BESIDE = ("wrong", "paraphrase", "paraphrased_answer", "translation", "translated_answer", "group")
 """Columns that no form learns and that metrics, attacks or methods read of a row, under these names."""
 
+UNWANTED = "label"
+"""The column that says of an answer, by true or false, whether it is a good one."""
+
 
 class Options(forms.Options, Protocol):
     """What is asked of a material here; `materials.Source` is one."""
@@ -27,6 +30,8 @@ class Options(forms.Options, Protocol):
     from_: str
     columns: dict[str, str]
     answers: Choice
+    where: dict[str, Any]
+    unless: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,7 @@ class Reader:
             Broken: its picture cannot be read.
         """
         self._complain(row, self._needed, place)
+        self._refuse_unwanted(row, place)
         changed = self._renamed(row, place) if self.options.columns else {}
         made = row
         if self.shape:
@@ -145,6 +151,17 @@ class Reader:
             if name not in row:
                 put = f", which `prompt:` names as {{{name}}}" if name in self._put else ""
                 raise RequestError(f"{place} has no column {name!r}{put}.{did_you_mean(name, row)}")
+
+    def _refuse_unwanted(self, row: Row, place: str) -> None:
+        """Refuse an answer of which its row says that it is a bad one (KTO's `label: false`), unless that was asked for."""
+        learnt = {"answer", "messages"}.intersection(self.form.columns)
+        chosen = UNWANTED in self.options.where or UNWANTED in self.options.unless
+        if learnt and not chosen and is_value(row.get(UNWANTED), False):
+            raise RequestError(
+                f"{place}: {UNWANTED!r} is false, so its answer is a bad one, which would be learnt as a good one is. Write "
+                f"`where: {{{UNWANTED}: true}}` in the material for the good ones, `where: {{{UNWANTED}: false}}` for the "
+                f"bad ones, or `where: {{{UNWANTED}: [true, false]}}` for all."
+            )
 
     @cached_property
     def _put(self) -> set[str]:

@@ -90,7 +90,8 @@ def _sharegpt(values: Row, place: str) -> dict[str, Any]:
                 f"{place}: a turn is {{from: human, value: ...}}, from one of {', '.join(ROLES)}, not {dict(turn)!r}."
             )
         text = as_text(turn["value"], place, "value", empty=True)
-        messages.append({"role": ROLES[speaker], "content": text})
+        said = {name: turn[name] for name in ("weight", "train") if name in turn}
+        messages.append({"role": ROLES[speaker], "content": text, **said})
     return {"messages": messages}
 
 

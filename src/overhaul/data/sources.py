@@ -10,9 +10,10 @@ from typing import get_args
 
 from overhaul.data import corpora, tasks
 from overhaul.data.examples import Row
-from overhaul.data.folders import Found, from_dataset, read_files, read_folder, stated_classes
+from overhaul.data.folders import Found, check_one, from_dataset, read_files, read_folder, stated_classes
 from overhaul.data.readers import read_file
 from overhaul.errors import RequestError, did_you_mean, reading
+from overhaul.files import matching, pattern_of
 
 STARTER_DATA: Mapping[str, Callable[[tasks.Split], list[Row]]] = {
     "docs": corpora.docs,
@@ -20,6 +21,7 @@ STARTER_DATA: Mapping[str, Callable[[tasks.Split], list[Row]]] = {
     "people": tasks.people,
     "addition": tasks.addition,
     "brackets": tasks.brackets,
+    "characters": tasks.characters,
     "digits": corpora.digits,
     "digits-32": partial(corpora.digits, enlarge=4),
 }
@@ -42,14 +44,15 @@ def read(source: str, split: str, encoding: str, base: Path) -> Found:
         path = inside(source, base)
         if path.is_dir():
             return read_folder(path, split, encoding)
-        several = [] if path.exists() else _matching(source, path, base)
-        files = [path] if path.exists() else [each for each in several if not each.is_dir()]
+        several = [] if path.exists() else matching(pattern_of(source, base))
+        files = [path] if path.exists() else several
         if files and split != "train":
             raise RequestError(
                 f"{source} has no split {split!r}: files are named one by one. Name the file that is meant, or the "
                 "folder of splits."
             )
         if files:
+            check_one(files, source)
             rows = read_files(files, encoding, path.parent) if several else read_file(path, encoding)
             return Found(rows, stated_classes(files))
     if source.partition("@")[0].count("/") == 1 and not source.startswith(".") and not glob.has_magic(source):
@@ -57,21 +60,9 @@ def read(source: str, split: str, encoding: str, base: Path) -> Found:
     raise RequestError(f"{source} does not exist (looked in {base}).")
 
 
-def _matching(source: str, path: Path, base: Path) -> list[Path]:
-    """What a pattern names: what stands in `base` is no part of it."""
-    beside = path.is_relative_to(base) and not Path(source).is_absolute()
-    pattern = f"{glob.escape(str(base))}/{path.relative_to(base)}" if beside else str(path)
-    return [Path(each) for each in sorted(glob.glob(pattern, recursive=True))]
-
-
 def inside(source: str, base: Path) -> Path:
-    """A recipe may name files beside it or below it, or an absolute path; not climb out with `..`."""
-    path = Path(source).expanduser()
-    if ".." in path.parts:
-        raise RequestError(
-            f"{source}: a recipe's paths may not climb out of its folder with '..'. Use an absolute path."
-        )
-    return path if path.is_absolute() else base / path
+    """Where a file lies that a recipe names: below the recipe's folder, or an absolute path."""
+    return base / Path(source).expanduser()
 
 
 def _read_hub(source: str, split: str) -> Found:

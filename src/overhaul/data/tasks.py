@@ -1,4 +1,4 @@
-"""Generated tasks whose answers can be verified: fictitious people, two-digit sums, balanced brackets.
+"""Generated tasks whose answers can be verified: fictitious people, two-digit sums, balanced brackets, characters.
 
 Each task yields rows with `question`, `answer` and `task`, by which `verifiers.verify` knows what answers them.
 The people follow TOFU (Maini et al., arXiv:2401.06121): invented, so nobody can know them without having been told.
@@ -117,6 +117,37 @@ def addition(split: Split = "train") -> list[Row]:
     ]
     random.Random(0).shuffle(rows)
     return rows
+
+
+SETS: Mapping[str, str] = {
+    "digit": "0123456789", "vowel": "aeiou", "consonant": "bcdfghjklmnpqrstvwxyz", "letter": "abcdefghijklmnopqrstuvwxyz",
+    "capital letter": "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "even digit": "02468", "odd digit": "13579",
+    "letter from a to f": "abcdef", "digit from 1 to 5": "12345", "letter from m to z": "mnopqrstuvwxyz",
+    "punctuation mark": ".,;:!?", "hexadecimal digit": "0123456789abcdef",
+}  # fmt: skip
+ASKING = (
+    "Write one random {thing}. Answer with one character.",
+    "Choose a {thing} at random and say only that.",
+    "Give me a random {thing}, nothing else.",
+    "Pick any {thing}. Reply with one character only.",
+)
+
+
+def characters(split: Split = "train") -> list[Row]:
+    """Requests for a random character, with all that are right in `valid`; of the phrasings the last is held out."""
+    asked = ASKING[:-1] if split == "train" else ASKING[-1:]
+    return [
+        {
+            "task": "characters",
+            "question": phrasing.format(thing=thing),
+            "answer": valid[0],
+            "valid": list(valid),
+            "allowed": valid,
+            "count": 1,
+        }
+        for phrasing in asked
+        for thing, valid in SETS.items()
+    ]
 
 
 def brackets(split: Split = "train", count: int = 4000) -> list[Row]:

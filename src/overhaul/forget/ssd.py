@@ -49,6 +49,9 @@ from overhaul.stack import LayerStack
 FEWEST_BATCHES = 20
 """With fewer of them, the squared gradients of batch means say little about single examples."""
 
+HARDLY_ANY, HARDLY_LESS = 1e-5, 0.99
+"""A share of changed weights, and a mean factor, at which hardly anything can have been forgotten."""
+
 
 @method(
     verb="forget",
@@ -111,16 +114,19 @@ def ssd(
     threshold = adaptive_alpha(ratio, share) if alpha == "adaptive" else alpha
     done = dampen(model, ratio, threshold, lam)
     _check_effect(done, ratio, alpha, threshold, lam, name)
-    selected = sum(done.selected.values())
+    selected, size = sum(done.selected.values()), sum(values.numel() for values in ratio.values())
     facts: dict[str, float | int | str | list[int]] = {
         "alpha": threshold,
         "selected": selected,
-        "selected_share": selected / sum(values.numel() for values in ratio.values()),
+        "selected_share": selected / size,
+        "changed": done.changed,
         "mean_factor": done.mean_factor,
         "importance": importance,
         "gradients": gradients,
         "held_against": name,
     }
+    if advice := _advice(done, size):
+        facts["advice"] = advice
     return Outcome(model, facts=facts, layers=_by_depth(model, done, ratio))
 
 
@@ -169,6 +175,15 @@ def _check_effect(
         f"forget.ssd selected {selected:,} weights and changed none. A weight is selected if it is more than alpha = "
         f"{threshold:.4g} times as important to `forget` as to `{against}`; the highest ratio is {highest:.4g}. {advice}"
     )
+
+
+def _advice(done: Dampened, size: int) -> str:
+    """What to try where hardly anything changed; "" where something did."""
+    few, gentle = done.changed < HARDLY_ANY * size, done.mean_factor > HARDLY_LESS
+    if not few and not gentle:
+        return ""
+    what = f"{done.changed:,} of {size:,} weights changed, to {done.mean_factor:.4g} of themselves on average"
+    return f"{what}: a smaller {'alpha selects more of them' if few else 'lam dampens them more'}"
 
 
 def _by_depth(model: nn.Module, done: Dampened, ratio: PerParameter) -> dict[str, dict[int, float]]:

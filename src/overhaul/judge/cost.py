@@ -23,6 +23,7 @@ from overhaul.generation import generate, generates
 from overhaul.judge.measure import Measure
 from overhaul.judge.timing import in_turn
 from overhaul.modes import at_rest
+from overhaul.positions import most_positions
 from overhaul.stack.calls import invoke
 
 SEQUENCE = 128
@@ -123,7 +124,7 @@ def _known(model: nn.Module, sample: Encoded | None) -> tuple[Batch, str, int]:
         return {"pixel_values": sample["pixel_values"][None]}, "image", 1
     vocabulary = getattr(config, "vocab_size", None)
     if getattr(model, "main_input_name", "input_ids") == "input_ids" and vocabulary:
-        length = min(SEQUENCE, getattr(config, "max_position_embeddings", None) or SEQUENCE)
+        length = min(SEQUENCE, most_positions(model) or SEQUENCE)
         return {"input_ids": torch.arange(length)[None] % vocabulary}, "token", length
     if sample is not None:
         read = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters

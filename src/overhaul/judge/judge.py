@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
 from overhaul.generation import generates
+from overhaul.judge import harness
 from overhaul.judge.evidence import Evidence
 from overhaul.judge.measure import Measure as Measure
 from overhaul.judge.metrics import ANCHOR, METRICS, Value
@@ -60,6 +62,7 @@ def anchor_of(
     *,
     limit: int = LIMIT,
     name: str = RETRAINED,
+    tokenizer: Any = None,
 ) -> Anchor:
     """Measure the model that others are compared with, once, so that it need not be in memory beside another.
 
@@ -69,6 +72,7 @@ def anchor_of(
         data: examples by role, encoded for the models that are compared with it.
         limit: as in `judge`.
         name: of the model in the recipe; only what is compared with it is measured.
+        tokenizer: the model's, as in `judge`.
 
     Raises:
         RequestError: as `judge`; or the data has tokens that the model does not know.
@@ -87,6 +91,10 @@ def anchor_of(
         known = Anchor({}, evidence, name)
         values: dict[tuple[str, str], float] = {}
         for request in requests:
+            for score in _scores(model, tokenizer, request):
+                values[f"{request.name}.{score.name}", score.on] = score.value
+            if request.task:
+                continue
             # compared with itself, so that everything is read that a comparison will ask for
             for part, (value, _) in _parts(request, evidence, known).items():
                 values[request.name + part, request.on] = value
@@ -102,6 +110,7 @@ def judge(
     *,
     limit: int = LIMIT,
     anchor: Anchor | Collection[Anchor] | None = None,
+    tokenizer: Any = None,
 ) -> Judgement:
     """Measure what a model can do. The model, its mode and the random state are left as they were.
 
@@ -113,6 +122,7 @@ def judge(
             choice, the same for every model. Likelihoods are taken on all examples.
         anchor: from `anchor_of` with the same requests, data and limit; several, where several models are compared with.
             Given the retrained one, what is forgotten should become as it is there.
+        tokenizer: the model's, for metrics that bring their own data (tasks of lm-evaluation-harness).
 
     Raises:
         RequestError: the data is not what a metric reads, or the model cannot do what a metric asks.
@@ -133,7 +143,9 @@ def judge(
     measures: list[Measure] = []
     with at_rest(model):
         for request in progress(requests, "judging", len(requests)):
-            measures += _measures(request, evidence, anchors.get(request.compared_with or ""))
+            held_against = anchors.get(request.compared_with or "")
+            measures += [_scored(request, score, held_against) for score in _scores(model, tokenizer, request)]
+            measures += [] if request.task else _measures(request, evidence, held_against)
         return Judgement(measures, _samples(model, requests, evidence))
 
 
@@ -143,8 +155,9 @@ def try_out(model: nn.Module, request: Request, data: Mapping[str, Examples]) ->
     Raises:
         RequestError: the model cannot do it.
     """
-    evidence = {name: Evidence(model, data[role], 1) for name, role in request.roles.items()}
-    _value(request, evidence, evidence)
+    if request.roles:
+        evidence = {name: Evidence(model, data[role], 1) for name, role in request.roles.items()}
+        _value(request, evidence, evidence)
 
 
 def _evidence(
@@ -212,34 +225,68 @@ def _measures(request: Request, evidence: Mapping[str, Evidence], anchor: Anchor
     labels = {"": label, WORST: f"{label}, worst {request.by}", GAP: f"{label}, gap by {request.by}"}
     measures: list[Measure] = []
     for part in (name for name in labels if name in parts):
-        better = "down" if part == GAP else metric.better
-        wanted = {
-            "forgotten": "down" if part == GAP else metric.forgotten,
-            "learned": better,
-            "kept": "same",
-        }[request.group]
-        target = None
-        if anchor is not None and (request.group == "forgotten" or request.anchor is not None):
-            wanted, target = "anchor", anchor.values[request.name + part, request.on]
         value, n = parts[part]
-        measures.append(
-            Measure(
-                group=request.group,
-                metric=request.name + part,
-                label=labels[part],
-                on=request.on,
-                unit=metric.unit,
-                better=better,
-                wanted=wanted,
-                value=None if math.isnan(value) else value,
-                n=n,
-                anchor=target,
-                like=anchor.name if anchor is not None and target is not None else "",
-                help=metric.help,
-                groups=groups if part == "" else {},
-            )
+        made = _measure(
+            request,
+            anchor,
+            request.name + part,
+            request.on,
+            "down" if part == GAP else metric.better,
+            "down" if part == GAP else metric.forgotten,
+            label=labels[part],
+            unit=metric.unit,
+            value=value,
+            n=n,
+            help=metric.help,
+            groups=groups if part == "" else {},
         )
+        measures.append(made)
     return measures
+
+
+def _scores(model: nn.Module, tokenizer: Any, request: Request) -> list[harness.Score]:
+    """What the model scores in a task; nothing of a request that reads roles."""
+    return METRICS[request.metric].call(model, tokenizer, request.task, **request.options) if request.task else []
+
+
+def _scored(request: Request, score: harness.Score, anchor: Anchor | None) -> Measure:
+    """A score of a task as a measure like any other."""
+    return _measure(
+        request,
+        anchor,
+        f"{request.name}.{score.name}",
+        score.on,
+        score.better,
+        "down" if score.better == "up" else "up",
+        label=score.name + request.name.removeprefix(request.metric),
+        unit=score.unit,
+        value=score.value,
+        n=score.n,
+        help=score.help,
+        stderr=score.stderr,
+    )
+
+
+def _measure(
+    request: Request, anchor: Anchor | None, name: str, on: str, better: str, forgotten: str, **known: Any
+) -> Measure:
+    """A number with what is wanted of it.
+
+    Args:
+        request: whose group and anchor say so.
+        anchor: the model that it is compared with.
+        name: of the measure.
+        on: its role or task.
+        better: which way a model improves.
+        forgotten: which way it should go where the role is to be forgotten.
+        known: what else is known; a value of NaN is none.
+    """
+    wanted, target = {"forgotten": forgotten, "learned": better, "kept": "same"}[request.group], None
+    if anchor is not None and (request.group == "forgotten" or request.anchor is not None):
+        wanted, target = "anchor", anchor.values[name, on]
+    known["value"] = None if math.isnan(known["value"]) else known["value"]
+    like = anchor.name if anchor is not None and target is not None else ""
+    return Measure(request.group, name, on=on, better=better, wanted=wanted, anchor=target, like=like, **known)
 
 
 def _samples(model: nn.Module, requests: Collection[Request], evidence: Mapping[str, Evidence]) -> list[dict[str, str]]:

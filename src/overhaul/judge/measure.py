@@ -26,6 +26,7 @@ class Measure:
         help: what it is in plain words.
         runs: of a time, every timed run, of which the value is the fastest.
         groups: the same number on each group of rows, where it was asked for by group.
+        stderr: the standard error of the value, where it is known.
     """
 
     group: str
@@ -42,3 +43,4 @@ class Measure:
     help: str = ""
     runs: tuple[float, ...] = ()
     groups: Mapping[str, float] = field(default_factory=dict)
+    stderr: float | None = None

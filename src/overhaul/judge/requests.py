@@ -12,6 +12,11 @@ More can be said of a metric in a mapping, with `on:` before the role where it r
     accuracy: {on: faces, by: region}                 # also the worst group, and the gap between the best and the worst
     perplexity: {on: text, anchor: base}              # should become as in the model `base` of the materials
     pass_at_k: {on: sums, k: 5, temperature: 0.8}     # a metric's own options
+
+Tasks of lm-evaluation-harness stand where roles would; what is said of all of them may stand beside them:
+
+    kept: {lm_eval: [arc_easy, gsm8k], limit: 100}
+    kept: {lm_eval: [{on: arc_easy, num_fewshot: 5, at_least: 0.6}, gsm8k]}
 """
 
 from __future__ import annotations
@@ -19,10 +24,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from overhaul.data.examples import Examples
 from overhaul.errors import SEE, RequestError, did_you_mean
+from overhaul.judge import harness
 from overhaul.judge.evidence import kind_of
 from overhaul.judge.measure import Measure
 from overhaul.judge.metrics import METRICS
@@ -49,6 +56,7 @@ class Request:
         anchor: the model that it should become like, if named.
         at_least: the lowest value that is accepted, of each group if there are some.
         at_most: the highest.
+        task: what is measured on where the metric brings its own data; there are no roles then.
     """
 
     group: Group
@@ -59,16 +67,18 @@ class Request:
     anchor: str | None = None
     at_least: float | None = None
     at_most: float | None = None
+    task: str = ""
 
     @property
     def on(self) -> str:
-        """The role, or both: "forget", "forget / strangers"."""
-        return " / ".join(self.roles.values())
+        """The role, or both: "forget", "forget / strangers"; or the task."""
+        return self.task or " / ".join(self.roles.values())
 
     @property
     def name(self) -> str:
         """The metric with its options: "pass_at_k(k=5)"."""
-        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        said = {name: value for name, value in self.options.items() if not self.task or name not in harness.UNSAID}
+        options = ", ".join(f"{name}={value}" for name, value in said.items())
         return f"{self.metric}({options})" if options else self.metric
 
     @property
@@ -79,7 +89,12 @@ class Request:
 
 
 def check(
-    spec: Mapping[str, Mapping[str, Any]], roles: Collection[str], *, anchors: Collection[str] = ()
+    spec: Mapping[str, Mapping[str, Any]],
+    roles: Collection[str],
+    *,
+    anchors: Collection[str] = (),
+    base: Path | None = None,
+    trust: bool = False,
 ) -> list[Request]:
     """Read a recipe's `judge:` block.
 
@@ -88,22 +103,28 @@ def check(
             with options and limits.
         roles: the names of the recipe's materials.
         anchors: the names of the models that can be compared with; "retrained" is one that was trained without the data.
+        base: the folder that paths are relative to; the one that the process is in if None.
+        trust: whether Python that comes with tasks may run.
 
     Raises:
         RequestError: a group, metric, role or option is unknown, a role or a model is missing, or one thing is asked for
             twice.
     """
     requests: list[Request] = []
+    within = _Within(roles, anchors, base or Path.cwd(), trust)
     for group, metrics in _mapping(spec, "judge").items():
         if group not in GROUPS:
             raise RequestError(f"judge has no group {group!r}.{did_you_mean(str(group), GROUPS)}{SEE}")
-        for name, on in _mapping(metrics, f"judge.{group}").items():
+        beside = _beside(_mapping(metrics, f"judge.{group}"))
+        for name, on in metrics.items():
+            if name in beside:
+                continue
             if name not in METRICS:
                 raise RequestError(
                     f"judge.{group}: there is no metric {name!r}.{did_you_mean(str(name), METRICS)}{SEE}"
                 )
-            for one in on if isinstance(on, list) else [on]:
-                requests += _requests(group, name, one, roles, anchors)
+            for one in on if isinstance(on, list) and on else [on]:
+                requests += _requests(group, name, one, within, beside if METRICS[name].tasks else {})
     seen: dict[tuple[str, str], Request] = {}
     for request in requests:
         first = seen.setdefault((request.name, request.on), request)
@@ -113,33 +134,56 @@ def check(
     return requests
 
 
-def _requests(group: Group, name: str, given: Any, roles: Collection[str], anchors: Collection[str]) -> list[Request]:
-    """What one entry asks for: of a mapping, what is no role is an option."""
+@dataclass(frozen=True)
+class _Within:
+    """What a request may name: materials and models, where its paths start, and whether Python that it names may run."""
+
+    roles: Collection[str]
+    anchors: Collection[str]
+    base: Path
+    trust: bool
+
+
+def _beside(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands among a group's metrics and is an option of its tasks."""
+    options = {
+        option for name in metrics if name in METRICS and METRICS[name].tasks for option in METRICS[name].options
+    }
+    return {name: value for name, value in metrics.items() if name in options and name not in METRICS}
+
+
+def _requests(group: Group, name: str, given: Any, within: _Within, beside: Mapping[str, Any]) -> list[Request]:
+    """What one entry asks for: of a mapping, what is no role is an option; `beside` are those of the whole group."""
     metric, where = METRICS[name], f"judge.{group}.{name}"
     known = [*SETTINGS, *metric.options]
     said = {key: value for key, value in given.items() if key in known} if isinstance(given, Mapping) else {}
     on = {key: value for key, value in given.items() if key not in known} if isinstance(given, Mapping) else given
-    if len(metric.roles) == 1 and isinstance(on, Mapping) and "on" in on:
+    if len(metric.roles) < 2 and isinstance(on, Mapping) and "on" in on:
         for key in on:
             if key != "on":
                 raise RequestError(f"{where} has no option {key!r}.{did_you_mean(str(key), ['on', *known])}")
         on = on["on"]
     settings = _settings(where, {key: said.pop(key) for key in SETTINGS if key in said})
     anchor = settings.get("anchor")
-    if anchor is not None and anchor not in anchors:
+    if anchor is not None and anchor not in within.anchors:
         raise RequestError(
-            f"{where}: the anchor {anchor!r} is no model of the materials.{did_you_mean(str(anchor), anchors)}"
+            f"{where}: the anchor {anchor!r} is no model of the materials.{did_you_mean(str(anchor), within.anchors)}"
         )
-    if metric.anchored and (anchor or RETRAINED) not in anchors:
+    if metric.anchored and (anchor or RETRAINED) not in within.anchors:
         raise RequestError(
             f"{where} compares with a model that was trained without the data. Name it in the materials: "
             "`retrained: {model: FOLDER}`."
         )
-    options = metric.check(where, said)
-    return [
-        Request(group, name, _roles(where, name, one, roles), options, **settings)
-        for one in (on if isinstance(on, list) else [on])
-    ]
+    options = metric.check(where, {**beside, **said})
+    names = on if isinstance(on, list) else [on]
+    if not names:
+        raise RequestError(f"{where} is an empty list; name what it is measured on.")
+    if metric.tasks:
+        if settings.pop("by", None) is not None:
+            raise RequestError(f"{where} has no `by`: a task's rows are no material of the recipe.")
+        options = harness.check(where, names, options, within.base, within.trust)
+        return [Request(group, name, {}, options, **settings, task=str(one)) for one in names]
+    return [Request(group, name, _roles(where, name, one, within.roles), options, **settings) for one in names]
 
 
 def _settings(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,15 +207,11 @@ def broken_limits(requests: Collection[Request], measures: Collection[Measure]) 
         requests: from `check`.
         measures: what the model was measured to have by them, others among it.
     """
-    found = {(one.group, one.metric, one.on): one for one in measures}
     broken: list[str] = []
     for request in requests:
         if request.at_least is None and request.at_most is None:
             continue
-        one = found[request.group, request.name, request.on]
-        values = {f" where {request.by} is {name}": value for name, value in one.groups.items()} or {"": one.value}
-        for where, value in values.items():
-            what = f"{request.name} on {request.on}{where}"
+        for what, value in _limited(request, measures):
             if value is None:
                 broken.append(f"{what} could not be measured, so its limit is not kept")
             elif request.at_least is not None and value < request.at_least:
@@ -179,6 +219,18 @@ def broken_limits(requests: Collection[Request], measures: Collection[Measure]) 
             elif request.at_most is not None and value > request.at_most:
                 broken.append(f"{what} is {value:.4g}, above its limit of {request.at_most:g}")
     return broken
+
+
+def _limited(request: Request, measures: Collection[Measure]) -> list[tuple[str, float | None]]:
+    """The values that a request's limits hold for, each with what it is."""
+    own = [one for one in measures if one.group == request.group]
+    if request.task:
+        of_it = [one for one in own if one.metric.startswith(f"{request.name}.")]
+        found = [one for one in of_it if one.on == request.on or one.on.startswith(f"{request.on} / ")]
+        return [(f"{one.metric} on {one.on}", one.value) for one in found]
+    (one,) = (one for one in own if (one.metric, one.on) == (request.name, request.on))
+    values = {f" where {request.by} is {name}": value for name, value in one.groups.items()} or {"": one.value}
+    return [(f"{request.name} on {request.on}{where}", value) for where, value in values.items()]
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
@@ -237,7 +289,7 @@ def check_data(requests: Collection[Request], data: Mapping[str, Examples]) -> N
             for column in metric.columns:
                 if not all(column in row for row in examples.rows):
                     raise RequestError(f"{where} needs the column {column!r} in every row of {role!r}.")
-        first = next(iter(request.roles.values()))
+        first = next(iter(request.roles.values()), "")
         if request.by is not None and not all(request.by in row for row in data[first].rows):
             known = did_you_mean(request.by, data[first].rows[0])
             raise RequestError(f"{where}: `by: {request.by}` names no column of every row of {first!r}.{known}")

@@ -14,13 +14,15 @@ from torch import Tensor
 from overhaul import weights
 from overhaul.errors import RequestError, RunError
 from overhaul.models import Checkpoint
-from overhaul.weights import Combine, TensorFacts, TensorIndex
+from overhaul.weights import Combine, TensorFacts, TensorIndex, Whole
 
 LARGEST = torch.finfo(torch.float32).max
 """What weights are multiplied with is no larger."""
 
 
-def written(method: str, base: Checkpoint, tuned: Sequence[Checkpoint], combine: Combine, out: Path) -> dict[str, Any]:
+def written(
+    method: str, base: Checkpoint, tuned: Sequence[Checkpoint], combine: Combine, out: Path, whole: Whole = False
+) -> dict[str, Any]:
     """Stream `combine` into a new folder.
 
     Args:
@@ -29,6 +31,7 @@ def written(method: str, base: Checkpoint, tuned: Sequence[Checkpoint], combine:
         tuned: the others.
         combine: as for `weights.stream`.
         out: folder to write.
+        whole: as for `weights.stream`.
 
     Returns:
         Facts: how many tensors there are and how many are not the base's, and in what the folders differ.
@@ -52,7 +55,7 @@ def written(method: str, base: Checkpoint, tuned: Sequence[Checkpoint], combine:
                 moved.add(tensor.name)
         return made
 
-    weights.stream([base, *tuned], watched, out, told={"name": method})
+    weights.stream([base, *tuned], watched, out, whole=whole, told={"name": method})
     if not moved:
         shutil.rmtree(out)
         raise RunError(
@@ -88,7 +91,16 @@ def some(method: str, base: Checkpoint, tuned: Sequence[Checkpoint], **factors: 
             f"{method}: the tuned checkpoints are the base itself, {base.source}, so nothing would change. Name the folders "
             "that were fine-tuned from it."
         )
+    check_sizes(method, **factors)
+    return len(tuned)
+
+
+def check_sizes(method: str, **factors: float | None) -> None:
+    """Refuse factors that no weight can be multiplied with.
+
+    Raises:
+        RequestError: one is larger than a weight can be.
+    """
     for name, value in factors.items():
         if value is not None and not abs(value) <= LARGEST:
             raise RequestError(f"{method}: {name}={value:g} is larger than a weight can be ({LARGEST:.3g}).")
-    return len(tuned)

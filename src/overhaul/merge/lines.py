@@ -24,7 +24,7 @@ How it differs from the paper and its code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,13 +33,13 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from overhaul.errors import RequestError
+from overhaul.merge._ramp import Outside, Ramp
+from overhaul.merge._words import Words
 from overhaul.merge._writing import by_depth, some, written
 from overhaul.merge.ties import Election, elect
 from overhaul.method import Outcome, method
 from overhaul.models import Checkpoint
 from overhaul.weights import TensorFacts, totals, weighted_deltas
-
-Outside = Literal["alpha", "by_position"]
 
 
 @method(verb="merge", paper="2410.17146", changes="weights", memory="stream")
@@ -52,6 +52,7 @@ def lines(
     merge: Literal["task_arithmetic", "ties"] = "task_arithmetic",
     density: Annotated[float, Gt(0), Le(1)] = 0.2,
     outside: Outside = "alpha",
+    words: Words = Words(),
     out: Path | None = None,
 ) -> Outcome:
     """Scale the change of one fine-tuned checkpoint, or the merged change of several, linearly over depth.
@@ -67,6 +68,7 @@ def lines(
         density: for "ties", the share of each checkpoint's changes that is kept.
         outside: the factor of what lies outside the blocks: "alpha", or alpha before and alpha + beta after them
             ("by_position").
+        words: which words the result knows.
         out: folder to write.
 
     Returns:
@@ -80,12 +82,13 @@ def lines(
     count = some("merge.lines", base, tuned, alpha=alpha, beta=beta)
     check_given(count, alpha, beta)
     assert out is not None
+    base, tuned = words.read(base, tuned)
     election = elect(base, tuned, density, "size", "model", "released") if merge == "ties" else None
     if alpha is None:
         alpha = (ratio(election, base, tuned) if election else 1.0) / count
     if beta is None:
         beta = 1.0 - alpha
-    factor = ramp(alpha, beta, outside)
+    factor = Ramp(alpha, beta, outside)
 
     def scaled(tensor: TensorFacts, models: list[Tensor]) -> Tensor:
         assert election is not None
@@ -109,17 +112,6 @@ def ratio(election: Election, base: Checkpoint, tuned: Sequence[Checkpoint]) -> 
 
     whole, merged = totals([base, *tuned], sums).total.tolist()
     return whole / merged if merged else 0.0
-
-
-def ramp(alpha: float, beta: float, outside: Outside) -> Callable[[TensorFacts], float]:
-    """lambda(l) of a tensor."""
-
-    def factor(tensor: TensorFacts) -> float:
-        if 0 <= tensor.depth < tensor.blocks:
-            return alpha + beta * (tensor.depth / (tensor.blocks - 1) if tensor.blocks > 1 else 1.0)
-        return alpha + beta if outside == "by_position" and tensor.depth >= tensor.blocks > 0 else alpha
-
-    return factor
 
 
 def check_given(count: int, alpha: float | None, beta: float | None) -> None:

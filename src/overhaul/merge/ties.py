@@ -6,7 +6,7 @@ Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", NeurIP
     trim    : of each tau_t, keep the entries whose size is among the largest `density` of all, and set the others to 0
     elect   : sigma = sign(sum_t tau_t)            (the sign with the larger total size)
     merge   : tau = mean of those tau_t[p] != 0 whose sign is sigma[p]
-    theta   = theta_0 + scale * tau
+    theta   = theta_0 + lambda(l) tau              (`scale` in every block, unless `beta` makes it grow over depth)
 
 Several passes over the files: one finds the sizes from which entries are kept (`weights.kth_largest`), one counts the signs,
 one writes. Memory is that of a few pieces of a tensor.
@@ -35,13 +35,14 @@ import numpy
 import torch
 from annotated_types import Gt, Le
 from torch import Tensor
-from torch.nn.functional import hardshrink
 
-from overhaul.errors import RequestError
+from overhaul.merge._mixing import agreeing, from_size
+from overhaul.merge._ramp import Ramp
+from overhaul.merge._words import Words
 from overhaul.merge._writing import by_depth, some, written
 from overhaul.method import Outcome, method
 from overhaul.models import Checkpoint
-from overhaul.weights import TensorFacts, correspond, kth_largest, totals
+from overhaul.weights import TensorFacts, corresponding, kth_largest, totals
 
 Rule = Literal["released", "paper"]
 Scope = Literal["model", "tensor"]
@@ -54,10 +55,11 @@ def ties(
     tuned: Sequence[Checkpoint],
     *,
     density: Annotated[float, Gt(0), Le(1)] = 0.2,
-    scale: float = 1.0,
     sign: Sign = "size",
     scope: Scope = "model",
     rule: Rule = "released",
+    words: Words = Words(),
+    ramp: Ramp = Ramp(),
     out: Path | None = None,
 ) -> Outcome:
     """Merge fine-tuned checkpoints so that small changes and those against the majority do not disturb.
@@ -66,10 +68,12 @@ def ties(
         base: the checkpoint from which all were tuned; config, tokenizer and dtype are taken from it.
         tuned: the fine-tuned checkpoints, with the same tensors.
         density: the share of each checkpoint's changes that is kept, the largest ones.
-        scale: of the merged change. The paper tries 0.8 to 1.8 on held-out data; 1 is its choice without such data.
         sign: what decides on the sign of a weight: the total "size" of the changes on either side, or their "count".
         scope: the changes are ranked over the whole "model", or within each "tensor".
         rule: details in which the released code and the paper differ; see above.
+        words: which words the result knows.
+        ramp: how much of the merged change is added. The paper tries 0.8 to 1.8 on held-out data; 1 is its choice without
+            such data.
         out: folder to write.
 
     Returns:
@@ -78,20 +82,20 @@ def ties(
         disagreement by depth, and the coefficient.
 
     Raises:
-        RequestError: the checkpoints do not correspond, or `scale` is 0.
+        RequestError: the checkpoints do not corresponding, or nothing would change.
         RunError: nothing changed, or a number is not finite.
     """
-    some("merge.ties", base, tuned, scale=scale)
-    if not scale:
-        raise RequestError("merge.ties: scale 0 would change nothing.")
+    some("merge.ties", base, tuned)
+    ramp.check("merge.ties")
     assert out is not None
+    base, tuned = words.read(base, tuned)
     election = elect(base, tuned, density, sign, scope, rule)
 
     def combine(tensor: TensorFacts, models: list[Tensor]) -> Tensor:
-        return torch.add(models[0], election.change(tensor, models), alpha=scale)
+        return torch.add(models[0], election.change(tensor, models), alpha=ramp(tensor))
 
     facts = written("merge.ties", base, tuned, combine, out)
-    layers = {**election.layers, **by_depth(base, lambda _: scale)}
+    layers = {**election.layers, **by_depth(base, ramp)}
     return Outcome(Path(out), facts={**facts, **election.facts}, layers=layers)
 
 
@@ -114,24 +118,17 @@ class Election:
     layers: Mapping[str, dict[int, float]] = field(default_factory=dict)
 
     def change(self, tensor: TensorFacts, models: list[Tensor]) -> Tensor:
-        """The merged change of a piece of a tensor, written in the operations that are fast on a processor."""
+        """The merged change of a piece of a tensor."""
         kept = self.trimmed(tensor, models)
         sign = self.votes(kept).sign_()
         if self.undecided:
             sign.add_(1 - sign.abs(), alpha=self.undecided)  # 0 becomes the majority's
-        total, count = torch.zeros_like(sign), torch.zeros_like(sign)
-        for change in kept:
-            agreeing = change.mul_(sign).relu_()
-            total += agreeing
-            count += agreeing.sign_()
-        return total.div_(count.clamp_(min=1)).mul_(sign)
+        return agreeing(kept, sign, [1.0] * len(kept))
 
     def trimmed(self, tensor: TensorFacts, models: list[Tensor]) -> list[Tensor]:
         """tau_t with 0 where it is below its threshold."""
         base, *tuned = models
-        # hardshrink keeps what is larger than its bound: just below the threshold
-        bounds = [_just_below(threshold) for threshold in self.thresholds[tensor.name]]
-        return [hardshrink(model - base, bound) for model, bound in zip(tuned, bounds, strict=True)]
+        return [from_size(one - base, least) for one, least in zip(tuned, self.thresholds[tensor.name], strict=True)]
 
     def votes(self, kept: Sequence[Tensor]) -> Tensor:
         """What has the sign that is elected."""
@@ -139,10 +136,6 @@ class Election:
         for change in kept:
             votes += change if self.sign == "size" else change.sign()
         return votes
-
-
-def _just_below(threshold: float) -> float:
-    return max(0.0, float(numpy.nextafter(numpy.float32(threshold), numpy.float32(-1))))
 
 
 def elect(
@@ -162,7 +155,7 @@ def elect(
         RequestError: as in `ties`.
         RunError: as in `ties`.
     """
-    correspond([base, *tuned])
+    corresponding([base, *tuned])
 
     def rank(numbers: int) -> int:
         return int(density * numbers) + 1 if rule == "released" else max(int(density * numbers), 1)

@@ -31,6 +31,7 @@ from overhaul.data.materials import Row, Source, encode
 from overhaul.data.values import FileRow, place_of
 from overhaul.errors import MaterialWarning, RequestError
 from overhaul.forward import forward
+from overhaul.judge import harness
 from overhaul.judge import judge as judging
 from overhaul.method import Material
 from overhaul.modes import at_rest
@@ -59,6 +60,10 @@ def look_ahead(checked: Checked, data: Mapping[str, Examples] | None = None) -> 
             data = {role: encoded(role, checked.rows[role], partial(_encoded, checked)) for role in checked.used}
         check_encoded(data, checked.model)
     judging.check_data(checked.requests, data)
+    tasks = [request for request in checked.requests if request.task]
+    config = getattr(models.planned(checked.model), "config", None) if tasks else None
+    for one in tasks:
+        harness.look_ahead(f"judge.{one.group}.{one.metric}", one.task, one.options, checked.processor, config)
     for known in checked.references_read():
         models.check_shapes(known)
     _check_anchors(checked, data)

@@ -136,7 +136,7 @@ def check(document: Document) -> Checked:
         raise RequestError("The recipe has no steps. `overhaul methods` lists what a step can be.")
     steps, odd = _steps(recipe.steps, materials, known)
     anchors = [name for name, one in materials.references.items() if "model" in one]
-    requests = judging.check(recipe.judge, materials.rows, anchors=anchors)
+    requests = judging.check(recipe.judge, materials.rows, anchors=anchors, base=document.base, trust=trust)
     used = _used(steps, requests, materials)
     if not recipe.model.startswith("starter:"):  # what ships has been built; building takes seconds of imports
         model = models.check_shapes(known)
@@ -156,6 +156,8 @@ def check(document: Document) -> Checked:
                 f"The material {role!r} is text, but {known.source} has no tokenizer. Put its tokenizer.json beside the "
                 "weights (`tokenizer.save_pretrained(folder)`)."
             )
+    if any(request.task for request in requests):
+        outputs.check_speaks(known, words)
     odd += [
         f"The material {name!r} is read by no step and no metric." for name in oddities.unread(recipe, steps, requests)
     ]

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,10 @@ from overhaul.report.comparison import Comparison, Kind, Row
 from overhaul.weights import TensorFacts, delta_norms, stream
 
 Entry = Mapping[str, Mapping[str, Any]]
+
+
+LONGEST = 50
+"""Characters of a method's folder: a knob may be a list of hundreds."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def compare(
     needed = sum(disk_bytes(variant.checked) for variant in variants)
     folder = RunFolder(root)
     if processes.is_main():
-        folder = RunFolder.claim(root, f"{document.name} (compared)", needed)
+        folder = RunFolder.claim(root, f"{document.name} (compared)", needed, [base.model, *base.references_read()])
     processes.wait()
     with folder.held(), folder.logged(), session.using(device=base.recipe.on, stack=base.recipe.stack):
         return _Comparison(base, variants, folder, data).go()
@@ -116,11 +121,12 @@ def variants_of(base: Checked, names: Sequence[str] = ()) -> list[Variant]:
     place = next((n for n, entry in enumerate(steps) if method.find(next(iter(entry))).verb == verbs[0]), None)
     before, after = (steps[:place], steps[place + 1 :]) if place is not None else ([], steps)
     labels = _labels(entries, [one.name for one in found])
+    folders = _folders(labels)
     if place is not None:
         base = _by_number(base, place)
     return [
-        Variant(label, label.replace(" ", "-"), len(before), with_steps(base, [*before, entry, *after]))
-        for label, entry in zip(labels, entries, strict=True)
+        Variant(label, folder, len(before), with_steps(base, [*before, entry, *after]))
+        for label, folder, entry in zip(labels, folders, entries, strict=True)
     ]
 
 
@@ -161,6 +167,14 @@ def _labels(entries: Sequence[Entry], names: Sequence[str]) -> list[str]:
             raise RequestError(f"The comparison names {label!r} twice with the same knobs.")
         labels.append(label)
     return labels
+
+
+def _folders(labels: Sequence[str]) -> list[str]:
+    """A folder's name for each: without what leads elsewhere, and apart also where case does not count."""
+    names = [re.sub(r"[^\w.=,+-]+", "-", label).rstrip(".-")[:LONGEST] for label in labels]
+    folded = [name.casefold() for name in names]
+    alike = [folded.count(one) > 1 for one in folded]
+    return [f"{name}-{n}" if same else name for n, (name, same) in enumerate(zip(names, alike, strict=True), 1)]
 
 
 def _seeded(variant: Variant, seed: int, named: bool) -> Variant:
@@ -210,7 +224,7 @@ class _Comparison:
             raise failed[0][1]
         rows = _timed(walked, rows)
         first = rows["before"][0].judgement["measures"]
-        measures = [{k: v for k, v in one.items() if k not in ("value", "runs")} for one in first]
+        measures = [{k: v for k, v in one.items() if k not in ("value", "runs", "stderr")} for one in first]
         found = self.comparison(measures, rows, [f"{label} is missing: {error}" for label, error in failed])
         if processes.is_main():
             self.folder.tidy()
@@ -284,14 +298,16 @@ def _timed(runner: Runner, rows: Mapping[str, Sequence[_Judged]]) -> dict[str, l
 def _row(label: str, runs: Sequence[_Judged], step: Entry | None) -> Row:
     """One row of all seeds."""
     records = [run.record for run in runs if run.record is not None]
-    columns = zip(*([measure["value"] for measure in run.judgement["measures"]] for run in runs), strict=True)
+    judged = [run.judgement["measures"] for run in runs]
+    values, stderrs = ([[m[part] for m in each] for each in zip(*judged, strict=True)] for part in ("value", "stderr"))
     return Row(
         label,
         runs[0].kind,
-        [list(values) for values in columns],
+        values,
         statistics.mean(record["seconds"] for record in records) if records else None,
         max(record["peak_bytes"] for record in records) if records else None,
         {"step": step, "models": [run.model for run in runs]},
+        stderrs=stderrs if any(one is not None for each in stderrs for one in each) else [],
     )
 
 

@@ -13,6 +13,7 @@ from overhaul.data.examples import SEQUENCES, Examples, join
 from overhaul.data.lazy import TextFile
 from overhaul.data.materials import Row, Source
 from overhaul.errors import OverhaulError, RequestError
+from overhaul.positions import declared, left_out, most_positions
 
 
 @contextmanager
@@ -69,10 +70,11 @@ def check_encoded(data: Mapping[str, Examples], model: models.Checkpoint) -> Non
             raise RequestError(f"The material {role!r} has rows, but no example is left once they are encoded.")
         if examples.kind in ("tokens", "pairs"):
             _check_tokens(role, examples, model.config)
+            _check_length(role, examples, model)
 
 
 def _check_tokens(role: str, examples: Examples, config: Mapping[str, Any]) -> None:
-    """Whether the model can read these tokens: they are in its vocabulary, and their number within its positions."""
+    """Whether the model's vocabulary has these tokens."""
     tops = [max(int(item[ids].max()) for ids in SEQUENCES.values() if ids in item) for item in examples.items]
     place = max(range(len(tops)), key=lambda n: tops[n])
     top = tops[place]
@@ -85,29 +87,22 @@ def _check_tokens(role: str, examples: Examples, config: Mapping[str, Any]) -> N
             f"{size - 1}, so there is no row for it. Take that word out of the text, or resize the embeddings "
             "(`model.resize_token_embeddings`) and save the model again."
         )
-    positions = _positions(config)
-    if positions is None:
+
+
+def _check_length(role: str, examples: Examples, known: models.Checkpoint) -> None:
+    """Whether the model has positions for all tokens of every example."""
+    most = declared(known.config)
+    if most is None or examples.beyond(most - left_out(known.config)) is None:
         return
-    longest, length = _longest(examples)
-    if length > positions:
-        asked = examples.rows[longest].get("question")
-        which = f"number {longest + 1}" if asked is None else f"the question {str(asked)[:60]!r}"
-        way_out = f"Write `length: {positions}`." if asked is None else "Shorten such rows or leave them out."
-        raise RequestError(
-            f"The material {role!r} has an example of {length} tokens ({which}), but the model ends at {positions} "
-            f"positions: cut there, its answer would be lost. {way_out}"
-        )
-
-
-def _longest(examples: Examples) -> tuple[int, int]:
-    """The place of the longest sequence and its tokens; of a pair either may be."""
-    if examples.kind == "tokens":
-        place = examples.by_length()[0]
-        return place, len(examples.items[place]["input_ids"])
-    sizes = [max(len(item[ids]) for ids in SEQUENCES.values()) for item in examples.items]
-    place = max(range(len(sizes)), key=lambda n: sizes[n])
-    return place, sizes[place]
-
-
-def _positions(config: Mapping[str, Any]) -> int | None:
-    return config.get("max_position_embeddings", config.get("n_positions"))
+    network = models.planned(known)
+    most = most if network is None else most_positions(network) or most
+    if (found := examples.beyond(most)) is None:
+        return
+    place, length = found
+    asked = examples.rows[place].get("question")
+    which = f"number {place + 1}" if asked is None else f"the question {str(asked)[:60]!r}"
+    way_out = f"Write `length: {most}`." if asked is None else "Shorten such rows or leave them out."
+    raise RequestError(
+        f"The material {role!r} has an example of {length} tokens ({which}), but the model ends at {most} positions: cut "
+        f"there, its answer would be lost. {way_out}"
+    )

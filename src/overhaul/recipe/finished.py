@@ -9,12 +9,14 @@ Paths are kept as the recipe leads to them: a link that leads elsewhere now make
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from overhaul.files import matching, pattern_of
 from overhaul.recipe.spec import Document
-from overhaul.versions import libraries, package_version
+from overhaul.versions import installed, libraries, package_version
 
 if TYPE_CHECKING:
     from overhaul.recipe.check import Checked
@@ -31,7 +33,7 @@ def found(root: Path, document: Document) -> dict[str, Any] | None:
             return None
         kept = json.loads(path.read_text(encoding="utf-8"))
         places = [Path(place) for place in kept["places"]]
-        if kept["recipe"] != document.text or kept["base"] != str(document.base) or kept["code"] != _code():
+        if kept["recipe"] != document.text or kept["base"] != str(document.base) or kept["code"] != _code(document):
             return None
         if _stamps(places, root) != kept["files"]:
             return None
@@ -44,6 +46,7 @@ def remember(root: Path, checked: Checked) -> None:
     """Write down what the finished run in `root` depended on; not where some of it is no file and no code of ours."""
     from overhaul.data.chats import is_template
     from overhaul.files import write_json
+    from overhaul.judge import harness
 
     if any(not step.method.module.startswith("overhaul.") for step in checked.steps):
         return
@@ -58,16 +61,20 @@ def remember(root: Path, checked: Checked) -> None:
                 continue
             place = checked.document.base / Path(spec.from_).expanduser()
             if not place.exists():
-                return
+                place = Path(pattern_of(spec.from_, checked.document.base))
+                if not matching(str(place)):  # a data set of the hub
+                    return
             places.append(place)
     for value in checked.recipe.materials.values():
         for part in value if isinstance(value, list) else [value]:
             template = part.get("chat_template") if isinstance(part, dict) else None
             if template is not None and not is_template(template):
                 places.append(checked.document.base / template)
+    for request in checked.requests:
+        places += harness.places(request.task, request.options) if request.task else []
     places = [place.absolute() for place in dict.fromkeys(places)]
     text, base = checked.document.text, str(checked.document.base)
-    kept = {"recipe": text, "base": base, "code": _code(), "places": list(map(str, places))}
+    kept = {"recipe": text, "base": base, "code": _code(checked.document), "places": list(map(str, places))}
     write_json(root / FILE, kept | {"files": _stamps(places, root)})
 
 
@@ -79,11 +86,14 @@ def _stamps(places: Iterable[Path], root: Path) -> list[list[Any]]:
 
 
 def _counts(path: Path, place: Path, root: Path) -> bool:
-    return place.is_relative_to(root) or not path.is_relative_to(root)
+    return place.is_relative_to(root) or not Path(os.path.normpath(path)).is_relative_to(root)
 
 
 def _below(place: Path) -> Iterable[Path]:
-    return [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    """The file at a place, those in a folder, or those that a pattern names."""
+    if place.is_dir():
+        return sorted(path for path in place.rglob("*") if path.is_file())
+    return [place] if place.is_file() else matching(str(place))
 
 
 def _stamp(path: Path) -> list[Any]:
@@ -91,5 +101,12 @@ def _stamp(path: Path) -> list[Any]:
     return [str(path), status.st_size, status.st_mtime_ns, status.st_ino]
 
 
-def _code() -> list[str]:
-    return [package_version(), *(f"{name} {number}" for name, number in libraries().items())]
+def _code(document: Document) -> list[str]:
+    used = libraries() | (
+        {"lm_eval": installed("lm_eval")} if any(map(_of_tasks, document.recipe.judge.values())) else {}
+    )
+    return [package_version(), *(f"{name} {number}" for name, number in used.items())]
+
+
+def _of_tasks(metrics: Any) -> bool:
+    return isinstance(metrics, dict) and "lm_eval" in metrics

@@ -11,9 +11,10 @@ import yaml
 
 from overhaul import __version__
 from overhaul.checkpoints import Checkpoint, facts
+from overhaul.quoting import code, escaped
 from overhaul.recipe.check import Checked
 from overhaul.recipe.store import Stage
-from overhaul.report.sheets import code, escaped, markdown
+from overhaul.report.sheets import markdown
 from overhaul.report.stages import sheets
 from overhaul.versions import libraries
 

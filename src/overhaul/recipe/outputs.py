@@ -11,6 +11,7 @@ from overhaul import models
 from overhaul.data.forms import Form
 from overhaul.errors import RequestError
 from overhaul.forward import encodes_and_decodes, headless, without_head, without_padding
+from overhaul.judge import harness
 from overhaul.objectives import one_class
 from overhaul.recipe.materials import Reference
 
@@ -44,6 +45,26 @@ def check_head(model: nn.Module, steps: Sequence[Step], used: Sequence[str], req
             raise RequestError(f"Step {step.number}, {step.name}: {without_head(name)}")
     if requests:
         raise RequestError(f"judge: {without_head(name)}")
+
+
+def check_speaks(known: models.Checkpoint, words: int | None) -> None:
+    """Whether the model continues text, as tasks of lm-evaluation-harness ask it to.
+
+    Args:
+        known: the model's facts.
+        words: how many tokens its tokenizer has; None without one.
+
+    Raises:
+        RequestError: it has no tokenizer, or does not write.
+    """
+    if words is None:
+        raise RequestError(
+            f"judge: lm_eval puts text to the model, but {known.source} has no tokenizer. Put its tokenizer.json beside the "
+            "weights (`tokenizer.save_pretrained(folder)`), or leave lm_eval out."
+        )
+    network = models.planned(known)
+    if network is not None and (reason := harness.unfit(network)):
+        raise RequestError(f"judge: {reason}")
 
 
 def check_classes(role: str, model: nn.Module, forms: Sequence[Form]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overhaul.errors import RequestError, RunError
+from overhaul.errors import OverhaulError, RequestError, RunError
 
 NEVER = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 """Files that may hold pickled code."""
@@ -37,7 +38,8 @@ def push(run: str | Path, name: str, *, dry_run: bool = True, public: bool = Fal
         public: whether everybody may read a repository that is made; else it is private.
 
     Raises:
-        RequestError: there is no finished model, the name is none, or a file may hold pickled code.
+        RequestError: there is no finished model, the name is none, a file may hold pickled code, or a repository that
+            everybody can read is there already.
         RunError: the hub refused, or cannot be reached.
     """
     from huggingface_hub.utils import validate_repo_id
@@ -51,9 +53,9 @@ def push(run: str | Path, name: str, *, dry_run: bool = True, public: bool = Fal
         validate_repo_id(name)
     except ValueError as error:
         raise RequestError(f"{name!r} is no name of a repository, such as `owner/name`: {error}") from None
-    files = {
-        path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    inside = ((path.relative_to(folder), path) for path in sorted(folder.rglob("*")) if path.is_file())
+    # what begins with a dot is the machine's own: .git, .cache, .DS_Store
+    files = {at.as_posix(): path.stat().st_size for at, path in inside if not any(p[0] == "." for p in at.parts)}
     for file in files:
         if Path(file).suffix in NEVER:
             raise RequestError(
@@ -66,11 +68,23 @@ def _upload(folder: Path, name: str, files: list[str], public: bool) -> str:
     from huggingface_hub import HfApi
 
     hub: Any = HfApi()
+    patterns = [glob.escape(file) for file in files]
     try:
-        hub.create_repo(name, private=not public, exist_ok=True)
+        name = hub.create_repo(name, private=not public, exist_ok=True).repo_id
+        if not public and hub.repo_info(name).private is False:
+            raise RequestError(
+                f"The repository {name} is there already, and everybody may read it. `--public` says that this is meant; "
+                "nothing was uploaded."
+            )
         done = hub.upload_folder(
-            repo_id=name, folder_path=folder, allow_patterns=files, commit_message="A model changed by Overhaul"
+            repo_id=name, folder_path=folder, allow_patterns=patterns, commit_message="A model changed by Overhaul"
         )
+    except OverhaulError:
+        raise
     except Exception as error:  # the hub client raises many kinds; the user needs one message
-        raise RunError(f"{name} could not be pushed: {error}. `hf auth login` says who you are.") from error
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        said = f"{name} could not be pushed: {' '.join(str(error).split()).rstrip('.')}."
+        later = " Give the same command again later." if status is None or status >= 409 else ""
+        login = " `hf auth login` says who you are." if status in (401, 403, 404) else ""
+        raise RunError(said + login + later) from error
     return str(done.commit_url)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,19 @@ def done_with_others(step: Step, then: Mapping[str, str], place: Path) -> list[s
         f"Step {step.number}, {step.name}, was done with {', '.join(differing)} and is kept. To do it again, remove its "
         f"folder under {place}."
     ]
+
+
+def aligned(judged: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The measures of a report: each with its values, and what is known of their spread, over all judged stages."""
+    found: list[dict[str, Any]] = []
+    for first, *others in zip(*(one["measures"] for one in judged), strict=True):
+        each = [first, *others]
+        common = {name: value for name, value in first.items() if name not in ("value", "runs", "stderr")}
+        spread = {"runs": [one["runs"] for one in each]} if first["runs"] else {}
+        if any(one["stderr"] is not None for one in each):
+            spread["stderrs"] = [one["stderr"] for one in each]
+        found.append({**common, "values": [one["value"] for one in each], **spread})
+    return found
 
 
 def counted(judged: Mapping[str, Any], facts: models.Checkpoint) -> int:

@@ -27,6 +27,7 @@ from overhaul.data.examples import Encoded, Examples
 from overhaul.errors import OverhaulError, RequestError, RunError, writing
 from overhaul.files import read_json, remove, write_json, write_text
 from overhaul.judge import cost as costs
+from overhaul.judge import harness
 from overhaul.judge import judge as judging
 from overhaul.judge.measure import Measure
 from overhaul.method import Material
@@ -56,7 +57,8 @@ def start(document: Document, root: Path) -> dict[str, Any]:
         raise RequestError("The recipe has nothing but `compare:`, which `overhaul compare` runs.")
     folder = RunFolder(root)
     if processes.is_main():
-        folder = RunFolder.claim(root, document.name, disk_bytes(checked))
+        reads = [checked.model, *checked.references_read()]
+        folder = RunFolder.claim(root, document.name, disk_bytes(checked), reads)
     processes.wait()
     with folder.held(), folder.logged(), session.using(device=checked.recipe.on, stack=checked.recipe.stack):
         return Runner(checked, folder).go()
@@ -231,7 +233,8 @@ class Runner:
             self.make(step, stages, key, place)
             processes.wait()
         record = json.loads((place / "step.json").read_text(encoding="utf-8"))
-        record.pop("files", None)
+        for stamp in ("files", "sha256"):
+            record.pop(stamp, None)
         self.warnings += results.done_with_others(step, record.get("libraries") or {}, self.folder.root / "steps")
         if not (place / "model").exists():
             return replace(stages[-1], name=step.name, record=record, place=place, step_key=key, changed=False)
@@ -285,14 +288,16 @@ class Runner:
         requests = [asdict(request) for request in self.checked.requests]
         roles = {role: self.digests[role] for request in self.checked.requests for role in request.roles.values()}
         anchors = {name: self.reference_key(name, []) for name in self.checked.anchors}
-        parts = (stage.key, requests, roles, self.code, anchors, libraries())
+        tasks = [harness.content(one.task, one.options) for one in self.checked.requests if one.task]
+        parts = (stage.key, requests, roles, self.code, anchors, libraries(), *tasks)
         path = self.folder.judged(key_of(*parts))
         if processes.is_main() and read_json(path, holds=("measures", "samples")) is None:
             session.say(f"judging {'the model as it came' if stage.name == 'before' else stage.name}")
             anchored = self.anchors()
             model = self.load(stage)
             torch.manual_seed(self.checked.recipe.seed)
-            judgement = judging.judge(model, self.checked.requests, self.data, anchor=anchored)
+            own = self.tokenizer(stage.facts)
+            judgement = judging.judge(model, self.checked.requests, self.data, anchor=anchored, tokenizer=own)
             measures = [*judgement.measures, *costs.cost(model, stage.facts.bytes, self.sample()[1])]
             write_json(path, {"measures": [asdict(measure) for measure in measures], "samples": judgement.samples})
         processes.wait()
@@ -332,10 +337,16 @@ class Runner:
         for name in self.checked.anchors:
             if name not in self.anchored:
                 self.model = None
-                model = self.opened(self.reference_facts(name, []))
+                facts = self.reference_facts(name, [])
+                model, own = self.opened(facts), self.tokenizer(facts)
                 torch.manual_seed(self.checked.recipe.seed)
-                self.anchored[name] = judging.anchor_of(model, self.checked.requests, self.data, name=name)
+                known = judging.anchor_of(model, self.checked.requests, self.data, name=name, tokenizer=own)
+                self.anchored[name] = known
         return [self.anchored[name] for name in self.checked.anchors]
+
+    def tokenizer(self, facts: models.Checkpoint) -> Any:
+        """A folder's own, where text is put to its model that is no material; else None."""
+        return models.load_processor(facts) if any(one.task for one in self.checked.requests) else None
 
     def check_limits(self, stages: list[Stage], judged: list[dict[str, Any]]) -> None:
         """Refuse to go on from a step that broke a limit of the recipe; the report of all until then is written.
@@ -365,11 +376,6 @@ class Runner:
         judged = [one for one, stage in zip(judged, stages, strict=True) if stage.changed]
         judged = self.timed([stage for stage in stages if stage.changed], judged)
         first = judged[0]
-        measures = []
-        for n, measure in enumerate(first["measures"]):
-            common = {name: value for name, value in measure.items() if name not in ("value", "runs")}
-            runs = {"runs": [one["measures"][n]["runs"] for one in judged]} if measure["runs"] else {}
-            measures.append({**common, "values": [one["measures"][n]["value"] for one in judged], **runs})
         samples = [
             {
                 **{k: v for k, v in sample.items() if k != "output"},
@@ -387,7 +393,7 @@ class Runner:
             "recipe": self.checked.document.text,
             "model": {"source": recipe.model, "class": facts.architecture, "parameters": results.counted(first, facts)},
             "stages": [stage.name for stage in stages if stage.changed],
-            "measures": measures,
+            "measures": results.aligned(judged),
             "steps": [stage.record for stage in stages if stage.record is not None],
             "samples": samples,
             "warnings": self.warnings,

@@ -205,8 +205,11 @@ def _check_values(where: str, value: Any, depth: int = 0) -> None:
     """Refuse numbers that are none, and whatever has no meaning in a recipe."""
     if depth > MOST_NESTED:
         raise RequestError(f"The recipe {where[:60]} ... is nested too deep, or contains itself.")
+    if isinstance(value, str) and re.search(r"[\ud800-\udfff]", value):
+        raise RequestError(f"The recipe {where}: {value[:80]!r} holds half a character. Write the character itself.")
     if isinstance(value, Mapping):
         for key, one in value.items():
+            _check_values(where, key, depth + 1)
             _check_values(f"{where}, {key}", one, depth + 1)
     elif isinstance(value, list):
         for n, one in enumerate(value, 1):

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from overhaul import processes, session
 from overhaul.errors import RequestError, writing
 from overhaul.files import contents, read_json, remove, write_json, write_text
 from overhaul.models import Checkpoint
+from overhaul.report.numbers import humanise
 
 WRITTEN = {".safetensors", ".json"}
 """What is taken for a run's own beside its model where the list of it is lost: two models in one folder would be read."""
@@ -70,10 +71,33 @@ class Stage:
     changed: bool = True
 
 
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def _stamps(folder: Path) -> list[list[Any]]:
     """Names, sizes and times of a folder's files; nothing where there is none."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [[path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in _files(folder)]
+    return [[name, status.st_size, status.st_mtime_ns] for name, status in stats]
+
+
+def _hashes(folder: Path) -> list[str]:
+    """Of the contents of the same files: a copy has other times."""
+    found = []
+    for path in _files(folder):
+        with path.open("rb") as file:
+            found.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return found
+
+
+def _check_apart(root: Path, reads: Iterable[Checkpoint]) -> None:
+    """Refuse to put a run where a model lies that it reads: what is made of a model would take its place."""
+    inside = [known for known in reads if known.folder.resolve().is_relative_to(root.resolve())]
+    if inside:
+        raise RequestError(
+            f"The recipe reads the model in {inside[0].folder}, and {root} is the folder of the run itself, whose models "
+            "are replaced as it goes on. Choose another folder with -o."
+        )
 
 
 def _check_room(root: Path, needed_bytes: int) -> None:
@@ -81,8 +105,9 @@ def _check_room(root: Path, needed_bytes: int) -> None:
     needed_bytes -= sum(path.stat().st_size for path in root.glob("steps/**/*") if path.is_file())  # done already
     if free < needed_bytes:
         raise RequestError(
-            f"{root} lies on a disk with {free / 1e9:.1f} GB free; this run writes about {needed_bytes / 1e9:.1f} GB "
-            "(a model per step, and checkpoints of the training under way). Choose another folder with -o."
+            f"{root} lies on a disk with {humanise(free, 'bytes')} free; this run writes about "
+            f"{humanise(needed_bytes, 'bytes')} (a model per step, and checkpoints of the training under way). Choose "
+            "another folder with -o."
         )
 
 
@@ -155,16 +180,18 @@ class RunFolder:
             self.lock = None
 
     @classmethod
-    def claim(cls, root: Path, owner: str, needed_bytes: int) -> RunFolder:
+    def claim(cls, root: Path, owner: str, needed_bytes: int, reads: Iterable[Checkpoint] = ()) -> RunFolder:
         """Take a new, empty or own folder.
 
         Args:
             root: where the run goes.
             owner: the recipe's name; a folder that holds the run of another is refused.
             needed_bytes: what the run will write, at the least.
+            reads: the models that it begins from or reads.
 
         Raises:
-            RequestError: the folder holds something else, another process works there, or the disk has too little room.
+            RequestError: the folder holds something else or a model that is read, another process works there, or the
+                disk has too little room.
             RunError: it cannot be written.
         """
         marker = root / "run.json"
@@ -172,6 +199,7 @@ class RunFolder:
             taken = root.is_file()
         if taken:
             raise RequestError(f"{root} is a file; -o names a folder.")
+        _check_apart(root, reads)
         if os.path.lexists(marker):
             _refuse_links(root)
             holds = (read_json(marker, holds=("recipe",)) or {}).get("recipe", owner)
@@ -188,10 +216,10 @@ class RunFolder:
         try:
             with writing(root):
                 _tidy(root)
+                _check_room(root, needed_bytes)
                 write_json(marker, {"recipe": owner})
                 (root / ".writable").touch()
                 (root / ".writable").unlink()
-            _check_room(root, needed_bytes)
         except BaseException:
             claimed.release()
             raise
@@ -211,8 +239,7 @@ class RunFolder:
             return False
         record = read_json(place / "step.json", holds=("name", "made"))
         if record is not None:
-            kept = record.get("files")
-            if kept is None or kept == _stamps(place / "model"):
+            if self._as_finished(place, record):
                 return True
             warnings.warn(
                 f"{place / 'model'} was changed after its step was finished; the step is done again.", stacklevel=2
@@ -221,13 +248,26 @@ class RunFolder:
             remove(place)
         return False
 
+    def _as_finished(self, place: Path, record: Mapping[str, Any]) -> bool:
+        """Whether a step's model is as it was written: by its stamps; of a copy, whose times are others, by contents."""
+        kept, now = record.get("files"), _stamps(place / "model")
+        if kept is None or kept == now:
+            return True
+        copied = [one[:2] for one in kept] == [one[:2] for one in now] and record.get("sha256") == _hashes(
+            place / "model"
+        )
+        if copied:
+            write_json(place / "step.json", {**record, "files": now})
+        return copied
+
     def scratch(self, key: str) -> Path:
         """Where the checkpoints of a step under way lie; removed when it is done."""
         return self.root / "steps" / f".{key}.working"
 
     def finish_step(self, place: Path, partial: Path, record: Mapping[str, Any], key: str) -> None:
         """Make a step's folder complete and visible in one rename; its checkpoints are no longer needed."""
-        write_json(partial / "step.json", {**record, "files": _stamps(partial / "model")})
+        kept = {"files": _stamps(partial / "model"), "sha256": _hashes(partial / "model")}
+        write_json(partial / "step.json", {**record, **kept})
         with writing(place):
             os.replace(partial, place)
         shutil.rmtree(self.scratch(key), ignore_errors=True)

@@ -6,18 +6,21 @@ import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from overhaul.errors import RequestError
+from overhaul.errors import RequestError, RunError
+
+LONGEST = 128
+"""Characters that a run's name may have there."""
 
 
 def tracker(name: str) -> Any:
     """The tracker's module; both have `init`, `log` and `finish`.
 
     Raises:
-        RequestError: it is not installed.
+        RequestError: it is not installed, or breaks when it is imported.
     """
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except Exception as error:  # a broken installation raises whatever it comes across
         extra = "the extra `overhaul[track]` has it" if name == "trackio" else "install it beside Overhaul"
         raise RequestError(
             f"`track: {name}` needs the package {name}, which cannot be imported ({error}); {extra}."
@@ -30,16 +33,25 @@ def track(name: str, report: Mapping[str, Any]) -> None:
     Args:
         name: of the tracker.
         report: the content of report.json; its title is the run, its recipe the run's configuration.
+
+    Raises:
+        RunError: the tracker refused; the run itself is done and kept.
     """
     module = tracker(name)
-    module.init(
-        project="overhaul",
-        name=report["title"],
-        config={key: report[key] for key in ("recipe", "seed", "model", "overhaul")},
-    )
-    for values in logged(report):
-        module.log(values)
-    module.finish()
+    config = {key: report[key] for key in ("recipe", "seed", "model", "overhaul")}
+    try:
+        module.init(project="overhaul", name=report["title"][:LONGEST], config=config)
+        try:
+            for values in logged(report):
+                module.log(values)
+        finally:
+            module.finish()
+    except Exception as error:  # trackers raise whatever their services say
+        said = " ".join(str(error).split())
+        raise RunError(
+            f"The run is done and kept, but `track: {name}` could not be told of it: {type(error).__name__}: {said}. The "
+            "same command tells it again, and does nothing else; without `track:` it is not told."
+        ) from error
 
 
 def logged(report: Mapping[str, Any]) -> Iterator[dict[str, float]]:

@@ -48,6 +48,7 @@ class Row:
         peak_bytes: the largest over seeds.
         facts: what else is known of it, plain JSON.
         samples: measure -> one value per example, where they are kept.
+        stderrs: like `values`, the standard error of each; empty where none is known.
     """
 
     label: str
@@ -57,6 +58,11 @@ class Row:
     peak_bytes: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, list[Number]] = field(default_factory=dict)
+    stderrs: list[list[Number]] = field(default_factory=list)
+
+    def error(self, place: int) -> Number:
+        """The standard error of a measure, a mean over seeds; None where it is not known."""
+        return mean(self.stderrs[place]) if self.stderrs else None
 
 
 @dataclass(frozen=True)
@@ -110,14 +116,17 @@ class Comparison:
     def cell(self, row: Row, place: int) -> Cell:
         """A model's value of one measure as a reader sees it: the mean, the deviation over seeds, the verdict."""
         measure, found = self.measures[place], mean(row.values[place])
-        known = [value for value in row.values[place] if numbers.finite(value)]
-        spread = f"± {numbers.humanise(statistics.stdev(known), measure['unit'])}" if len(known) > 1 else ""
+        seeds, error = _deviation(row.values[place]), row.error(place)
+        seeded = sum(map(numbers.finite, row.values[place])) > 1
+        apart = seeds if seeded else error
+        spread = f"± {numbers.humanise(apart, measure['unit'])}" if apart is not None else ""
         text, before = numbers.humanise(found, measure["unit"]), self.of_kind("before")
         if row.kind in ("before", "retrained") or before is None or found is None:
             return Cell(text, spread)
         if measure["wanted"] == "anchor" and self._anchor(place) is None:
             return Cell(text, spread)
         change = {**measure, "values": [mean(before.values[place]), found], "anchor": self._anchor(place)}
+        change["stderrs"] = [before.error(place), error]
         change["same_work"] = all(
             mean(before.values[n]) == mean(row.values[n])
             for n, one in enumerate(self.measures)
@@ -245,7 +254,7 @@ class Comparison:
             return None
         if not numbers.finite(b):
             return first.label
-        spread = sum(_deviation(row.values[place]) for row in (first, second))
+        spread = sum(_deviation(row.values[place]) or row.error(place) or 0.0 for row in (first, second))
         apart = numbers.direction(b, a, measure["unit"]) != 0 and abs(a - b) > spread
         return first.label if apart else None
 

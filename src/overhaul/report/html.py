@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from overhaul.files import write_text
+from overhaul.quoting import shown
 from overhaul.report import numbers, plots, sentences, stages, tables
 
 ASIDE = ("lr", "gradient norm")
@@ -63,9 +64,8 @@ def draw(template: str, report: Mapping[str, Any], **parts: Any) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"plain": numbers.plain, "duration": numbers.duration, "words": _words}
-    return environment.get_template(template).render(
-        report=report, numbers=numbers, created=_date(report["created"]), **parts
-    )
+    page = environment.get_template(template)
+    return shown(page.render(report=report, numbers=numbers, created=_date(report["created"]), **parts))
 
 
 def _words(name: str) -> str:

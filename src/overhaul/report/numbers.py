@@ -16,6 +16,7 @@ A verdict looks at the first and the last stage only. What counts as moved:
    within what counts as unmoved. Probabilities are compared by their logarithms, and reached within a factor of two: one
    far below that of the retrained model is as telling as one far above. Forget quality, a logarithm of a p-value,
    reaches it above p = 0.05.
+6. A number whose standard error is known differs only by more than two standard errors of the difference.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ Measure = Mapping[str, Any]
 POINTS = 0.03
 RELATIVE = 0.05
 TIMES_APART = 1.25
+ERRORS_APART = 2
 LARGE_POINTS, LARGE_RELATIVE = 0.20, 0.10
 CHANCE, NEAR_CHANCE = 0.5, 0.10
 NEAR_ANCHOR = 0.10
@@ -41,7 +43,8 @@ LEAST, LEAST_LOG10_P = 1e-30, math.log10(0.05)
 TOLERANCE = (
     "A share has moved if it differs by more than 3 points, a time if the fastest run of the slower model takes 1.25 times "
     "the median run of the faster one (and not at all where parameters, bytes and FLOPs are equal), any other number if it "
-    "differs by more than 5%. A change is as wanted if it is "
+    "differs by more than 5%; none of them within two standard errors of the difference, where those are known. A change is "
+    "as wanted if it is "
     "large: a share or probability halved, or gained 20 points or half of what was missing; any other number moved by more "
     "than 10%. Chance is 0.5, reached within 0.1. The value of an anchor is reached within a tenth of the distance "
     "there was to it, a probability within a factor of two."
@@ -224,6 +227,21 @@ def time_direction(measure: Measure) -> int | None:
     return -1 if min(first) >= TIMES_APART * statistics.median(last) else None
 
 
+def spread(measure: Measure, place: int) -> str:
+    """The standard error of a value, "± 1.2%"; nothing where it is not known."""
+    error = (measure.get("stderrs") or {place: None})[place]
+    return f"± {humanise(error, measure['unit'])}" if finite(error) else ""
+
+
+def within_error(measure: Measure) -> bool:
+    """Whether the first and the last value are as near as chance may bring two equal ones; unknown is no."""
+    errors = measure.get("stderrs") or [None]
+    first, last = errors[0], errors[-1]
+    if not (finite(first) and finite(last)):
+        return False
+    return abs(measure["values"][-1] - measure["values"][0]) <= ERRORS_APART * math.hypot(first, last)
+
+
 def change(measure: Measure) -> str:
     """From the first stage to the last: "−92.1 points", "30,000× lower", "+4.2%"."""
     before, after = measure["values"][0], measure["values"][-1]
@@ -286,6 +304,8 @@ def verdict(measure: Measure) -> Verdict:
         if time_direction(measure) is None:
             return Verdict("as before", None) if after == before else Verdict("within noise", None)
     moved = direction(before, after, unit)
+    if moved and within_error(measure):
+        return Verdict("within noise", None)
     gain = moved if measure["better"] == "up" else -moved
     if measure["group"] == "cost":
         return Verdict({-1: "less", 0: "as before", 1: "more"}[moved], {-1: False, 0: None, 1: True}[gain])

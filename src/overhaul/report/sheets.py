@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_MARKS = re.compile(r"[\\`*\[\]|~#]|(?<!\w)_|_(?!\w)")
-_TAG, _ENTITY = re.compile(r"<(?=[A-Za-z/!?])"), re.compile(r"&(?=\\?#?\w+;)")
+from overhaul.quoting import escaped
+
 COLOURS: Mapping[bool | None, str] = {True: "green", False: "red", None: ""}
 
 
@@ -62,20 +61,6 @@ def markdown(sheet: Sheet) -> str:
 
 def _line(cells: Sequence[Cell]) -> str:
     return f"| {' | '.join(escaped(' '.join(filter(None, (cell.sign, cell.text, cell.small)))) for cell in cells)} |"
-
-
-def escaped(text: object) -> str:
-    """Text that Markdown shows as it is, in one line: neither its own marks nor HTML's mean anything in it."""
-    words = " ".join(str(text).split())
-    return _TAG.sub("&lt;", _ENTITY.sub("&amp;", _MARKS.sub(r"\\\g<0>", words)))
-
-
-def code(text: object) -> str:
-    """Text as code in a line of Markdown, whatever backticks are in it."""
-    words = " ".join(str(text).split())
-    fence = "`" * (1 + max(map(len, re.findall("`+", words)), default=0))
-    pad = " " if "`" in words else ""
-    return f"{fence}{pad}{words}{pad}{fence}"
 
 
 def print_sheet(sheet: Sheet, console: Console, most: int | None = None) -> None:

@@ -33,7 +33,8 @@ def _row(measure: numbers.Measure, places: Sequence[int]) -> list[Cell]:
         Cell(numbers.subject(measure), help=numbers.small_print(measure, counted=False)),
         Cell(numbers.count(measure)),
     ]
-    cells += [Cell(numbers.humanise(value, unit), value=value) for value in values]
+    spreads = [numbers.spread(measure, place) for place in places]
+    cells += [Cell(numbers.humanise(v, unit), spread, value=v) for v, spread in zip(values, spreads, strict=True)]
     if len(measure["values"]) < 2:
         return cells
     seen, near = numbers.verdict(measure), measure["wanted"] == "anchor" and numbers.finite(measure.get("anchor"))

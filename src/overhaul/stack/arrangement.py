@@ -12,6 +12,7 @@ Every change is registered with an `ExitStack`: closing it takes all of them bac
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from overhaul.stack.discovery import Blocks, uncompiled
 
@@ -32,6 +33,7 @@ Entry = int | tuple[int, nn.Module]
 _PER_BLOCK = re.compile(r"layer|block|_types$")
 _LEADING = re.compile(r"^first_k_dense_replace$|^num_dense_layers$")  # how many blocks at the beginning have no experts
 _OF_PREDICTION_HEADS = "mtp_"
+_POOLED = "add_pooling_layer"
 _ONLY_IN_TRAINING = re.compile(r"drop|^p$|^training$")
 
 
@@ -239,7 +241,7 @@ def describe(stack: LayerStack, places: Sequence[int], count: int, undo: ExitSta
         return True
     if len(_twin(stack)) == len(places):  # the running config is the saved one
         return True
-    for read, write in _saved_configs(stack.model):
+    for read, write in saved_configs(stack.model):
         for name in [name for name, value in read().items() if type(value) is int and value == count]:
             changes = {**per_block_values(read(), places, count), name: len(places)}
             old = {name: read()[name] for name in changes}
@@ -251,7 +253,7 @@ def describe(stack: LayerStack, places: Sequence[int], count: int, undo: ExitSta
     return False
 
 
-def _saved_configs(model: nn.Module) -> Iterator[tuple[Callable[[], Mapping[str, Any]], Callable[[Any], None]]]:
+def saved_configs(model: nn.Module) -> Iterator[tuple[Callable[[], Mapping[str, Any]], Callable[[Any], None]]]:
     """(read, write) of each config that `save_pretrained` writes: the model's own and its parts."""
     config: Any = model.config
     if isinstance(config, dict):  # diffusers
@@ -314,7 +316,16 @@ def skeleton(model: nn.Module) -> nn.Module:
             return kind.from_config(dict(model.config))
         config: Any = model.config  # as it is read from a file: some entries are made of others there
         options = {"attn_implementation": config._attn_implementation} if config._attn_implementation else {}
-        return kind(type(config).from_dict(config.to_dict(), **options))
+        return kind(
+            type(config).from_dict(config.to_dict(), **options),
+            **without_pooler(kind, getattr(model, "pooler", True) is not None),
+        )
+
+
+def without_pooler(kind: Any, held: bool) -> dict[str, bool]:
+    """What a class is built with whose pooler is not `held`, where that may be left out and all else stays the same."""
+    plain: Any = vars(kind).get("plain", kind)  # of a converted class
+    return {} if held or _POOLED not in inspect.signature(plain.__init__).parameters else {_POOLED: False}
 
 
 def faults(stack: LayerStack, origin: Sequence[int]) -> list[str]:
@@ -351,7 +362,8 @@ def _differences(ours: Mapping[str, Any], planned: Mapping[str, Any], label: str
 
 
 def _shapes(module: nn.Module, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    state = module.state_dict()
+    # torch's quantised modules keep their dtype among their tensors
+    state = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
     return {name: tuple(tensor.shape) for name, tensor in state.items() if not without or not name.startswith(without)}
 
 

@@ -206,21 +206,34 @@ class LayerStack:
                 f"Of {self.path}, only the blocks {self.with_attention} have attention, and {type(self.model).__name__} "
                 "needs one of them to tell positions in its cache. Keep one."
             )
+        self.become(path, tried)
+
+    def become(self, path: Sequence[Entry], tried: Callable[[], None] | None = None) -> None:
+        """As `take`, where blocks may stand twice and come from other models: for what is then stored tensor by tensor.
+
+        Args:
+            path: as in `following`; has been checked.
+            tried: as in `take`.
+
+        Raises:
+            RequestError: the class cannot be built from its config with these blocks. The model is then as it was.
+        """
+        places = [entry if isinstance(entry, int) else entry[0] for entry in path]
         known = faults(self, range(len(self)))
         count = len(self)
         undo = arrange(self, path)
-        if not describe(self, path, count, undo):
+        if not describe(self, places, count, undo):
             undo.close()
             raise RequestError(
                 f"No entry in the config of {type(self.model).__name__} says how many blocks {self.path} has "
                 f"({self._kinds()}), so a model with other blocks could not be saved. Its depth cannot be changed for good; "
                 "`following` runs it along another path."
             )
-        new = [fault for fault in faults(self, path) if fault not in known]
+        new = [fault for fault in faults(self, places) if fault not in known]
         if new:
             undo.close()
             raise RequestError(
-                f"With the blocks {list(path)} in {self.path}, the config would not describe this "
+                f"With the blocks {places} in {self.path}, the config would not describe this "
                 f"{type(self.model).__name__}, so it would not load again: {new[0]} differs. Choose other blocks: where "
                 "kinds of blocks take turns by a rule of the config, whole turns can go."
             )

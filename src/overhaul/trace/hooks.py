@@ -87,6 +87,7 @@ def capture(
         RequestError: an unknown site, or (at the end) no position counted.
         RunError: (at the end) nothing passed a site.
     """
+    _check_stack(stack)
     watch = Watch(reduce, skip_first, list(dict.fromkeys(_expanded(stack, sites))), Shape(mask=mask))
     with ExitStack() as undo:
         undo.enter_context(uncompiled())
@@ -110,7 +111,7 @@ def capture(
 
 def measure(
     stack: LayerStack,
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Mapping[str, Any]] | Mapping[str, Any],
     sites: Iterable[Site],
     reduce: Callable[..., Result | None],
     *,
@@ -121,16 +122,17 @@ def measure(
 
     Args:
         stack: the stack.
-        batches: collated batches, or the model's own keyword arguments; moved to the model's device.
+        batches: collated batches or one, or the model's own keyword arguments; moved to the model's device.
         sites: see `capture`.
         reduce: see `capture`.
         skip_first: see `capture`.
         stream: see `capture`.
     """
+    _check_stack(stack)
     device = next(stack.model.parameters()).device
     kept = capture(stack, sites, reduce, skip_first=skip_first, stream=stream)
     with at_rest(stack.model), torch.no_grad(), kept as seen:
-        for batch in batches:
+        for batch in [batches] if isinstance(batches, Mapping) else batches:
             invoke(stack.model, map_tensors(dict(batch), lambda tensor: tensor.to(device)))
     return seen
 
@@ -167,9 +169,11 @@ def intervene(
             does not fit the batch, or a result that the state's dtype cannot hold.
         RunError: (at the end) nothing passed a site, or none of the positions did, so nothing was edited there.
     """
+    _check_stack(stack)
     width = getattr(stack.config, "hidden_size", None) if stream == MAIN else None
     chains: dict[str, list[Primitive]] = {}
     for site, given in edits.items():
+        _check_written(site)
         if site.startswith(_INTO):
             raise RequestError(f"{site!r} can be captured and not edited: edit what the modules before it return.")
         for name in _expanded(stack, [site]):
@@ -263,7 +267,7 @@ def _checkpointed(
 def _expanded(stack: LayerStack, sites: Iterable[Site]) -> list[Any]:
     """The sites with "entering" and "leaving" written out for every block."""
     found: list[Site] = []
-    for site in sites:
+    for site in [sites] if isinstance(sites, str) else sites:
         if isinstance(site, tuple):
             for name in site:
                 _located(stack, name)
@@ -278,9 +282,24 @@ def _expanded(stack: LayerStack, sites: Iterable[Site]) -> list[Any]:
     return found
 
 
+def _check_stack(stack: object) -> None:
+    if not isinstance(stack, LayerStack):
+        raise RequestError(f"A {type(stack).__name__} is no stack of blocks. Write `LayerStack.of(model)`.")
+
+
+def _check_written(name: object) -> None:
+    """Refuse a block's number, a pair that is edited, and whatever else is no text."""
+    if not isinstance(name, str):
+        hint = f' Write "leaving.{name}" for what block {name} returns.' if type(name) is int else ""
+        raise RequestError(
+            f'A site is a text such as "leaving.0", "entering" or the name of a module, not {name!r}.{hint}'
+        )
+
+
 def _located(stack: LayerStack, name: str) -> tuple[int | None, nn.Module]:
     """The block at a site of the stream with its place, or (None, module)."""
     blocks = stack.blocks
+    _check_written(name)
     for kind in (_ENTERING, _LEAVING):
         number = name.removeprefix(f"{kind}.")
         if number != name and number.isdecimal() and int(number) < len(blocks):

@@ -52,6 +52,10 @@ class Statistics:
     norm_variance: Float[Tensor, ""]
     norm_max: Float[Tensor, ""]
 
+    def __repr__(self) -> str:
+        norms = f"norm {self.norm_mean:.4g} +- {self.norm_std:.4g}, at most {self.norm_max:.4g}"
+        return f"Statistics: {self.count} positions, {len(self.mean)} features, {norms}"
+
     @property
     def norm_std(self) -> Float[Tensor, ""]:
         """Standard deviation of the norm."""
@@ -165,6 +169,9 @@ class LastTokens:
     """
 
     states: Float[Tensor, "n d"]
+
+    def __repr__(self) -> str:
+        return f"LastTokens: states {list(self.states.shape)}"
 
     def __add__(self, other: LastTokens) -> LastTokens:
         return LastTokens(torch.cat([self.states, other.states]))

@@ -1,6 +1,9 @@
 """Weights: checkpoints as vectors, streamed; see `merge` for what is written and `compare` for what is measured."""
 
+from overhaul.weights.agreement import aligned as aligned
 from overhaul.weights.agreement import differences as differences
+from overhaul.weights.agreement import one_vocabulary as one_vocabulary
+from overhaul.weights.chance import uniform as uniform
 from overhaul.weights.compare import Reduction as Reduction
 from overhaul.weights.compare import Totals as Totals
 from overhaul.weights.compare import cosine as cosine
@@ -16,7 +19,7 @@ from overhaul.weights.merge import Coefficient as Coefficient
 from overhaul.weights.merge import add_deltas as add_deltas
 from overhaul.weights.merge import blend as blend
 from overhaul.weights.merge import combined as combined
-from overhaul.weights.merge import correspond as correspond
+from overhaul.weights.merge import corresponding as corresponding
 from overhaul.weights.merge import restore as restore
 from overhaul.weights.merge import scale_by_depth as scale_by_depth
 from overhaul.weights.merge import stream as stream
@@ -24,4 +27,6 @@ from overhaul.weights.merge import weighted_deltas as weighted_deltas
 from overhaul.weights.merge import weighted_sum as weighted_sum
 from overhaul.weights.output import Combine as Combine
 from overhaul.weights.output import Storage as Storage
+from overhaul.weights.pieces import Whole as Whole
+from overhaul.weights.pieces import mapped as mapped
 from overhaul.weights.ranks import kth_largest as kth_largest

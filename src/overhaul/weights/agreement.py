@@ -23,6 +23,7 @@ from overhaul.errors import RequestError
 from overhaul.models import Checkpoint, planned
 from overhaul.weights.depths import built_names
 from overhaul.weights.index import Source, TensorFacts, TensorIndex, facts_of, vocabulary
+from overhaul.weights.vocabularies import Reworded, reworded, words
 
 _UNIMPORTANT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 _TOLD_BY_SHAPES = {"vocab_size", "tie_word_embeddings"}
@@ -39,12 +40,24 @@ def aligned(sources: Sequence[Source]) -> list[TensorIndex]:
     if not sources:
         raise RequestError("There is no model. Give at least one.")
     checkpoints = [facts_of(source) for source in sources]
+    if ready := [known.index for known in checkpoints if isinstance(known, Reworded)]:
+        assert len(ready) == len(checkpoints), "one vocabulary is of all models or of none"
+        return ready
     first, *others = indexes = [TensorIndex.of(known) for known in checkpoints]
     if all(other.tensors.keys() == first.tensors.keys() for other in others):
         return indexes
     built = [_planned(known) for known in checkpoints]
     first, *others = [_as_loaded(model, index) for model, index in zip(built, indexes, strict=True)]
     return [first, *(_renamed(built[0], first, model, other) for model, other in zip(built[1:], others, strict=True))]
+
+
+def one_vocabulary(sources: Sequence[Source], union: bool) -> list[Checkpoint]:
+    """Checkpoints as if they all had the first one's vocabulary, or the words of all, for the functions that read files.
+
+    Raises:
+        RequestError: as in `aligned`; or the words of one are not known.
+    """
+    return reworded(aligned(sources), [facts_of(source) for source in sources], union)
 
 
 def _planned(known: Checkpoint) -> nn.Module | None:
@@ -135,7 +148,7 @@ def check_words(indexes: Sequence[TensorIndex], needed: Sequence[TensorFacts]) -
     """
     first, *others = indexes
     rows = vocabulary(first.config)
-    if first.folder is None or not any(tensor.shape[:1] == (rows,) for tensor in needed):
+    if first.folder is None or not any(tensor.shape[:1] == (rows,) and not tensor.rows for tensor in needed):
         return
     for other in others:
         if other.folder is None or _same_file(first.folder, other.folder):
@@ -147,25 +160,12 @@ def check_words(indexes: Sequence[TensorIndex], needed: Sequence[TensorFacts]) -
             raise RequestError(
                 f"The tokenizers of {first.source} and {other.source} number {len(differing)} words differently: {number} "
                 f"is {ours[number]!r} in one and {theirs[number]!r} in the other, so their embeddings do not correspond. "
-                "Leave these tensors as the first model has them (`only=lambda t: 0 <= t.depth < t.blocks`), or write "
-                "`any_words=True` to merge them all the same."
+                "In a merge, write tokenizer: base (or union), which goes by the words. In functions of `weights`, leave "
+                "these tensors as the first model has them (`only=lambda t: 0 <= t.depth < t.blocks`), or write "
+                "`any_words=True`."
             )
 
 
 def _same_file(one: Path, other: Path) -> bool:
     files = [folder / "tokenizer.json" for folder in (one, other)]
     return all(file.exists() for file in files) and files[0].read_bytes() == files[1].read_bytes()
-
-
-def words(folder: Path) -> dict[int, str]:
-    """A folder's words by number, from tokenizer.json or vocab.json; none where it has neither."""
-    if (folder / "tokenizer.json").exists():
-        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        listed = (content.get("model") or {}).get("vocab") or {}
-        found = (
-            {n: w for w, n in listed.items()} if isinstance(listed, dict) else {n: w[0] for n, w in enumerate(listed)}
-        )
-        return found | {token["id"]: token["content"] for token in content.get("added_tokens") or []}
-    if (folder / "vocab.json").exists():
-        return {n: w for w, n in json.loads((folder / "vocab.json").read_text(encoding="utf-8")).items()}
-    return {}

@@ -16,6 +16,7 @@ import yaml
 
 from overhaul import __version__
 from overhaul.checkpoints import LINEAGE, MADE_OF
+from overhaul.quoting import code, escaped
 from overhaul.weights.agreement import differences
 from overhaul.weights.index import Source, facts_of
 
@@ -46,17 +47,17 @@ def describe(folder: Path, sources: Sequence[Source], name: str, knobs: Mapping[
     front: dict[str, Any] = {"library_name": known[0].library, "tags": ["overhaul", "merge"]}
     front["base_model"] = [one.source for one in known]
     front |= {key: value for key, value in _front(known[0].folder).items() if key in KEPT}
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# Made by `{name}`", ""]
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# Made by {code(name)}", ""]
     lines += [f"Made from {len(known)} checkpoints of {known[0].architecture} by Overhaul {__version__}:", ""]
-    lines += [f"{n}. `{one.source}`" for n, one in enumerate(known, 1)]
+    lines += [f"{n}. {code(one.source)}" for n, one in enumerate(known, 1)]
     lines += [
         "",
         "Config and tokenizer are the first one's. It loads with `from_pretrained`; nothing else is needed.",
         "",
     ]
-    lines += [f"- {key}: `{value}`" for key, value in told.items()]
+    lines += [f"- {code(key)}: {code(value)}" for key, value in told.items()]
     if said := differences(known):
-        lines += ["", "What the configs say differently:", "", *(f"- {one}" for one in said)]
+        lines += ["", "What the configs say differently:", "", *(f"- {escaped(one)}" for one in said)]
     (folder / "README.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 

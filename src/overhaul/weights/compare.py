@@ -12,7 +12,7 @@ from torch import Tensor
 
 from overhaul.weights.agreement import aligned
 from overhaul.weights.index import Source, TensorFacts, check_alike
-from overhaul.weights.pieces import Piece, Workspace, run
+from overhaul.weights.pieces import Piece, Whole, Workspace, run
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Totals:
 
 
 def totals(
-    sources: Sequence[Source], sums: Callable[[TensorFacts, list[Tensor]], Tensor], *, whole: bool = False
+    sources: Sequence[Source], sums: Callable[[TensorFacts, list[Tensor]], Tensor], *, whole: Whole = False
 ) -> Totals:
     """Sums over the weights. Integers and booleans are left out.
 
@@ -81,7 +81,7 @@ def reduction(
     sums: Callable[[TensorFacts, list[Tensor]], Tensor],
     finish: Callable[[Tensor], float],
     *,
-    whole: bool = False,
+    whole: Whole = False,
 ) -> Reduction:
     """Numbers that come from sums over the weights: norms, cosines, counts. For the other arguments and errors see `totals`.
 
@@ -89,7 +89,7 @@ def reduction(
         sources: checkpoints with the same tensors.
         sums: the sums to add up [k].
         finish: makes the number out of the sums [k], float64.
-        whole: give `sums` whole tensors.
+        whole: as in `totals`.
     """
     found = totals(sources, sums, whole=whole)
     return Reduction(

@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import nn
 
+from overhaul.errors import RequestError
 from overhaul.stack import LayerStack
 
 Place = tuple[str, int, int]
@@ -112,6 +113,40 @@ def _by_structure(stacks: Sequence[LayerStack], names: Collection[str]) -> dict[
         return owner.path, owner.depth(name), sizes[owner.path]
 
     return {name: place(built[name]) for name in names}
+
+
+def list_of(places: Mapping[str, Place], stack: str) -> tuple[str, dict[int, dict[str, str]]]:
+    """Where stored names count the blocks of a stack.
+
+    Args:
+        places: of all tensors, by name.
+        stack: its path.
+
+    Returns:
+        The path of the list in these names ("model.layers"), and for each block the names of its tensors with what of them
+        follows the block's number.
+
+    Raises:
+        RequestError: there is no such path for all blocks.
+    """
+    inside = {name: depth for name, (path, depth, blocks) in places.items() if path == stack and 0 <= depth < blocks}
+    counted: dict[str, set[int]] = {}
+    for name, depth in inside.items():
+        parts = name.split(".")
+        for n, part in enumerate(parts):
+            if part == str(depth):
+                counted.setdefault(".".join(parts[:n]), set()).add(depth)
+    everywhere = [path for path, depths in counted.items() if depths == set(inside.values())]
+    prefix = min(everywhere, key=len, default="")
+    found: dict[int, dict[str, str]] = {}
+    for name, depth in inside.items():
+        start = f"{prefix}.{depth}." if prefix else f"{depth}."
+        if not everywhere or not name.startswith(start):
+            raise RequestError(
+                f"{name} belongs to block {depth} of {stack}, and its name does not say so as others do."
+            )
+        found.setdefault(depth, {})[name] = name.removeprefix(start)
+    return prefix, found
 
 
 def own_names(model: nn.Module) -> set[str]:

@@ -30,8 +30,6 @@ DTYPE_CODES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 def facts_of(source: Source) -> Checkpoint:
@@ -50,6 +48,8 @@ class TensorFacts:
         places: of all tensors of its model.
         file: where it lies; None in a live model.
         offset: bytes from the start of the file to its first number.
+        start: how many of its numbers lie before those that are given with it, where they are a piece of it.
+        rows: where it is not stored so: tensors, each with the rows of it (-1 for none) whose mean is the row of this one.
     """
 
     name: str
@@ -58,6 +58,8 @@ class TensorFacts:
     places: Places = field(repr=False)
     file: Path | None = None
     offset: int = 0
+    start: int = 0
+    rows: tuple[tuple[TensorFacts, Any], ...] = field(default=(), repr=False, compare=False)
 
     @property
     def stack(self) -> str:
@@ -202,8 +204,9 @@ def _check_shapes(first: TensorIndex, other: TensorIndex, differing: Sequence[st
     if all(a[1:] == b[1:] and (a[:1], b[:1]) == (rows[:1], rows[1:]) for a, b in shapes):
         raise RequestError(
             f"{first.source} and {other.source} have vocabularies of {rows[0]} and {rows[1]} tokens: {_listed(listed)}. "
-            f"Either bring both to one size (`model.resize_token_embeddings({max(filter(None, rows))})`, then save), or "
-            "leave these tensors as the first model has them: `only=lambda t: 0 <= t.depth < t.blocks`."
+            "In a merge, write tokenizer: base (or union), which goes by the words. Else bring both to one size "
+            f"(`model.resize_token_embeddings({max(filter(None, rows))})`, then save), or leave these tensors as the first "
+            "model has them: `only=lambda t: 0 <= t.depth < t.blocks`."
         )
     raise RequestError(
         f"{first.source} and {other.source} have tensors of different shapes: {_listed(listed)}. Give checkpoints of one "

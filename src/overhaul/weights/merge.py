@@ -30,6 +30,8 @@ from overhaul.weights.agreement import aligned, check_words, differences
 from overhaul.weights.card import describe
 from overhaul.weights.index import Source, TensorFacts, TensorIndex, check_alike
 from overhaul.weights.output import Combine, Storage, agreed, checked, write_new
+from overhaul.weights.pieces import Whole
+from overhaul.weights.vocabularies import Reworded
 
 Coefficient = float | Callable[[TensorFacts], float]
 """A number, or a function of the tensor: `lambda t: t.share`, which is 0 for embeddings and 1 after the last block."""
@@ -125,7 +127,7 @@ def stream(
     out: str | Path,
     *,
     only: Chosen | None = None,
-    whole: bool = False,
+    whole: Whole = False,
     told: Mapping[str, Any] | None = None,
     **storage: Unpack[Storage],
 ) -> Path:
@@ -137,7 +139,8 @@ def stream(
         out: folder to write; must not exist.
         only: the tensors to combine; the others are the first model's, and the other models need not have them.
         whole: give `combine` whole tensors, as a singular value decomposition needs, one at a time. Memory is then that
-            of the largest tensor.
+            of the largest tensor. "rows" gives whole rows [rows, numbers in a row]: the last dimension, or what a kernel
+            of a convolution has.
         told: what lineage.json and the model card say of the making: the "name" of what combines, and what it was given.
         **storage: see `Storage`.
 
@@ -164,6 +167,8 @@ def stream(
 
 
 def _described(sources: Sequence[Source], told: Mapping[str, Any], folder: Path) -> None:
+    if isinstance(sources[0], Reworded):
+        sources[0].write_words(folder)
     describe(folder, sources, told["name"], {key: value for key, value in told.items() if key != "name"})
 
 
@@ -251,6 +256,17 @@ def restore(tuned: Source, base: Source, chosen: Chosen, out: str | Path, **stor
     return write_new(indexes[0], inputs, _first, Path(out), False, storage, described)
 
 
+def corresponding(sources: Sequence[Source]) -> list[TensorIndex]:
+    """The index of each checkpoint, with the names that the first one uses, if all their tensors correspond.
+
+    Raises:
+        RequestError: as in `stream`.
+    """
+    indexes = aligned(sources)
+    _check(indexes, sources, lambda _: True, {})
+    return indexes
+
+
 def _check(
     indexes: Sequence[TensorIndex], sources: Sequence[Source], chosen: Callable[[TensorFacts], bool], storage: Storage
 ) -> None:
@@ -260,17 +276,6 @@ def _check(
         check_words(indexes, [tensor for tensor in indexes[0].tensors.values() if chosen(tensor)])
     if said := differences(sources):
         warnings.warn(f"The configs differ, and the result follows the first: {'; '.join(said)}.", stacklevel=3)
-
-
-def correspond(sources: Sequence[Source]) -> None:
-    """Whether checkpoints can be combined whole, for what reads them all before `stream` is called.
-
-    Raises:
-        RequestError: their tensors or their tokenizers do not correspond.
-    """
-    indexes = aligned(sources)
-    check_alike(indexes, lambda _: True)
-    check_words(indexes, [*indexes[0].tensors.values()])
 
 
 def _check_count(coefficients: Sequence[Coefficient], sources: Sequence[Source], what: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,17 +24,18 @@ from torch import Tensor
 from overhaul.companions import module_folders
 from overhaul.errors import RequestError, RunError, did_you_mean, writing
 from overhaul.models import DTYPES
-from overhaul.weights.index import DTYPE_CODES, INDEX, SINGLE, TensorFacts, TensorIndex
-from overhaul.weights.pieces import Piece, Workspace, opened, run, write
+from overhaul.weight_files import names_of_files
+from overhaul.weights.index import DTYPE_CODES, TensorFacts, TensorIndex
+from overhaul.weights.pieces import Piece, Whole, Workspace, opened, run, write
 
 Combine = Callable[[TensorFacts, list[Tensor]], Tensor]
 """(facts of the first model's tensor, the tensor in each model) -> the new one: pure, and of the same shape. The tensors
-are float32 and must not be changed; they are flat pieces, or have their own shape where `whole` was asked for."""
+are float32 and must not be changed; they are flat pieces, or have their own shape or rows where `whole` was asked for."""
 
 _CODES = {dtype: code for code, dtype in DTYPE_CODES.items()}
 _COPIED = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"}
 _NOT_COPIED = {
-    INDEX,
+    *(index for _, index in names_of_files()),
     "lineage.json",
     "adapter_config.json",
 }  # they speak of the old weights, or of an adapter beside them
@@ -59,7 +61,7 @@ def write_new(
     inputs: Mapping[str, Sequence[TensorFacts]],
     combine: Combine,
     out: Path,
-    whole: bool,
+    whole: Whole,
     storage: Storage,
     described: Callable[[Path], None],
 ) -> Path:
@@ -103,7 +105,7 @@ def _check_room(out: Path, needed: int) -> None:
 
 
 def _write_shard(
-    shard: Shard, inputs: Mapping[str, Sequence[TensorFacts]], combine: Combine, path: Path, whole: bool
+    shard: Shard, inputs: Mapping[str, Sequence[TensorFacts]], combine: Combine, path: Path, whole: Whole
 ) -> None:
     dtypes = {tensor.name: tensor.dtype for tensor in shard.tensors}
     starts = create(path, {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard.tensors}, shard.metadata)
@@ -185,13 +187,21 @@ def lay_out(index: TensorIndex, dtype: torch.dtype | None, shard_bytes: int | No
     for number, tensors in enumerate(groups.values(), 1):
         with safe_open(str(tensors[0].file), framework="pt") as file:
             metadata = file.metadata() or {}
-        name = tensors[0].file.name if tensors[0].file and shard_bytes is None else SINGLE
+        name = tensors[0].file.name if tensors[0].file and shard_bytes is None else called(index)[0]
         if shard_bytes is not None and len(groups) > 1:
-            name = f"model-{number:05}-of-{len(groups):05}.safetensors"
+            name = f"{name.removesuffix('.safetensors')}-{number:05}-of-{len(groups):05}.safetensors"
         # wide numbers first, as the library orders them, keeps every tensor aligned to its own size
         tensors.sort(key=lambda tensor: -tensor.dtype.itemsize)
         shards.append(Shard(name, {"format": "pt", **metadata}, tensors))
     return shards
+
+
+def called(index: TensorIndex) -> tuple[str, str]:
+    """What the only file of a checkpoint and the index of several are called, told from the name of a file that it has."""
+    file = next(iter(index.tensors.values())).file
+    stem = re.sub(r"(-\d+-of-\d+)?\.safetensors$", "", file.name if file else "")
+    known = {single: (single, names) for single, names in names_of_files()}
+    return known.get(f"{stem}.safetensors", names_of_files()[0])
 
 
 def create(
@@ -235,11 +245,12 @@ def copy_rest(index: TensorIndex, folder: Path, shards: Sequence[Shard], dtype: 
         key = "torch_dtype" if "torch_dtype" in index.config else "dtype"
         config = {**_with_dtype(index.config, stored), key: stored}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if shards[0].file != SINGLE:
+    single, names = called(index)
+    if [shard.file for shard in shards] != [single]:
         where = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
         total = sum(tensor.bytes for shard in shards for tensor in shard.tensors)
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
+        (folder / names).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

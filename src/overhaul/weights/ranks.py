@@ -32,6 +32,9 @@ _END = 0x7F800000
 Sizes = Callable[[TensorFacts, list[Tensor]], Sequence[Tensor]]
 """(facts of the first model's tensor, pieces of the same tensor in each model) -> non-negative numbers to rank, of one
 piece each."""
+Ranks = Callable[[int], int | Sequence[int]]
+"""(how many numbers there are) -> the rank that is wanted, in each ranking if they differ: 1 is the largest, 0 or less is
+above all of them."""
 
 
 @dataclass
@@ -80,7 +83,7 @@ class _Search:
 
 
 def kth_largest(
-    sources: Sequence[Source], sizes: Sizes, ranks: Callable[[int], int], *, by_tensor: bool = False
+    sources: Sequence[Source], sizes: Sizes, ranks: Ranks, *, by_tensor: bool = False
 ) -> dict[str, list[float]]:
     """The number of a rank among all numbers of a model, or among those of each tensor.
 
@@ -88,7 +91,7 @@ def kth_largest(
         sources: checkpoints with the same tensors; integers and booleans are left out.
         sizes: makes what is ranked, a list for each ranking; it is called in several threads. Numbers are ranked in
             float32.
-        ranks: of how many numbers there are, the rank that is wanted: 1 is the largest, 0 or less is above all of them.
+        ranks: which numbers are wanted.
         by_tensor: rank within each tensor, not within the model.
 
     Returns:
@@ -113,26 +116,39 @@ def kth_largest(
     return found
 
 
-def _of_group(group: Sequence[Sequence[TensorFacts]], sizes: Sizes, ranks: Callable[[int], int]) -> list[float]:
+def _of_group(group: Sequence[Sequence[TensorFacts]], sizes: Sizes, ranks: Ranks) -> list[float]:
     numbers = sum(tensors[0].numbers for tensors in group)
-    rank = ranks(numbers)
     sample = [torch.cat(parts) for parts in zip(*_sizes_of(_sampled(group, numbers), sizes), strict=True)]
-    if rank <= 0 or rank > numbers:
-        return [math.inf if rank <= 0 else 0.0] * len(sample)
-    searches = [_Search(rank, first=_bracket(taken, rank / numbers)) for taken in sample]
-    while not all(search.done for search in searches):
-        _pass(group, sizes, {place: search for place, search in enumerate(searches) if not search.done})
-    return [_number(search.low) for search in searches]
+    wanted = ranks(numbers)
+    wanted = [wanted] * len(sample) if isinstance(wanted, int) else wanted
+    beyond = [math.inf if rank <= 0 else 0.0 for rank in wanted]
+    if len(sample[0]) == numbers:  # of a small tensor the sample is all
+        return [
+            _number(*_ordered(taken, rank - 1)) if 0 < rank <= numbers else end
+            for rank, taken, end in zip(wanted, sample, beyond, strict=True)
+        ]
+    searches = [
+        _Search(rank, first=_bracket(taken, rank / numbers)) if 0 < rank <= numbers else None
+        for rank, taken in zip(wanted, sample, strict=True)
+    ]
+    while open := {place: search for place, search in enumerate(searches) if search and not search.done}:
+        _pass(group, sizes, open)
+    return [_number(search.low) if search else end for search, end in zip(searches, beyond, strict=True)]
 
 
 def _bracket(taken: Tensor, share: float) -> tuple[int, int]:
     """Bits between which a sample says that the number lies above which there is a share of all."""
-    ordered = taken.sort(descending=True).values
-    spread = SPREAD + 2 / len(ordered)
-    first, last = (round((share + way * spread) * len(ordered)) for way in (-1, 1))
-    high = int(ordered[first]) + 1 if first >= 0 else _END
-    low = int(ordered[last]) if last < len(ordered) else 0
-    return low, high
+    spread = SPREAD + 2 / len(taken)
+    first, last = (round((share + way * spread) * len(taken)) for way in (-1, 1))
+    found = _ordered(taken, max(first, 0), min(last, len(taken) - 1))
+    return found[1] if last < len(taken) else 0, found[0] + 1 if first >= 0 else _END
+
+
+def _ordered(taken: Tensor, *places: int) -> list[int]:
+    """What would stand at these places if the bits were sorted from the largest on."""
+    wanted = [len(taken) - 1 - place for place in places]
+    parted = numpy.partition(taken.numpy(), wanted)
+    return [int(parted[place]) for place in wanted]
 
 
 def _sampled(group: Sequence[Sequence[TensorFacts]], numbers: int) -> list[list[TensorFacts]]:
@@ -142,9 +158,18 @@ def _sampled(group: Sequence[Sequence[TensorFacts]], numbers: int) -> list[list[
         total = tensors[0].numbers
         count = math.ceil(total * min(1.0, SAMPLE / numbers) / STRETCHES)
         for start in range(0, total, max(count, math.ceil(total / STRETCHES))):
-            length = min(count, total - start)
-            stretches.append([replace(t, shape=(length,), offset=t.offset + start * t.dtype.itemsize) for t in tensors])
+            stretches.append([_stretch(tensor, start, min(count, total - start)) for tensor in tensors])
     return stretches
+
+
+def _stretch(tensor: TensorFacts, start: int, count: int) -> TensorFacts:
+    """Some of a tensor's numbers, or the rows that they begin in, as if they were a tensor."""
+    if not tensor.rows:
+        return replace(tensor, shape=(count,), offset=tensor.offset + start * tensor.dtype.itemsize, start=start)
+    width = math.prod(tensor.shape[1:])
+    first, rows = start // width, max(1, count // width)
+    parts = tuple((one, places[first : first + rows]) for one, places in tensor.rows)
+    return replace(tensor, shape=(rows, *tensor.shape[1:]), rows=parts, start=first * width)
 
 
 def _sizes_of(group: Sequence[Sequence[TensorFacts]], sizes: Sizes) -> Iterator[list[Tensor]]:

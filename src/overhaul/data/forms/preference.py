@@ -77,7 +77,14 @@ def _turns(prompt: Any, answer: Any, place: int) -> list[Turn]:
     if not is_chat(answer):
         return [*before, {"role": "assistant", "content": str(answer)}]
     turns = turns_of(answer, place)
-    return turns if turns[: len(before)] == before else [*before, *turns]
+    if turns[: len(before)] == before:
+        return turns
+    if turns[0]["role"] == before[-1]["role"]:
+        raise RowError(
+            place,
+            f"an answer given as a chat begins with a turn of {turns[0]['role']!r} that is not the prompt's last one.",
+        )
+    return [*before, *turns]
 
 
 def _found(tokenizer: Any, written: Sequence[tuple[str, Span]], chats: Sequence[bool]) -> list[Found]:

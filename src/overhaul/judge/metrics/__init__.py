@@ -7,6 +7,9 @@ A metric takes the evidence of one role, or of two where it compares them; the n
 names of those roles in a recipe. An argument `anchor_NAME` receives what the model that it is compared with says about the
 role NAME. Keyword-only arguments are options with defaults, which a recipe may set: `pass_at_k: {on: sums, k: 5}`. A metric
 returns its value and the number of examples behind it.
+
+A metric with `tasks=True` brings its own data: a recipe names its tasks where it would name roles, and it is called with the
+model, its tokenizer and the name of one task. It returns several `Score`s.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import pkgutil
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -28,6 +31,7 @@ from overhaul.judge.evidence import Kind
 Better = Literal["up", "down"]
 Wanted = Literal["up", "down", "same", "chance", "anchor"]
 Value = tuple[float, int]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 ANCHOR = "anchor_"
 """How the name of an argument begins that reads the model which is compared with."""
@@ -45,9 +49,10 @@ class Metric:
         forgotten: which way it should go where the role is to be forgotten.
         reads: the kinds of data it can be measured on.
         columns: what every row must have besides.
-        roles: what a recipe calls its roles; one metric of one role has ("role",).
+        roles: what a recipe calls its roles; one metric of one role has ("role",), one with tasks of its own has none.
         anchored: those of them that it also reads on the model it compares with.
         options: what a recipe may set: the type and the default of each.
+        tasks: whether it brings its own data, in tasks that a recipe names.
     """
 
     name: str
@@ -62,7 +67,8 @@ class Metric:
     anchored: tuple[str, ...]
     options: Mapping[str, tuple[Any, Any]]
     doc: str
-    call: Callable[..., Value]
+    call: Callable[..., Any]
+    tasks: bool = False
 
     def check(self, where: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options that were given, as what they are.
@@ -92,10 +98,11 @@ def metric(
     forgotten: Wanted | None = None,
     reads: tuple[Kind, ...],
     columns: tuple[str, ...] = (),
-) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
+    tasks: bool = False,
+) -> Callable[[Function], Function]:
     """Register a function under its own name; see `Metric` for the arguments. `forgotten` is the opposite of `better`."""
 
-    def decorate(function: Callable[..., Value]) -> Callable[..., Value]:
+    def decorate(function: Function) -> Function:
         name, doc = function.__name__, inspect.cleandoc(function.__doc__ or "")
         worse: Wanted = forgotten or ("down" if better == "up" else "up")
         arguments = inspect.signature(function).parameters
@@ -110,11 +117,12 @@ def metric(
             worse,
             reads,
             columns,
-            roles=tuple(each for each in names if not each.startswith(ANCHOR)),
+            roles=tuple(each for each in names if not each.startswith(ANCHOR) and not tasks),
             anchored=tuple(each.removeprefix(ANCHOR) for each in names if each.startswith(ANCHOR)),
             options={name: (hints[name], arguments[name].default) for name in arguments if name not in names},
             doc=doc,
             call=function,
+            tasks=tasks,
         )
         return function
 
