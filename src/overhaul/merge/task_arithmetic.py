@@ -19,6 +19,7 @@ How it differs from the paper's code:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
