@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from overhaul.errors import RequestError
+from overhaul.merge._writing import check_sizes
 from overhaul.weights import TensorFacts
 
 Outside = Literal["alpha", "by_position"]
@@ -43,5 +44,6 @@ class Ramp:
         Raises:
             RequestError: it is.
         """
+        check_sizes(method, scale=self.scale, beta=self.beta)
         if not self.scale and not self.beta:
             raise RequestError(f"{method}: scale 0 would change nothing.")

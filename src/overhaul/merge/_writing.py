@@ -91,7 +91,16 @@ def some(method: str, base: Checkpoint, tuned: Sequence[Checkpoint], **factors: 
             f"{method}: the tuned checkpoints are the base itself, {base.source}, so nothing would change. Name the folders "
             "that were fine-tuned from it."
         )
+    check_sizes(method, **factors)
+    return len(tuned)
+
+
+def check_sizes(method: str, **factors: float | None) -> None:
+    """Refuse factors that no weight can be multiplied with.
+
+    Raises:
+        RequestError: one is larger than a weight can be.
+    """
     for name, value in factors.items():
         if value is not None and not abs(value) <= LARGEST:
             raise RequestError(f"{method}: {name}={value:g} is larger than a weight can be ({LARGEST:.3g}).")
-    return len(tuned)

@@ -61,7 +61,7 @@ def slerp(
         RequestError: the checkpoints do not correspond, or nothing would change.
         RunError: nothing changed, or a number is not finite.
     """
-    some("merge.slerp", base, [tuned], scale=ramp.scale, beta=ramp.beta)
+    some("merge.slerp", base, [tuned])
     ramp.check("merge.slerp")
     assert out is not None
     base, (tuned,) = words.read(base, [tuned])

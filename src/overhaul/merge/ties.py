@@ -82,10 +82,10 @@ def ties(
         disagreement by depth, and the coefficient.
 
     Raises:
-        RequestError: the checkpoints do not corresponding, or nothing would change.
+        RequestError: the checkpoints do not correspond, or nothing would change.
         RunError: nothing changed, or a number is not finite.
     """
-    some("merge.ties", base, tuned, scale=ramp.scale, beta=ramp.beta)
+    some("merge.ties", base, tuned)
     ramp.check("merge.ties")
     assert out is not None
     base, tuned = words.read(base, tuned)

@@ -50,7 +50,7 @@ def wise_ft(
         RequestError: the checkpoints do not correspond, or nothing would change.
         RunError: nothing changed, or a number is not finite.
     """
-    some("merge.wise_ft", base, [tuned], scale=ramp.scale, beta=ramp.beta)
+    some("merge.wise_ft", base, [tuned])
     ramp.check("merge.wise_ft")
     assert out is not None
     base, (tuned,) = words.read(base, [tuned])
