@@ -35,7 +35,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "data": ("data",),
     "models": (
         "_auto checkpoints models processor conversions stack forward modes outcome",
-        "weight_files architectures adapter_folders quantised companions recomputed positions",
+        "weight_files architectures adapter_folders quantised companions recomputed positions finite",
     ),
     "ground": ("errors session processes files quoting versions",),
 }

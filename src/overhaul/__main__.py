@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sys
@@ -23,7 +24,10 @@ from overhaul import cli
 def main() -> None:
     """Run the command; of several processes speak for all or not at all."""
     if "LOCAL_RANK" not in os.environ:
-        cli.main()
+        try:
+            cli.main()
+        finally:
+            gc.freeze()  # to look for garbage among all that was imported, at the very end, takes a second
         return
     said = io.StringIO()
     cli.console.quiet = cli.notes.quiet = os.environ.get("RANK", "0") != "0"

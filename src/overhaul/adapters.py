@@ -9,7 +9,7 @@ its own of the same rank, without dropout: what enters an expert is not seen the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,6 +59,11 @@ def adapters(
         wrapped.merge_and_unload()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(needed[name])
+
+
+def of_adapters(knobs: Mapping[str, Any]) -> int | None:
+    """What `overhaul plan` asks of a method with the knobs `weights` and `rank`: the rank, where adapters train."""
+    return knobs["rank"] if knobs["weights"] == "lora" else None
 
 
 def projections(model: nn.Module) -> list[str]:

@@ -28,6 +28,16 @@ def generates(model: nn.Module) -> bool:
     return callable(getattr(model, "generate", None)) and bool(getattr(model, "can_generate", lambda: True)())
 
 
+def check_generates(model: nn.Module) -> None:
+    """Whether a model can be asked for text.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    if not generates(model):
+        raise RequestError(f"{type(model).__name__} cannot generate text; only likelihoods can be read from it.")
+
+
 def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
     """The tokens that end an answer: the tokenizer's EOS and those that the checkpoint's generation config names."""
     config: Any = getattr(model, "generation_config", None)
@@ -62,8 +72,7 @@ def generate(
         RequestError: the model has no `generate`.
         RunError: the model's outputs are not numbers.
     """
-    if not generates(model):
-        raise RequestError(f"{type(model).__name__} cannot generate text; only likelihoods can be read from it.")
+    check_generates(model)
     session.begins()
     answers: dict[int, list[int]] = {}
     for places in _plan([len(prompt) for prompt in prompts], new_tokens):

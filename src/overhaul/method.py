@@ -39,6 +39,7 @@ from overhaul.versions import version_of
 Verb = Literal["inspect", "forget", "shrink", "merge", "rewire", "adapt", "pretrain", "align"]
 Changes = Literal["weights", "architecture", "nothing"]
 Memory = Literal["stream", "forward", "gradient", "training"]
+Knobs = Mapping[str, Any]
 Product = Literal["examples", "rows", "tensors", "checkpoint", "json"]
 VERBS: tuple[str, ...] = typing.get_args(Verb)
 
@@ -52,12 +53,15 @@ class Method:
     paper: str
     changes: Changes
     memory: Memory
-    headless: Callable[[Mapping[str, Any]], bool] = field(repr=False)
+    headless: Callable[[Knobs], bool] = field(repr=False)
+    rank: Callable[[Knobs], int | None] = field(repr=False)
+    singly: Callable[[Knobs], bool] = field(repr=False)
     summary: str
     doc: str
     materials: tuple[Material, ...]
     knobs: tuple[Knob, ...]
     makes: Mapping[str, Product]
+    only: Mapping[str, Mapping[str, Sequence[str]]]
     alone: bool | Mapping[str, Sequence[str]]
     module: str
     writes: bool
@@ -82,7 +86,13 @@ class Method:
         """The materials apart from the model that a stage hands on."""
         return [material for material in self.materials if material is not self.subject]
 
-    def runs_alone(self, knobs: Mapping[str, Any]) -> bool:
+    def makes_with(self, product: str, knobs: Knobs) -> str:
+        """What knobs would have to be for it to make a product that it does not make with these; "" where it does."""
+        wanted = self.only.get(product, {})
+        lacking = {name: values for name, values in wanted.items() if knobs[name] not in values}
+        return ", ".join(f"{name}: {' or '.join(values)}" for name, values in lacking.items())
+
+    def runs_alone(self, knobs: Knobs) -> bool:
         """Whether it runs blocks by themselves, with these knobs."""
         if isinstance(self.alone, bool):
             return self.alone
@@ -183,7 +193,10 @@ def method(
     memory: Memory = "training",
     makes: Mapping[str, Product] | None = None,
     alone: bool | Mapping[str, Sequence[str]] = False,
-    headless: Callable[[Mapping[str, Any]], bool] = lambda knobs: False,
+    headless: Callable[[Knobs], bool] = lambda knobs: False,
+    only: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
+    rank: Callable[[Knobs], int | None] = lambda knobs: None,
+    singly: Callable[[Knobs], bool] = lambda knobs: False,
 ) -> Callable[[Callable[..., Outcome]], Callable[..., Outcome]]:
     """Make a function a method.
 
@@ -197,6 +210,9 @@ def method(
         alone: whether it runs blocks by themselves, which some conversions rule out: always, or with these values of a knob.
         makes: the products in `Outcome.made` and what they are, so that a recipe's later steps can be checked beforehand.
         headless: of its knobs, whether with these it reads examples through a model without a head, which gives no logits.
+        only: products that it makes with some values of a knob alone: {product: {knob: values}}.
+        rank: of its knobs, the rank of adapters that train in place of the weights; None where the weights train.
+        singly: of its knobs, whether it holds gradients of single examples.
 
     Raises:
         TypeError: an argument is not documented, or a material is of no kind that a recipe can give.
@@ -212,9 +228,12 @@ def method(
             changes=changes,
             memory=memory,
             headless=headless,
+            rank=rank,
+            singly=singly,
             summary=doc.partition("\n\n")[0].replace("\n", " "),
             doc=inspect.cleandoc(sys.modules[function.__module__].__doc__ or "") + "\n\n" + doc,
             makes=dict(makes or {}),
+            only=dict(only or {}),
             alone=alone,
             module=function.__module__,
             call=function,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from overhaul import quantised, session
+from overhaul import finite, quantised, session
 from overhaul.adapter_folders import check_fits, merged
 from overhaul.architectures import build, check_code, check_counts, class_of, in_words, own_class, planned, pooling
 from overhaul.architectures import refusal as refusal
@@ -61,8 +61,9 @@ def load_weights(known: Checkpoint, dtype: str, trust_remote_code: bool = False)
     """The model itself, on the CPU and in eval mode.
 
     Raises:
-        RequestError: the dtype is not possible, the class is not known, or config and weights do not belong together:
-            nothing is filled at random, nothing is dropped but heads that the class does not have (with a warning).
+        RequestError: the dtype is not possible, the class is not known, a weight is not finite, or config and weights do
+            not belong together: nothing is filled at random, nothing is dropped but heads that the class does not have
+            (with a warning).
     """
     if dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is not possible.{did_you_mean(dtype, DTYPES)}")
@@ -74,7 +75,7 @@ def load_weights(known: Checkpoint, dtype: str, trust_remote_code: bool = False)
     kind = class_of(known)
     session.begins()
     if known.is_new:
-        return _drawn(known).to(DTYPES[dtype]).eval()
+        return drawn(known).to(DTYPES[dtype]).eval()
     if kind is None:
         kind, _ = own_class(known)
     with quiet_transformers(), in_words(known, "the weights cannot be read"):
@@ -83,6 +84,7 @@ def load_weights(known: Checkpoint, dtype: str, trust_remote_code: bool = False)
     if missing:
         raise RequestError(f"{known.source}: the weights lack {len(missing)} tensors, such as {missing[0]!r}.")
     _check_unexpected(known, model, sorted(loading["unexpected_keys"]))
+    finite.check_read(model, known)
     if "quantization_config" in options:
         model = quantised.forget_quantisation(model).to(DTYPES[dtype])
     if class_of(known) is not None and known.library == "transformers":
@@ -168,7 +170,7 @@ def _check_generation(known: Checkpoint) -> None:
             GenerationConfig.from_dict(read_json(path))
 
 
-def _drawn(known: Checkpoint) -> nn.Module:
+def drawn(known: Checkpoint) -> nn.Module:
     """A model with the weights that its library gives to a new one, drawn from the checkpoint's seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(known.seed)
@@ -257,7 +259,7 @@ def save(model: nn.Module, processor: Any, folder: str | Path, *, dtype: str | N
     folder = Path(folder)
     if folder.exists():
         raise RequestError(f"{folder} exists already; saving never replaces a folder. Choose another name.")
-    _check_finite(model, DTYPES.get(dtype or ""))
+    finite.check_saved(model, DTYPES.get(dtype or ""))
     partial = folder.with_name(f".{folder.name}.partial")
     with _not_compiled(model) as plain, set_aside(plain) as paths:
         _check_loads_back(plain)
@@ -267,26 +269,6 @@ def save(model: nn.Module, processor: Any, folder: str | Path, *, dtype: str | N
             write_checkpoint(plain, processor, partial, dtype)
             os.replace(partial, folder)
     return folder
-
-
-def _check_finite(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Refuse numbers that are none, and those that a smaller dtype of the files makes to such. Masks may be infinite."""
-    if any(p.is_meta for p in model.parameters()):
-        raise RunError("The model has no weights (it is on the meta device); nothing was saved.")
-    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-    bad += [name for name, b in model.named_buffers() if b.is_floating_point() and b.isnan().any()]
-    if bad:
-        raise RunError(f"{len(bad)} tensors hold values that are not finite, such as {bad[0]!r}; nothing was saved.")
-    if dtype is torch.float16:  # bfloat16 reaches as far as float32
-        most = torch.finfo(torch.float16).max
-        large = [
-            name for name, p in model.named_parameters() if p.is_floating_point() and p.detach().abs().max() > most
-        ]
-        if large:
-            raise RunError(
-                f"{len(large)} tensors hold values that {dtype} files cannot, such as {large[0]!r} (more than {most:g}); "
-                "nothing was saved. Save in bfloat16 or float32."
-            )
 
 
 def _check_loads_back(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from overhaul.data.examples import IGNORED, Batch, Examples
+from overhaul.data.examples import IGNORED, Batch, Examples, collate
 from overhaul.errors import RequestError
 from overhaul.forward import forward, output_head
 from overhaul.modes import at_rest
@@ -76,6 +76,38 @@ def one_class(of_data: bool) -> str:
         "The model is a classifier, which gives logits for each text, but the data has none: give the texts with a column "
         "`label`, as `as: classified`."
     )
+
+
+def check_labelled(role: str, examples: Examples) -> None:
+    """Whether each example says what is to be learnt of it: an answer or a class.
+
+    Raises:
+        RequestError: they are pairs of answers, or have no labels.
+    """
+    if examples.kind == "pairs":
+        raise RequestError(
+            f"The role {role!r} holds pairs of answers, of which one is preferred: `align.dpo` learns from them. Give "
+            "questions with one answer (as: qa), or text."
+        )
+    if any("labels" not in item for item in examples.items[:1]):
+        raise RequestError(
+            f"The role {role!r} holds examples without a label, so no loss can be had from them. Images with a class have "
+            "the column `label` (as: image)."
+        )
+
+
+def check_learnable(role: str, examples: Examples) -> None:
+    """Whether something in the examples carries loss.
+
+    Raises:
+        RequestError: nothing does, or as in `check_labelled`.
+    """
+    check_labelled(role, examples)
+    if not any(units(collate([item])) for item in examples.items):
+        raise RequestError(
+            f"The role {role!r} holds nothing that carries loss, so nothing is to be learnt. Give questions with answers, "
+            "or text."
+        )
 
 
 def check_positions(model: nn.Module, examples: Examples) -> None:

@@ -140,10 +140,10 @@ def own_answers(teacher: nn.Module, examples: Examples, new_tokens: int | None =
     Raises:
         RequestError: the examples are images or have no tokenizer, or the teacher cannot generate.
     """
-    if examples.kind == "images" or examples.processor is None:
+    if examples.kind == "images" or examples.processor is None or examples.classified:
         raise RequestError(
             'shrink.heal: target="own_answers" lets the teacher continue prompts, so `text` must be questions or texts '
-            'with their tokenizer. For images take target="teacher".'
+            'with their tokenizer. For images, and texts with a class, take target="teacher".'
         )
     drawn = rollouts(teacher, examples, new_tokens=new_tokens, temperature=0.9, top_p=0.95, logprobs=False)
     rows = [{**row, "answer": said["rollout"]} for row, said in zip(examples.rows, drawn.rows, strict=True)]

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from overhaul.errors import writing
 from overhaul.quoting import shown
@@ -62,7 +62,15 @@ class Session:
 
 
 class WorkBegins(BaseException):
-    """All that can be wrong has been looked at, and the work would begin now."""
+    """All that can be wrong has been looked at, and the work would begin now.
+
+    Attributes:
+        hands_on: the network that a later step would be given, as far as it is built; None where that is not known.
+    """
+
+    def __init__(self, hands_on: Any = None) -> None:
+        super().__init__()
+        self.hands_on = hands_on
 
 
 _OUTSIDE = Session()
@@ -85,14 +93,18 @@ def using(**changes: object) -> Iterator[Session]:
         _current.reset(token)
 
 
-def begins() -> None:
+def begins(hands_on: Callable[[], Any] | None = None) -> None:
     """Where checks end and work begins: `overhaul plan` goes so far and no further.
+
+    Args:
+        hands_on: makes the network that the work will hand on, with whatever numbers, so that later steps can be planned;
+            for a method that builds another one.
 
     Raises:
         WorkBegins: the session only plans.
     """
     if current().planning:
-        raise WorkBegins
+        raise WorkBegins(None if hands_on is None else hands_on())
 
 
 def progress(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:

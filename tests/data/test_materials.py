@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from overhaul.data import encode
 from overhaul.data.encode import encode_chat, encode_text
 from overhaul.data.examples import IGNORED, Examples, collate, join
 from overhaul.data.materials import Source, examples, load_rows
@@ -177,3 +178,20 @@ def test_a_limit_holds_for_the_pieces_of_a_text_too(tokenizer: Any, tmp_path: Pa
     few = examples("long.txt", tokenizer, base=tmp_path, length=16, limit=3)
     assert len(pieces) > 10 and len(few) == len(few.rows) == 3
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(few.items, pieces.items, strict=False))
+
+
+def test_of_a_long_text_no_more_is_tokenised_than_a_limit_can_use(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "some words to read " * 50_000
+    (tmp_path / "long.txt").write_text(text)
+    read: list[int] = []
+    plain = encode._spans
+
+    def spied(texts: Any, tokenizer: Any) -> Any:
+        read.extend(map(len, texts))
+        return plain(texts, tokenizer)
+
+    monkeypatch.setattr(encode, "_spans", spied)
+    assert len(examples("long.txt", tokenizer, base=tmp_path, length=16, limit=3)) == 3
+    assert sum(read) <= encode.AT_ONCE * (encode.WINDOW + encode.OVERLAP) < len(text) / 3

@@ -370,7 +370,7 @@ def test_bf16_training_leaves_a_plain_forward(monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_engine_that_steps_by_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
-    monkeypatch.setattr(parallel, "Accelerator", lambda **_: engine)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: engine)
     with pytest.raises(RequestError, match="not for DEEPSPEED, whose engine steps"):
         fit(small(), [cross_entropy("a")], {"a": examples_for("llama", 4)}, steps=1)
 

@@ -408,7 +408,7 @@ def test_what_cannot_be_done_is_refused(learnt: VerticalModel) -> None:
         vertical(learnt, forget, labelled([0, 1]))
     with pytest.raises(RequestError, match="interleave: true needs recovery"):
         vertical(learnt, forget, recover=False, interleave=True)
-    with pytest.raises(RequestError, match="pixel_values"):
+    with pytest.raises(RequestError, match="needs images with a label each"):
         vertical(learnt, examples_for("llama", 2), recovery)
     with pytest.raises(RequestError, match="no linear layer"):
         vertical(tiny_llama(num_labels=7), forget, recovery)

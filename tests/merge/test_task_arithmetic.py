@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -65,9 +66,14 @@ def test_it_is_stored_as_the_base_is(tmp_path: Path) -> None:
 
 def test_what_changes_nothing_is_an_error(tmp_path: Path) -> None:
     base, tuned = two_llamas(tmp_path)
+    same = shutil.copytree(base, tmp_path / "same")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(RunError, match="changed nothing.*every tensor is the base's"):
-        task_arithmetic(base, [base], out=tmp_path / "out")
+        task_arithmetic(base, [same], out=tmp_path / "out")
+    with pytest.raises(RequestError, match="the tuned checkpoints are the base itself"):
+        task_arithmetic(base, [base, base], out=tmp_path / "out")
+    with pytest.raises(RequestError, match=r"scale=1e\+39 is larger than a weight can be"):
+        task_arithmetic(base, [tuned], scale=1e39, out=tmp_path / "out")
     with pytest.raises(RequestError, match="would change nothing"):
         task_arithmetic(base, [tuned], scale=0.0, out=tmp_path / "out")
     with pytest.raises(RequestError, match="2 tuned checkpoints and 1 weights"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -148,9 +149,12 @@ def test_pieces_and_samples_do_not_change_the_result(tmp_path: Path, monkeypatch
 
 def test_what_changes_nothing_is_an_error(tmp_path: Path) -> None:
     base = make("llama", tmp_path / "m", 0)
+    same = shutil.copytree(base, tmp_path / "same")
     with pytest.raises(RunError, match="merge.ties changed nothing"):
-        ties(base, [base, base], out=tmp_path / "out")
+        ties(base, [base, same], out=tmp_path / "out")
+    with pytest.raises(RequestError, match="the tuned checkpoints are the base itself"):
+        ties(base, [base], out=tmp_path / "out")
     with pytest.raises(RequestError, match="scale 0"):
-        ties(base, [base], scale=0.0, out=tmp_path / "out")
+        ties(base, [same], scale=0.0, out=tmp_path / "out")
     with pytest.raises(RequestError, match="density"):
         ties(base, [base], density=0.0, out=tmp_path / "out")

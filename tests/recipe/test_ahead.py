@@ -12,7 +12,8 @@ import torch
 from overhaul import models, session
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
-from overhaul.recipe import ahead
+from overhaul.recipe import ahead, oddities, stand_ins
+from overhaul.recipe import check as check_module
 from overhaul.recipe.check import check
 from overhaul.recipe.plan import plan
 from overhaul.recipe.spec import read
@@ -34,13 +35,13 @@ def test_of_a_large_source_a_sample_is_encoded_and_every_row_is_looked_at(
 ) -> None:
     encoded: list[int] = []
 
-    def counted(role: str, parts: Any, processor: Any) -> Examples:
-        encoded.append(sum(len(rows) for _, rows in parts))
-        return plain(role, parts, processor)
+    def counted(rows: Any, spec: Any, processor: Any) -> Examples:
+        encoded.append(len(rows))
+        return plain(rows, spec, processor)
 
-    plain = ahead.encoded
-    monkeypatch.setattr(ahead, "encoded", counted)
-    monkeypatch.setattr(ahead, "AFFORDED", 500)
+    plain = ahead.encode
+    monkeypatch.setattr(ahead, "encode", counted)
+    monkeypatch.setattr("overhaul.recipe.encoded.AFFORDED", 500)
     rows = questions(1000)
     rows[600] = {"question": "q" * 140, "answer": "y"}  # neither among the first nor among the last
     with pytest.raises(RequestError, match="has an example of 162 tokens"):
@@ -73,8 +74,7 @@ def test_work_does_not_begin_while_a_session_plans(folder: Path) -> None:
 
 
 def test_what_a_method_refuses_for_want_of_numbers_is_no_refusal() -> None:
-    network = ahead._Networks()
-    with network.mode:
+    with stand_ins.Networks().mode:
         fake = torch.zeros(2)
 
     def needs_numbers() -> None:
@@ -83,9 +83,9 @@ def test_what_a_method_refuses_for_want_of_numbers_is_no_refusal() -> None:
         except RuntimeError as error:
             raise RequestError("these blocks cannot be told apart") from error
 
-    assert ahead._told(needs_numbers, "") is None
+    assert stand_ins.told(needs_numbers, "") is None
     with pytest.raises(RequestError, match="Step 1: wrong"):
-        ahead._told(lambda: (_ for _ in ()).throw(RequestError("wrong")), "Step 1: ")
+        stand_ins.told(lambda: (_ for _ in ()).throw(RequestError("wrong")), "Step 1: ")
 
 
 def test_materials_that_nothing_reads_are_said(folder: Path, tmp_path: Path) -> None:
@@ -93,3 +93,48 @@ def test_materials_that_nothing_reads_are_said(folder: Path, tmp_path: Path) -> 
     assert check(read(said)).warnings == []
     said["materials"] = {"base": dict(said["materials"]["text"]), "text": ["base"], "spare": {"model": str(folder)}}
     assert check(read(said)).warnings == ["The material 'spare' is read by no step and no metric."]
+
+
+def test_a_source_is_encoded_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    plain = check_module.encode
+
+    def counted(rows: Any, spec: Any, processor: Any) -> Examples:
+        made.append(len(rows))
+        return plain(rows, spec, processor)
+
+    for module in (ahead, check_module, oddities):
+        monkeypatch.setattr(module, "encode", counted)
+    said = recipe(folder, tmp_path, questions(9), judge={"kept": {"accuracy": "text"}})
+    checked = check(read(said))
+    plan(checked, 1e9)
+    checked.encode()
+    assert made == [9]
+
+
+def test_a_network_too_large_to_be_drawn_has_shapes_alone_and_is_asked_all_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stand_ins, "DRAWN", 0)
+    said = recipe(folder, tmp_path, questions(4))
+    plan(check(read(said)), 1e9)
+    for steps, refused in (
+        ([{"shrink.drop_layers": {"count": 2}}, {"shrink.drop_layers": {"count": 2}}], "Step 2.*count=2"),
+        (
+            [{"shrink.drop_layers": {"count": 0}}],
+            "Step 1, shrink.drop_layers: with .*'count': 0.* would change nothing",
+        ),
+        ([{"shrink.prune": {"blocks": "9"}}], "there is no block 9"),
+    ):
+        with pytest.raises(RequestError, match=refused):
+            plan(check(read({**said, "steps": steps})), 1e9)
+    # which layers give gates shows only where there are numbers
+    plan(check(read({**said, "steps": [{"shrink.prune": {"targets": "experts"}}]})), 1e9)
+
+
+def test_what_is_not_made_yet_ends_the_planning_of_whoever_looks_at_it() -> None:
+    unknown: Any = stand_ins.NotYet()
+    for look in (len, bool, str, iter, lambda one: one.items, lambda one: one[0], lambda one: one(), Path):
+        with pytest.raises(WorkBegins):
+            look(unknown)
+    assert not isinstance(unknown, Path) and unknown is not None

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch import nn
 
 import overhaul as oh
+from overhaul.data.examples import Examples
+from overhaul.errors import RequestError
+from overhaul.method import Outcome, Step, method
+from overhaul.models import Checkpoint
 from overhaul.recipe.check import check
 from overhaul.recipe.machine import describe, measured
-from overhaul.recipe.plan import Planned, matmul_speed, plan
+from overhaul.recipe.plan import Planned, _trained, matmul_speed, plan
 from overhaul.recipe.spec import read
 
 
@@ -38,7 +44,7 @@ def test_training_needs_more_than_a_forward_and_time_follows_steps(folder: Path,
 
 
 def test_models_that_are_read_beside_are_listed(folder: Path, tmp_path: Path) -> None:
-    one = {"model": str(folder)}
+    one = {"model": str(shutil.copytree(folder, tmp_path / "twin"))}
     materials = {"a": one, "b": one, "tuned": ["a", "b"]}
     (ties,) = planned(folder, tmp_path, materials=materials, steps=["merge.ties"])
     assert ties.reads == {} and ties.others == {"tuned": ("a", "b")}
@@ -72,6 +78,28 @@ def test_bytes_of_a_trained_parameter_by_hand(
     adapters = 16 * 4 * (2 * (32 + 32) + 2 * (16 + 32) + 3 * (48 + 32))
     # one short row: its activations are less than the gradients, with which they take turns
     assert heal.peak_bytes == frozen * model + trained * (adapters if weights == "lora" else model)
+
+
+@method(verb="shrink", changes="weights", rank=lambda knobs: knobs["narrow"], singly=lambda knobs: knobs["alone"])
+def squeeze(model: nn.Module, text: Examples, *, narrow: int | None = None, alone: bool = False) -> Outcome:
+    """Train something.
+
+    Args:
+        model: it is changed.
+        text: what it is trained on.
+        narrow: how wide adapters are.
+        alone: whether each example has a gradient.
+    """
+    raise RequestError("it is only planned")
+
+
+def test_what_a_method_holds_is_asked_of_the_method_whatever_its_knobs_are_called() -> None:
+    known = squeeze.method  # pyright: ignore[reportFunctionMemberAccess]
+    shapes = {"h.0.q.weight": (8, 4), "h.0.norm.weight": (4,), "head.weight": (64, 4)}
+    model = Checkpoint("m", Path(), {}, shapes, "float32", 0)
+    for knobs, expected in (({}, (None, 292)), ({"narrow": 2}, (2, 2 * (8 + 4)))):
+        assert _trained(Step(1, known, known.check(knobs), {}), model) == expected
+    assert [known.singly(known.check({"alone": each})) for each in (False, True)] == [False, True]
 
 
 def test_the_peak_is_of_the_measured_stretch() -> None:

@@ -283,7 +283,7 @@ def test_empty_text_is_named() -> None:
 
 def test_images_have_no_own_answers_and_convolutions_no_adapters() -> None:
     model, images = tiny_resnet(), examples_for("resnet", 4)
-    with pytest.raises(RequestError, match='For images take target="teacher"'):
+    with pytest.raises(RequestError, match='For images, and texts with a class, take target="teacher"'):
         heal(model, images, copy.deepcopy(model), target="own_answers")
     with pytest.raises(RequestError, match="no linear projections for LoRA"):
         heal(model, images, weights="lora")

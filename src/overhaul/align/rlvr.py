@@ -31,6 +31,7 @@ from overhaul.data.examples import IGNORED, Batch, Examples
 from overhaul.data.verifiers import VERIFIERS, score
 from overhaul.errors import RequestError
 from overhaul.fit import Regime, Training
+from overhaul.generation import check_generates
 from overhaul.method import Outcome, method
 from overhaul.objectives import Term, answer_tokens, token_nll
 from overhaul.rollouts import LOGPROB, answer_logprobs, longest_answer, rollouts
@@ -119,6 +120,7 @@ def learn_from(
             "align.rlvr: `prompts` must be questions that come with their tokenizer, and these are "
             f"{prompts.kind if len(prompts) else 'none'}."
         )
+    check_generates(model)
     if new_tokens is None:
         longest_answer(prompts)  # refuses before training what a batch without answers would
     reference = copy.deepcopy(model).requires_grad_(False) if beta else None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import warnings
 from array import array
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +19,11 @@ from overhaul.data.arrow import opened, store
 from overhaul.data.chats import is_template, with_template
 from overhaul.data.classes import Labels
 from overhaul.data.encode import QA_PROMPT
-from overhaul.data.examples import Examples, Row
+from overhaul.data.examples import Examples, Row, join
 from overhaul.data.folders import Found, key_of, large_text
 from overhaul.data.forms import FORMS, Form, find_form, told_from
 from overhaul.data.lazy import View, cache_folder, sha
-from overhaul.data.notes import LOOKED_AT, filters, notes, other_values
+from overhaul.data.notes import filters, notes, other_values
 from overhaul.data.pictures import Broken
 from overhaul.data.prompts import Prompt
 from overhaul.data.readers import check_encoding
@@ -332,32 +333,30 @@ def encode(rows: Sequence[Row], spec: Source, processor: Any) -> Examples:
         raise RequestError(f"{spec.from_} holds pictures, which need an image processor; the model has a tokenizer.")
     processor = with_template(processor, spec.chat_template)
     source = _source_of(rows)
+    parts = partial(_parts, form, rows, spec, processor)
     # a class is one number an example, which the cache has no place for, and another model's is another one
     if source is None or form.kind not in ("tokens", "pairs") or "label" in form.columns:
         with _naming(rows, spec):
-            return _with_verifier(form.encode(rows, spec, processor)[: spec.limit], spec)
-    options = spec.model_dump_json(exclude={"from_", "split", "where", "unless", "limit", "verify"})
+            made = form.encode(rows, spec, processor) if spec.limit is None else join([*parts()])
+            return _with_verifier(made[: spec.limit], spec)
+    options = spec.model_dump_json(exclude={"from_", "split", "where", "unless", "verify"})
     key = sha(source, form.name, options, version_of(__name__), _written(processor), repr(processor))
     path = cache_folder() / f"{key}.arrow"
     if not path.exists():
         with _naming(rows, spec):
-            store(form.parts(rows, spec, processor), path)
+            store(parts(), path)
     items, kept = opened(path, key)
     return _with_verifier(Examples(items, kept, processor)[: spec.limit], spec)
 
 
-def tried(rows: Sequence[Row], spec: Source, processor: Any, used: Collection[str] = ()) -> list[str]:
-    """What to say of a material before it is encoded, as `notes`: its first rows are tried, unless they are long texts.
-
-    Raises:
-        RequestError: one of them cannot be encoded.
-    """
-    form, first = find_form(form_of(spec, rows)), rows[:LOOKED_AT]
-    made = Examples([], [])
-    if form.name != "text":
-        with _naming(rows, spec):
-            made = form.encode(first, spec, with_template(processor, spec.chat_template))
-    return notes(rows, spec, made, used)
+def _parts(form: Form, rows: Sequence[Row], spec: Source, processor: Any) -> Iterator[Examples]:
+    """The examples, some at a time, until there are as many as are wanted."""
+    count = 0
+    for part in form.parts(rows, spec, processor):
+        yield part
+        count += len(part)
+        if spec.limit is not None and count >= spec.limit:
+            return
 
 
 @contextmanager

@@ -49,9 +49,11 @@ def parquet_rows(path: Path, content: bytes | Path, encoding: str) -> list[Row]:
 
 def class_names(path: Path) -> dict[str, list[str]]:
     """The names of classes that a Parquet file of the hub gives to the numbers in its columns."""
+    if path.suffix.lower() != ".parquet":
+        return {}
     import pyarrow.parquet as pq
 
-    return _class_names(pq.read_schema(path)) if path.suffix.lower() == ".parquet" else {}
+    return _class_names(pq.read_schema(path))
 
 
 def _class_names(schema: Any) -> dict[str, list[str]]:

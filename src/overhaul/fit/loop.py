@@ -13,7 +13,7 @@ from overhaul.fit.draws import Ledger
 from overhaul.fit.optimizers import OptimizerFactory
 from overhaul.fit.schedules import Factor, Schedule
 from overhaul.fit.training import Training
-from overhaul.objectives import Penalty, Term
+from overhaul.objectives import Penalty, Term, check_learnable, cross_entropy_sum
 
 
 def fit(
@@ -65,6 +65,9 @@ def fit(
     for role in (term.role for term in terms if isinstance(term, Term)):
         if not len(data.get(role, ())):
             raise RequestError(f"Training reads the role {role!r}, which is missing or has no examples.")
+    for term in terms:
+        if isinstance(term, Term) and term.loss is cross_entropy_sum:
+            check_learnable(term.role, data[term.role])
     training = Training(
         model, data, steps=steps, lr=lr, warmup=warmup, schedule=schedule, floor=floor, clip=clip, optimizer=optimizer,
         trainable=trainable, state=state, name=name,

@@ -24,12 +24,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from overhaul import processes
@@ -37,6 +34,9 @@ from overhaul.data.examples import Encoded
 from overhaul.errors import RequestError, RunError
 from overhaul.fit.checkpoints import random_states, set_random_states, whole
 from overhaul.fit.optimizers import OptimizerFactory
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class Diverged(RunError):
@@ -178,8 +178,7 @@ def workers(model: nn.Module, trained: Collection[str], make: Mapping[str, Optim
     """
     accelerator = _accelerator()
     stored = {_plain(name): p.dtype for name, p in model.named_parameters() if name in trained and _is_low(p)}
-    sharded = accelerator.distributed_type is DistributedType.FSDP
-    prepare = _sharded if sharded else _whole
+    prepare = _sharded if accelerator.distributed_type.value == "FSDP" else _whole
     with prepare(model, accelerator, trained, make, stored) as team:
         try:
             with _own_random_stream():
@@ -266,6 +265,10 @@ def _float16_widened(model: nn.Module) -> Iterator[None]:
 
 
 def _accelerator() -> Accelerator:
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin  # a second of imports that only training needs
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
     processes.start()
     home = processes.device()
     if processes.count() == 1:

@@ -26,7 +26,16 @@ from overhaul.data.examples import Batch, Examples
 from overhaul.errors import RequestError, RunError
 from overhaul.fit import Combine, Draw, Ledger, OptimizerFactory, Schedule, adamw
 from overhaul.method import Outcome
-from overhaul.objectives import Term, cross_entropy, cross_entropy_sum, evaluate, sequence_nll, sequences, units
+from overhaul.objectives import (
+    Term,
+    check_labelled,
+    cross_entropy,
+    cross_entropy_sum,
+    evaluate,
+    sequence_nll,
+    sequences,
+    units,
+)
 from overhaul.references import cache_outputs, reference_nll
 
 ANSWER_NLL = "forget nll per token"
@@ -206,6 +215,9 @@ class _Stop:
 
 def _check(name: str, forget: Examples, retain: Examples | None, retain_term: str, training: Training) -> int:
     """Refuse roles that cannot be used; the answer tokens (or images) of `forget`."""
+    for role, examples in (("forget", forget), ("retain", retain)):
+        if examples:
+            check_labelled(role, examples)
     tokens = sum(units(batch) for batch in forget.batches(64))
     if not tokens:
         raise RequestError(f"forget.{name}: the role `forget` has no answer to forget: no label carries loss.")

@@ -43,6 +43,7 @@ from overhaul.importance import (
     sample_importance,
 )
 from overhaul.method import Outcome, method
+from overhaul.objectives import check_learnable
 from overhaul.stack import LayerStack
 
 FEWEST_BATCHES = 20
@@ -52,7 +53,13 @@ HARDLY_ANY, HARDLY_LESS = 1e-5, 0.99
 """A share of changed weights, and a mean factor, at which hardly anything can have been forgotten."""
 
 
-@method(verb="forget", paper="2308.07707", changes="weights", memory="gradient")
+@method(
+    verb="forget",
+    paper="2308.07707",
+    changes="weights",
+    memory="gradient",
+    singly=lambda knobs: knobs["importance"] != "batch",
+)
 def ssd(
     model: nn.Module,
     forget: Examples,
@@ -87,7 +94,7 @@ def ssd(
         RequestError: a role is empty, there is neither `full` nor `retain`, or `full` is not larger than `forget`.
         RunError: no weight was selected or none changed, or gradients are not finite.
     """
-    _check_roles(forget, full, retain)
+    _check_roles(forget, full, retain, signal)
     name, against = _against(forget, full, retain, alpha == "adaptive")
     share = len(forget) / (len(against) + (len(forget) if name == "retain" else 0))
     if importance == "auto":
@@ -123,10 +130,12 @@ def ssd(
     return Outcome(model, facts=facts, layers=_by_depth(model, done, ratio))
 
 
-def _check_roles(forget: Examples, full: Examples | None, retain: Examples | None) -> None:
+def _check_roles(forget: Examples, full: Examples | None, retain: Examples | None, signal: str) -> None:
     for role, examples in (("forget", forget), ("full", full), ("retain", retain)):
         if examples is not None and not len(examples):
             raise RequestError(f"forget.ssd: the role {role!r} has no examples.")
+        if examples is not None and signal == "loss":
+            check_learnable(role, examples)
     if full is None and retain is None:
         raise RequestError(
             "forget.ssd holds what is to be forgotten against other data. Give `retain`, what is to stay, or `full`, the "

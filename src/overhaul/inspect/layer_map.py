@@ -32,7 +32,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from overhaul import session
-from overhaul.data.examples import Batch, Examples
+from overhaul.architectures import planned
+from overhaul.data.examples import Batch, Examples, collate
 from overhaul.errors import RequestError, RunError
 from overhaul.method import Outcome, Table, method
 from overhaul.models import Checkpoint, load_processor
@@ -82,14 +83,16 @@ def layer_map(
     """
     stack, batches = LayerStack.of(model), _Batches(text, held_out, skip_first, batch_size, model)
     _check_tokenizer(text, other)
+    _check_stack(stack)
+    with at_rest(model):
+        width = _check_tokens(stack, batches)
+    if (built := planned(other)) is not None:
+        _check_stack(LayerStack.of(built))
     device = next(model.parameters()).device
     opened = other.open().to(device)
     theirs = LayerStack.of(opened)
-    for one in (stack, theirs):
-        if len(one.lists) > 1:
-            raise RequestError(f"inspect.layer_map: the blocks of {type(one.model).__name__} come in stages.")
     with torch.no_grad(), at_rest(model), at_rest(opened):
-        error, constant = _errors(stack, theirs, batches, ridge, budget)
+        error, constant = _errors(stack, theirs, batches, ridge, budget, width)
     best = error.argmin(dim=0).tolist()
     own, their = len(stack), len(theirs)
     depths = [place / own for place in best]
@@ -146,8 +149,8 @@ class _Batches:
     """The text, the part that maps are fitted to and the part that they are judged on."""
 
     def __init__(self, text: Examples, held_out: float, skip_first: int, size: int, model: nn.Module) -> None:
-        if text.kind == "images":
-            raise RequestError("inspect.layer_map reads text, and the role `text` holds images.")
+        if text.kind != "tokens":
+            raise RequestError(f"inspect.layer_map reads text, and the role `text` holds {text.kind}.")
         kept = max(1, round(len(text) * held_out))
         if len(text) < 2 or kept >= len(text):
             raise RequestError(
@@ -163,6 +166,10 @@ class _Batches:
         if not counts["held out"]:
             raise RequestError(f"inspect.layer_map: no text that is held out is longer than {skip_first} tokens.")
 
+    def one(self) -> Batch:
+        """One text that is held out, on the device."""
+        return map_tensors(collate(self.parts["held out"].items[:1]), lambda value: value.to(self.device))
+
     def of(self, part: str) -> Iterator[tuple[Batch, Tensor]]:
         """Batches on the device, each with the positions that count."""
         chosen = self.parts[part]
@@ -174,12 +181,12 @@ class _Batches:
 
 
 def _errors(
-    stack: LayerStack, theirs: LayerStack, batches: _Batches, ridge: float, budget: int
+    stack: LayerStack, theirs: LayerStack, batches: _Batches, ridge: float, budget: int, width: int
 ) -> tuple[Float[Tensor, "m l"], Float[Tensor, " l"]]:
     """The mean relative error of each pair, and that of the mean state."""
     errors: list[Tensor] = []
     constant = torch.empty(0)
-    for places in _rounds(stack, theirs, batches, budget):
+    for places in _rounds(stack, theirs, batches, budget, width):
         sums: dict[int, _Sums] = {}
         for own, other in _pairs(stack, theirs, batches.of("fitted"), places):
             for place, state in own.items():
@@ -199,17 +206,32 @@ def _errors(
     return torch.cat(errors), constant
 
 
-def _rounds(stack: LayerStack, theirs: LayerStack, batches: _Batches, budget: int) -> list[list[int]]:
-    """Layers of the model whose sums fit into the budget together."""
-    batch, _ = next(batches.of("held out"))
-    width, other = (
-        stream(calls, calls.entering).shape[-1] for calls in (Calls.record(stack, batch), Calls.record(theirs, batch))
-    )
+def _check_stack(stack: LayerStack) -> None:
+    """Refuse blocks that do not share one stream."""
+    if len(stack.lists) > 1:
+        raise RequestError(f"inspect.layer_map: the blocks of {type(stack.model).__name__} come in stages.")
+
+
+def _check_tokens(stack: LayerStack, batches: _Batches) -> int:
+    """How wide the model is; refused where there are too few tokens to fit a map from so many features."""
+    width = _width(stack, batches)
     if batches.fitted <= width:
         raise RequestError(
             f"inspect.layer_map: {batches.fitted} tokens to fit to, but {type(stack.model).__name__} is {width} wide: a map "
             "from so few tokens fits anything. Give several times as many."
         )
+    return width
+
+
+def _width(stack: LayerStack, batches: _Batches) -> int:
+    """Features of the state that enters the first block."""
+    calls = Calls.record(stack, batches.one())
+    return stream(calls, calls.entering).shape[-1]
+
+
+def _rounds(stack: LayerStack, theirs: LayerStack, batches: _Batches, budget: int, width: int) -> list[list[int]]:
+    """Layers of the model whose sums fit into the budget together."""
+    other = _width(theirs, batches)
     # the sums, and the maps that are made of them
     each = 8 * (width + 1) * (2 * other * (len(theirs) + 1) + width + 1)
     together = max(1, budget // each)

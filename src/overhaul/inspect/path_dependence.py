@@ -40,7 +40,7 @@ from overhaul.forget.gradient_ascent import ga_term
 from overhaul.forget.npo import npo_term
 from overhaul.forget.simnpo import simnpo_term
 from overhaul.method import Outcome, method
-from overhaul.objectives import Term, answer_tokens, cross_entropy, cross_entropy_sum
+from overhaul.objectives import Term, answer_tokens, check_labelled, cross_entropy, cross_entropy_sum
 from overhaul.references import Reference, cache_outputs, reference_nll
 
 PROBED = 64
@@ -305,8 +305,10 @@ def check_stages(method: str, stages: Mapping[str, Examples]) -> None:
         RequestError: a stage holds images or nothing that carries loss; it begins with the name of the method.
     """
     for name, examples in stages.items():
-        if examples.kind == "images":
-            raise RequestError(f"{method} needs answers of a language model; these are images.")
+        check_labelled(name, examples)
+        if examples.classified:
+            what = "images" if examples.kind == "images" else "texts with a class"
+            raise RequestError(f"{method} needs answers of a language model; these are {what}.")
         if not len(examples) or not _tokens(examples):
             raise RequestError(f"{method}: no label of the role {name!r} carries loss: nothing to learn.")
 

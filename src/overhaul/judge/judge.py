@@ -155,9 +155,9 @@ def try_out(model: nn.Module, request: Request, data: Mapping[str, Examples]) ->
     Raises:
         RequestError: the model cannot do it.
     """
-    if request.roles and not METRICS[request.metric].anchored:
+    if request.roles:
         evidence = {name: Evidence(model, data[role], 1) for name, role in request.roles.items()}
-        _value(request, evidence, {})
+        _value(request, evidence, evidence)
 
 
 def _evidence(

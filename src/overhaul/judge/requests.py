@@ -275,7 +275,10 @@ def check_data(requests: Collection[Request], data: Mapping[str, Examples]) -> N
             examples = data.get(role)
             if not examples:
                 raise RequestError(f"{where} reads the role {role!r}, which is missing or has no examples.")
-            kind = kind_of(examples)
+            try:
+                kind = kind_of(examples)
+            except RequestError as error:
+                raise RequestError(f"{where} reads the role {role!r}. {error}") from None
             if kind not in metric.reads:
                 fitting = sorted(name for name, other in METRICS.items() if kind in other.reads)
                 held = "texts with a class" if kind == "images" and examples.kind == "tokens" else kind

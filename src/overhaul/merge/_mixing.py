@@ -107,7 +107,7 @@ class Mixture:
         Raises:
             RequestError: there is no tuned checkpoint, or the knobs cannot be.
         """
-        weights = mixing.checked(method, some(method, tuned))
+        weights = mixing.checked(method, some(method, base, tuned, scale=ramp.scale, beta=ramp.beta))
         ramp.check(method)
         return cls(method, *words.read(base, tuned), mixing, ramp, weights)
 

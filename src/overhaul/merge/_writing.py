@@ -16,6 +16,9 @@ from overhaul.errors import RequestError, RunError
 from overhaul.models import Checkpoint
 from overhaul.weights import Combine, TensorFacts, TensorIndex, Whole
 
+LARGEST = torch.finfo(torch.float32).max
+"""What weights are multiplied with is no larger."""
+
 
 def written(
     method: str, base: Checkpoint, tuned: Sequence[Checkpoint], combine: Combine, out: Path, whole: Whole = False
@@ -75,12 +78,20 @@ def by_depth(base: Checkpoint, value: Callable[[TensorFacts], float]) -> dict[st
     return {name: dict(sorted(values.items())) for name, values in found.items()}
 
 
-def some(method: str, tuned: Sequence[Checkpoint]) -> int:
-    """How many tuned checkpoints there are.
+def some(method: str, base: Checkpoint, tuned: Sequence[Checkpoint], **factors: float | None) -> int:
+    """How many tuned checkpoints there are, for a merge with these numbers.
 
     Raises:
-        RequestError: there is none.
+        RequestError: there is none, all are the base itself, or a number is larger than weights can be.
     """
     if not tuned:
         raise RequestError(f"{method}: there is no tuned checkpoint. Give at least one: tuned=[...].")
+    if all((one.source, one.folder) == (base.source, base.folder) for one in tuned):
+        raise RequestError(
+            f"{method}: the tuned checkpoints are the base itself, {base.source}, so nothing would change. Name the folders "
+            "that were fine-tuned from it."
+        )
+    for name, value in factors.items():
+        if value is not None and not abs(value) <= LARGEST:
+            raise RequestError(f"{method}: {name}={value:g} is larger than a weight can be ({LARGEST:.3g}).")
     return len(tuned)

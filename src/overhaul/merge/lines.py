@@ -79,7 +79,7 @@ def lines(
         RequestError: the checkpoints do not correspond, or alpha or beta is missing.
         RunError: nothing changed, or a number is not finite.
     """
-    count = some("merge.lines", tuned)
+    count = some("merge.lines", base, tuned, alpha=alpha, beta=beta)
     check_given(count, alpha, beta)
     assert out is not None
     base, tuned = words.read(base, tuned)
@@ -118,8 +118,10 @@ def check_given(count: int, alpha: float | None, beta: float | None) -> None:
     """Refuse what the formulas leave open.
 
     Raises:
-        RequestError: alpha is missing for one checkpoint, or beta for several.
+        RequestError: alpha is missing for one checkpoint, or beta for several; or both are 0.
     """
+    if alpha == 0 and beta == 0:
+        raise RequestError("merge.lines: alpha 0 and beta 0 would change nothing: both are factors of the change.")
     if count == 1 and alpha is None:
         raise RequestError(
             "merge.lines: with one tuned checkpoint, alpha has to be given: 1 is that checkpoint, 0 keeps the base's first "

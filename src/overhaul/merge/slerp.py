@@ -26,7 +26,7 @@ from torch import Tensor
 
 from overhaul.merge._ramp import Ramp
 from overhaul.merge._words import Words
-from overhaul.merge._writing import by_depth, written
+from overhaul.merge._writing import by_depth, some, written
 from overhaul.method import Outcome, method
 from overhaul.models import Checkpoint
 from overhaul.weights import TensorFacts, cosine
@@ -61,6 +61,7 @@ def slerp(
         RequestError: the checkpoints do not correspond, or nothing would change.
         RunError: nothing changed, or a number is not finite.
     """
+    some("merge.slerp", base, [tuned], scale=ramp.scale, beta=ramp.beta)
     ramp.check("merge.slerp")
     assert out is not None
     base, (tuned,) = words.read(base, [tuned])

@@ -19,7 +19,6 @@ How it differs from the paper's code:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from pathlib import Path
 from overhaul.errors import RequestError
 from overhaul.merge._ramp import Ramp
 from overhaul.merge._words import Words
-from overhaul.merge._writing import by_depth, some, written
+from overhaul.merge._writing import LARGEST, by_depth, some, written
 from overhaul.method import Outcome, method
 from overhaul.models import Checkpoint
 from overhaul.weights import TensorFacts, weighted_deltas
@@ -63,15 +62,15 @@ def task_arithmetic(
         RunError: nothing changed, or a number is not finite.
     """
     name = "merge.task_arithmetic"
-    count = some(name, tuned)
+    count = some(name, base, tuned, scale=ramp.scale, beta=ramp.beta)
     factors = [1.0] * count if weights is None else weights
     if len(factors) != count:
         raise RequestError(
             f"{name}: there are {count} tuned checkpoints and {len(factors)} weights. Give one for each."
         )
     ramp.check(name)
-    if not any(factors) or not all(map(math.isfinite, factors)):
-        raise RequestError(f"{name}: the weights {factors} would change nothing, or are not finite numbers.")
+    if not any(factors) or not all(abs(one) <= LARGEST for one in factors):
+        raise RequestError(f"{name}: the weights {factors} would change nothing, or are larger than a weight can be.")
     assert out is not None
     base, tuned = words.read(base, tuned)
     coefficients = [partial(_coefficient, ramp, factor) for factor in factors]

@@ -42,7 +42,7 @@ from overhaul.merge._words import Words
 from overhaul.merge._writing import by_depth, some, written
 from overhaul.method import Outcome, method
 from overhaul.models import Checkpoint
-from overhaul.weights import TensorFacts, kth_largest, totals
+from overhaul.weights import TensorFacts, corresponding, kth_largest, totals
 
 Rule = Literal["released", "paper"]
 Scope = Literal["model", "tensor"]
@@ -82,10 +82,10 @@ def ties(
         disagreement by depth, and the coefficient.
 
     Raises:
-        RequestError: the checkpoints do not correspond, or nothing would change.
+        RequestError: the checkpoints do not corresponding, or nothing would change.
         RunError: nothing changed, or a number is not finite.
     """
-    some("merge.ties", tuned)
+    some("merge.ties", base, tuned, scale=ramp.scale, beta=ramp.beta)
     ramp.check("merge.ties")
     assert out is not None
     base, tuned = words.read(base, tuned)
@@ -155,6 +155,7 @@ def elect(
         RequestError: as in `ties`.
         RunError: as in `ties`.
     """
+    corresponding([base, *tuned])
 
     def rank(numbers: int) -> int:
         return int(density * numbers) + 1 if rule == "released" else max(int(density * numbers), 1)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from overhaul.merge._ramp import Ramp
 from overhaul.merge._words import Words
-from overhaul.merge._writing import by_depth, written
+from overhaul.merge._writing import by_depth, some, written
 from overhaul.method import Outcome, method
 from overhaul.models import Checkpoint
 from overhaul.weights import weighted_deltas
@@ -50,6 +50,7 @@ def wise_ft(
         RequestError: the checkpoints do not correspond, or nothing would change.
         RunError: nothing changed, or a number is not finite.
     """
+    some("merge.wise_ft", base, [tuned], scale=ramp.scale, beta=ramp.beta)
     ramp.check("merge.wise_ft")
     assert out is not None
     base, (tuned,) = words.read(base, [tuned])

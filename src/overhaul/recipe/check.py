@@ -16,11 +16,11 @@ from overhaul.conversions.records import bound_together, recorded_by
 from overhaul.data.classes import labels_of
 from overhaul.data.examples import Examples
 from overhaul.data.forms import find_form
-from overhaul.data.materials import Row, Source, encode, form_of, load_rows, tried
+from overhaul.data.materials import Row, Source, encode, form_of, load_rows
 from overhaul.errors import MaterialWarning, RequestError, did_you_mean
 from overhaul.judge import judge as judging
 from overhaul.method import Step as Step
-from overhaul.recipe import outputs, verbs
+from overhaul.recipe import oddities, outputs, verbs
 from overhaul.recipe.encoded import check_encoded, encoded, opening
 from overhaul.recipe.materials import Materials, Reference, relative, source_of
 from overhaul.recipe.spec import Document, Recipe
@@ -82,6 +82,13 @@ class Checked:
             counted[id(rows)] = [form.positions(spec, row) for row in rows]
         return counted[id(rows)]
 
+    def examples(self, rows: Sequence[Row], spec: Source) -> Examples:
+        """The examples of a source, which is encoded once; `rows` are those that the materials hold."""
+        known: dict[int, Examples] = self.loaded.setdefault("examples", {})
+        if id(rows) not in known:
+            known[id(rows)] = encode(rows, spec, self.processor)
+        return known[id(rows)]
+
     def raw_rows(self) -> dict[str, list[Mapping[str, Any]]]:
         """The rows of every material that a step reads as they are."""
         return {
@@ -101,7 +108,7 @@ class Checked:
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MaterialWarning)  # they are among the notes
-            data = {role: encoded(role, self.rows[role], self.processor) for role in self.used}
+            data = {role: encoded(role, self.rows[role], self.examples) for role in self.used}
         check_encoded(data, self.model)
         return data
 
@@ -151,23 +158,11 @@ def check(document: Document) -> Checked:
             )
     if any(request.task for request in requests):
         outputs.check_speaks(known, words)
-    odd += [f"The material {name!r} is read by no step and no metric." for name in _unread(recipe, steps, requests)]
+    odd += [
+        f"The material {name!r} is read by no step and no metric." for name in oddities.unread(recipe, steps, requests)
+    ]
     checked = Checked(document, known, steps, materials, requests, used)
-    return replace(checked, warnings=[*odd, *_notes(checked)])
-
-
-def _unread(recipe: Recipe, steps: Sequence[Step], requests: Sequence[judging.Request]) -> list[str]:
-    """The materials that nothing needs; of a comparison it is not known here."""
-    if recipe.compare:
-        return []
-    read = {name for step in steps for name in step.materials}
-    read |= {role for one in requests for role in one.roles.values()} | {one.compared_with for one in requests}
-    read |= {name.partition("[")[0] for name in read if name}
-    for name, value in reversed(recipe.materials.items()):  # those that another one includes stand above it
-        parts = [part for part in value if isinstance(part, str)] if isinstance(value, list) else []
-        if name in read or (parts and read & set(parts)):
-            read |= {name, *parts}
-    return [name for name in recipe.materials if name not in read]
+    return replace(checked, warnings=[*odd, *oddities.of_data(checked)])
 
 
 def with_steps(checked: Checked, entries: Sequence[Mapping[str, Any]]) -> Checked:
@@ -182,29 +177,7 @@ def with_steps(checked: Checked, entries: Sequence[Mapping[str, Any]]) -> Checke
     text = yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False)
     document = replace(checked.document, recipe=recipe, text=text)
     changed = replace(checked, document=document, steps=steps, used=used)
-    return replace(changed, warnings=[*odd, *_notes(changed)])
-
-
-def _notes(checked: Checked) -> list[str]:
-    """What is odd about the data that is read; a material is looked at once.
-
-    Raises:
-        RequestError: one of its first rows cannot be encoded.
-    """
-    specs = [spec for parts in checked.rows.values() for spec, _ in parts]
-    used = {column for spec in specs for column in (*spec.where, *spec.unless)}
-    used |= {request.by for request in checked.requests if request.by is not None}
-    said: dict[int, list[str]] = checked.loaded.setdefault("notes", {})
-    parts = [part for role in checked.used for part in checked.rows[role]]
-    parts = [(spec, rows) for spec, rows in parts if find_form(form_of(spec, rows)).kind in ("tokens", "pairs")]
-    for spec, rows in parts:
-        if id(rows) not in said:
-            with warnings.catch_warnings(record=True) as odd:
-                warnings.simplefilter("always", MaterialWarning)
-                found = tried(rows, spec, checked.processor, used)
-            heard = [str(one.message) for one in odd if issubclass(one.category, MaterialWarning)]
-            said[id(rows)] = [*found, *(f"{spec.from_}: {one}" for one in heard)]
-    return list(dict.fromkeys(note for _, rows in parts for note in said[id(rows)]))
+    return replace(changed, warnings=[*odd, *oddities.of_data(changed)])
 
 
 def _steps(
@@ -353,6 +326,17 @@ def product_of(where: str, name: str, reference: Reference, before: Sequence[Ste
         raise RequestError(
             f"{where}: {step.name} makes no {reference['name']!r} for the material {name!r}."
             f"{did_you_mean(reference['name'], makes) or ' It makes nothing beside the model.'}"
+        )
+    options = [key for key in reference if key not in ("made", "name")]
+    if options and makes[reference["name"]] != "rows":
+        raise RequestError(
+            f"{where}: {step.name} makes {reference['name']!r} as {makes[reference['name']]}, and `{options[0]}:` is for "
+            f"rows alone. Leave it out of the material {name!r}."
+        )
+    if lacking := step.method.makes_with(reference["name"], step.knobs):
+        raise RequestError(
+            f"{where}: {step.name} makes {reference['name']!r} for the material {name!r} only with {lacking}, and step "
+            f"{step.number} has other knobs."
         )
     source_of(name, _as_source(reference))
     return makes[reference["name"]]

@@ -82,10 +82,8 @@ def compare(
     processes.start()
     document = read(source)
     base = check(document)
-    if "after" in base.references.get(RETRAINED, {}):
-        raise RequestError(f"The model {RETRAINED!r} must come from a folder: `{RETRAINED}: {{model: FOLDER}}`.")
     variants = [
-        _seeded(variant, base.recipe.seed + n, seeds > 1) for variant in _variants(base, names) for n in range(seeds)
+        _seeded(variant, base.recipe.seed + n, seeds > 1) for variant in variants_of(base, names) for n in range(seeds)
     ]
     used = dict.fromkeys(role for variant in variants for role in variant.checked.used)
     data = replace(base, used=list(used)).encode()
@@ -101,8 +99,14 @@ def compare(
         return _Comparison(base, variants, folder, data).go()
 
 
-def _variants(base: Checked, names: Sequence[str]) -> list[Variant]:
-    """The request of every method, checked."""
+def variants_of(base: Checked, names: Sequence[str] = ()) -> list[Variant]:
+    """The request of every method, checked.
+
+    Raises:
+        RequestError: there are no two methods of one verb, or a request is wrong.
+    """
+    if "after" in base.references.get(RETRAINED, {}):
+        raise RequestError(f"The model {RETRAINED!r} must come from a folder: `{RETRAINED}: {{model: FOLDER}}`.")
     listed: list[Entry] = base.recipe.compare
     steps: list[Entry] = base.recipe.steps
     entries = [entry for name in names for entry in _entries(name, listed, steps)] if names else listed

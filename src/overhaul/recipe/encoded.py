@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from jinja2 import TemplateError
 
 from overhaul import models
-from overhaul.data.examples import Examples, join
-from overhaul.data.materials import Row, Source, encode
+from overhaul.data.examples import SEQUENCES, Examples, join
+from overhaul.data.lazy import TextFile
+from overhaul.data.materials import Row, Source
 from overhaul.errors import OverhaulError, RequestError
 from overhaul.positions import declared, left_out, most_positions
 
@@ -30,14 +31,25 @@ def opening(known: models.Checkpoint) -> Iterator[None]:
         ) from error
 
 
-def encoded(role: str, parts: Sequence[tuple[Source, Sequence[Row]]], processor: Any) -> Examples:
-    """The examples of one material.
+AFFORDED = 20_000
+"""Rows of a source that are all encoded before a run."""
+
+
+def affordable(rows: Sequence[Row]) -> bool:
+    """Whether all of a source is encoded in a moment: few rows, and no text that lies in a file."""
+    return len(rows) <= AFFORDED and not any(isinstance(value, TextFile) for row in rows[:2] for value in row.values())
+
+
+def encoded(
+    role: str, parts: Sequence[tuple[Source, Sequence[Row]]], encode: Callable[[Sequence[Row], Source], Examples]
+) -> Examples:
+    """The examples of one material; `encode` makes those of one of its sources.
 
     Raises:
         RequestError: a row is not what its form reads.
     """
     try:
-        return join([encode(rows, spec, processor) for spec, rows in parts])
+        return join([encode(rows, spec) for spec, rows in parts])
     except OverhaulError as error:
         raise type(error)(f"The material {role!r}: {error}") from error
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, TemplateError) as error:
@@ -63,8 +75,9 @@ def check_encoded(data: Mapping[str, Examples], model: models.Checkpoint) -> Non
 
 def _check_tokens(role: str, examples: Examples, config: Mapping[str, Any]) -> None:
     """Whether the model's vocabulary has these tokens."""
-    place = max(range(len(examples)), key=lambda n: int(examples.items[n]["input_ids"].max()))
-    top = int(examples.items[place]["input_ids"].max())
+    tops = [max(int(item[ids].max()) for ids in SEQUENCES.values() if ids in item) for item in examples.items]
+    place = max(range(len(tops)), key=lambda n: tops[n])
+    top = tops[place]
     text = config.get("text_config")
     size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, Mapping) else None)
     if isinstance(size, int) and top >= size:

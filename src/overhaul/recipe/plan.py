@@ -137,9 +137,14 @@ def plan(checked: Checked, flops_per_second: float | None = None) -> list[Planne
     """Look ahead at every step and estimate it. `flops_per_second` is measured in a fraction of a second if not given.
 
     Raises:
-        RequestError: a run would refuse it.
+        RequestError: a run would refuse it, or a comparison one of its methods.
     """
     look_ahead(checked)
+    if checked.recipe.compare:
+        from overhaul.recipe.compare import variants_of
+
+        for variant in variants_of(checked):
+            look_ahead(variant.checked)
     speed = flops_per_second or matmul_speed(dtype=DTYPES[checked.recipe.dtype])
     return [_estimate(step, checked, speed) for step in checked.steps]
 
@@ -153,9 +158,8 @@ def disk_bytes(checked: Checked) -> int:
 def _checkpoint_bytes(step: Step, checked: Checked) -> int:
     """Weights, two moments and, below float32, masters of what a step trains; the new one is written beside the old."""
     width = DTYPES[checked.recipe.dtype].itemsize
-    lora = step.knobs.get("weights") == "lora"
-    trained = _adapters(checked.model.shapes, int(step.knobs["rank"])) if lora else checked.model.parameters
-    return trained * ((4 if lora or width == 4 else width + 4) + 8)
+    rank, trained = _trained(step, checked.model)
+    return trained * ((4 if rank or width == 4 else width + 4) + 8)
 
 
 def around_bytes(checked: Checked) -> int:
@@ -229,7 +233,7 @@ class Shape:
 
 def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
     model, shape = checked.model, Shape.of(checked.model.config)
-    dtype, lora = checked.recipe.dtype, step.knobs.get("weights") == "lora"
+    dtype = checked.recipe.dtype
     width = DTYPES[dtype].itemsize
     computed = 4 if dtype == "float16" and step.method.memory == "training" else width
     read = {
@@ -244,7 +248,7 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
         for role, parts in read.items()
     }
     size = int(step.knobs.get("batch_size") or 16)
-    positions = max([1, *(largest_batch(each, size) for each in lengths.values())])
+    positions = max([1, *(largest_batch(each, size) for each in lengths.values() if each)])
     trains = step.method.memory in ("gradient", "training")
     # logits stand several times: raw, shifted, log-softmax and its gradient in float32
     logits = shape.logits * (16 if trains else width + 4)
@@ -252,9 +256,9 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
     models = sum(len(step.names(role.name)) for role in step.method.roles if role.kind == "model")
     if step.method.memory != "stream":  # its own model, and of those that are opened one by one the one at hand
         models += 1 + any(role.kind == "checkpoint" and role.name in step.reads for role in step.method.roles)
-    trained = _adapters(model.shapes, int(step.knobs["rank"])) if lora else model.parameters
-    beside = 4 if lora or dtype == "bfloat16" else 0  # adapters beside the model, masters beside its weights
-    single = step.knobs.get("importance") in ("auto", "sample") and 2 * trained <= VALUES_AT_ONCE
+    rank, trained = _trained(step, model)
+    beside = 4 if rank or dtype == "bfloat16" else 0  # adapters beside the model, masters beside its weights
+    single = step.method.singly(step.knobs) and 2 * trained <= VALUES_AT_ONCE
     held = {
         "stream": STREAMED_BYTES,
         "forward": activations,
@@ -264,7 +268,7 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
     }[step.method.memory]
     cached = width * shape.hidden * sum(map(sum, lengths.values())) if models > 1 else 0
     steps = step.knobs.get("steps")
-    means = [sum(each) / len(each) for each in lengths.values()]
+    means = [sum(each) / max(1, len(each)) for each in lengths.values()]
     tokens = steps * size * sum(means) if steps else sum(map(sum, lengths.values()))
     seconds = tokens * model.parameters * (6 if trains else 2) / speed
     if step.method.memory == "stream":
@@ -282,6 +286,12 @@ def _streamed(step: Step, checked: Checked) -> list[Checkpoint]:
     names = [name for role in step.method.roles if role.is_model for name in step.names(role.name)]
     outside = [facts(checked.references[name]["model"]) for name in names if "model" in checked.references[name]]
     return [checked.model, *outside]
+
+
+def _trained(step: Step, model: Checkpoint) -> tuple[int | None, int]:
+    """The rank of the adapters that a step trains, None where it trains the weights; how many numbers train."""
+    rank = step.method.rank(step.knobs)
+    return rank, model.parameters if rank is None else _adapters(model.shapes, rank)
 
 
 def _adapters(shapes: Mapping[str, tuple[int, ...]], rank: int) -> int:

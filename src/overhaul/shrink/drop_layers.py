@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from overhaul import session
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
-from overhaul.forward import read_by
+from overhaul.forward import headless, read_by
 from overhaul.method import Outcome, method
 from overhaul.modes import at_rest, uncompiled
+from overhaul.objectives import check_labelled
 from overhaul.prefix import path_losses
 from overhaul.stack import LayerStack
 from overhaul.trace import measure, turn, windows
@@ -95,24 +96,11 @@ def drop_layers(
     layers: dict[str, Scores] = {}
     if choice.count == len(choice.named):
         removed = list(choice.named)
-    elif criterion != "reverse" and (text is None or not len(text)):
-        raise RequestError(
-            f"shrink.drop_layers: the criterion {criterion!r} is measured on examples, but the role `text` is missing or "
-            'empty. Give it, name the blocks (`drop: [...]`), or write criterion: "reverse".'
-        )
-    elif text is None or criterion == "reverse" or session.current().planning:  # how many go is known before which
+    elif criterion == "reverse":
         removed = choice.first(choice.candidates[::-1])
-        if criterion != "reverse" and len(removed) < len(stack) and not stack.can_drop(removed):
-            session.begins()  # others may be chosen
-    elif criterion == "block_influence":
-        scores = layers["block influence"] = influence(stack, text, 1, skip_first_token, batch_size)
-        removed = choice.first(ranked(scores, choice.candidates))
-    elif criterion == "window":
-        scores = layers["window influence"] = influence(stack, text, choice.count, skip_first_token, batch_size)
-        removed = _best_window(stack, scores, choice)
     else:
-        scores, removed = _by_loss(stack, text, choice, batch_size, again=criterion == "greedy")
-        layers["loss without the block"] = scores
+        text = _measured_on(text, criterion, skip_first_token)
+        removed, layers = _chosen(stack, text, choice, criterion, skip_first_token, batch_size)
     layers["removed"] = {i: float(i in removed) for i in range(len(stack))}
     _drop(stack, removed, _trial(model, text))
     after = {"blocks_after": len(stack), "parameters_after": _parameters(model)}
@@ -181,6 +169,25 @@ class Choice:
             )
         return choice
 
+    def windows(self, stack: LayerStack) -> list[int]:
+        """Where neighbouring blocks begin that may all go.
+
+        Raises:
+            RequestError: there are none.
+        """
+        may = {*self.candidates, *self.named}
+        starts = [
+            start
+            for start in range(len(stack) - self.count + 1)
+            if set(self.named) <= set(window := range(start, start + self.count)) <= may and self.fits(window)
+        ]
+        if not starts:
+            raise RequestError(
+                f"shrink.drop_layers: {stack.path} has no {self.count} neighbouring blocks that can all be dropped; these "
+                f'can be: {sorted(may)}. Take fewer, or another criterion than "window".'
+            )
+        return starts
+
     def fits(self, removed: Collection[int]) -> bool:
         """Whether these blocks may go together."""
         return not self.attention or not set(self.attention) <= set(removed)
@@ -192,6 +199,51 @@ class Choice:
             if len(removed) < (self.count if count is None else count) and self.fits([*removed, place]):
                 removed.append(place)
         return removed
+
+
+def _measured_on(text: Examples | None, criterion: str, skip_first_token: bool) -> Examples:
+    """The examples, if a criterion can be measured on them."""
+    if text is None or not len(text):
+        raise RequestError(
+            f"shrink.drop_layers: the criterion {criterion!r} is measured on examples, but the role `text` is missing or "
+            'empty. Give it, name the blocks (`drop: [...]`), or write criterion: "reverse".'
+        )
+    turns = criterion in ("block_influence", "window") and _skipped(text, skip_first_token)
+    if turns and all(len(item["input_ids"]) < 2 for item in text):
+        raise RequestError("shrink.drop_layers: no text is longer than its first token; write skip_first_token: false.")
+    return text
+
+
+def _chosen(
+    stack: LayerStack, text: Examples, choice: Choice, criterion: str, skip_first_token: bool, batch_size: int
+) -> tuple[list[int], dict[str, Scores]]:
+    """The blocks to drop by a criterion, in the order of choice, and what it measured."""
+    starts = choice.windows(stack) if criterion == "window" else []
+    if criterion in ("perplexity", "greedy") and not headless(stack.model):
+        check_labelled("text", text)
+    if session.current().planning:  # how many go is known before which
+        return _some(stack, choice, starts), {}
+    if criterion == "block_influence":
+        scores = influence(stack, text, 1, skip_first_token, batch_size)
+        return choice.first(ranked(scores, choice.candidates)), {"block influence": scores}
+    if criterion == "window":
+        scores = influence(stack, text, choice.count, skip_first_token, batch_size)
+        best = ranked(scores, starts)[0]
+        return list(range(best, best + choice.count)), {"window influence": scores}
+    scores, removed = _by_loss(stack, text, choice, batch_size, again=criterion == "greedy")
+    return removed, {"loss without the block": scores}
+
+
+def _some(stack: LayerStack, choice: Choice, starts: Sequence[int]) -> list[int]:
+    """Blocks that may be those which a criterion will choose: as many, and such that the class can be built without."""
+    windows = [[*range(start, start + choice.count)] for start in reversed(starts)]
+    sets = windows or [choice.first(choice.candidates[::-1]), choice.first(choice.candidates)]
+    if stack.kinds == 1:  # any are as good
+        return sets[0]
+    fitting = next((removed for removed in sets if stack.can_drop(removed)), None)
+    if fitting is None:
+        session.begins()  # the criterion may find others
+    return fitting or sets[0]
 
 
 class _FailsError(Exception):
@@ -273,35 +325,20 @@ def influence(stack: LayerStack, examples: Examples, width: int, skip_first_toke
     Returns:
         Values in [0, 2] by l; without the places where the shape changes on the way.
     """
-    if not width:  # a request to drop nothing: no window, no score
-        return {}
-    skipped = int(skip_first_token and examples.kind != "images")
-    if skipped and all(len(item["input_ids"]) < 2 for item in examples):
-        raise RequestError("shrink.drop_layers: no text is longer than its first token; write skip_first_token: false.")
+    skipped = _skipped(examples, skip_first_token)
     batches = session.progress(examples.batches(batch_size), "block influence", -(-len(examples) // batch_size))
     seen = measure(stack, batches, windows(stack, width), turn, skip_first=skipped)
     return {start: float(seen[pair].mean) for start, pair in enumerate(windows(stack, width)) if pair in seen}
 
 
+def _skipped(examples: Examples, skip_first_token: bool) -> int:
+    """How many positions at the beginning do not count; an image has no first token."""
+    return int(skip_first_token and examples.kind != "images")
+
+
 def ranked(scores: Scores, candidates: Sequence[int]) -> list[int]:
     """The candidates by score, lowest first; ties go to the later block."""
     return sorted(candidates, key=lambda i: (scores[i], -i))
-
-
-def _best_window(stack: LayerStack, scores: Scores, choice: Choice) -> list[int]:
-    windows = {start: range(start, start + choice.count) for start in scores}
-    may = {*choice.candidates, *choice.named}
-    starts = [
-        start
-        for start, window in windows.items()
-        if set(choice.named) <= set(window) <= may and choice.fits(list(window))
-    ]
-    if choice.count and not starts:
-        raise RequestError(
-            f"shrink.drop_layers: {stack.path} has no {choice.count} neighbouring blocks that can all be dropped; these can "
-            f'be: {sorted(may)}. Take fewer, or another criterion than "window".'
-        )
-    return [i for start in ranked(scores, starts)[:1] for i in windows[start]]
 
 
 def _by_loss(

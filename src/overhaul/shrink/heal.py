@@ -26,13 +26,13 @@ import torch
 from annotated_types import Ge, Lt
 from torch import nn
 
-from overhaul.adapters import adapters
+from overhaul.adapters import adapters, of_adapters, projections
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
 from overhaul.fit import Regime, adamw, fit
 from overhaul.forward import headless
 from overhaul.method import Outcome, method
-from overhaul.objectives import Term, cross_entropy, evaluate, states_term
+from overhaul.objectives import Term, check_learnable, cross_entropy, evaluate, states_term
 from overhaul.references import cache_outputs, cache_states
 from overhaul.rollouts import own_answers
 
@@ -45,6 +45,8 @@ PAPER = Regime(steps=200, batch_size=8, lr=2e-4, warmup=0.1, schedule="constant"
     changes="weights",
     memory="training",
     makes={"answers": "examples"},
+    only={"answers": {"target": ("own_answers",)}},
+    rank=of_adapters,
     headless=lambda knobs: knobs["target"] == "states",
 )
 def heal(
@@ -89,6 +91,10 @@ def heal(
     """
     if not len(text):
         raise RequestError("shrink.heal: the role `text` is empty; there is nothing to heal the model on.")
+    if target in ("tokens", "teacher"):
+        check_learnable("text", text)
+    if weights == "lora":
+        projections(model)  # refuses a model that has none, before the teacher runs
     read = training.steps * training.batch_size
     if len(text) > read:  # the teacher need not answer what no step will read
         text = text.shuffled(torch.initial_seed())[:read]

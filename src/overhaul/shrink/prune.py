@@ -101,6 +101,7 @@ def prune(
         RunError: nothing changed, what enters a layer is not finite, or the Hessian cannot be inverted.
     """
     stack = LayerStack.of(model)
+    batches = None if criterion == "magnitude" else _batches(text, criterion, samples, batch_size)
     rule = Rule(sparsity, pattern, (criterion == "wanda") if scope == "paper" else scope == "row", dampening, columns)
     layers = _layers(stack, targets, blocks)
     _check(rule, criterion, layers)
@@ -113,12 +114,12 @@ def prune(
         changed += cut
         masks[f"{name}.weight"] = (~mask).to("cpu", torch.uint8)
 
-    if criterion == "magnitude":
+    if batches is None:
         for name in layers:
             apply(name, None)
     else:
         measured = _squares if criterion == "wanda" else _gram
-        _calibrate(stack, layers, _batches(text, criterion, samples, batch_size), measured, apply)
+        _calibrate(stack, layers, batches, measured, apply)
     if not changed:
         raise RunError(
             f"shrink.prune: all {sum(int((mask == 0).sum()) for mask in masks.values()):,} weights that {criterion} chose "

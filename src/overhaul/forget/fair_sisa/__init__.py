@@ -26,12 +26,13 @@ from torch import nn
 
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
-from overhaul.forget.fair_sisa.fairness import error, fair_table, gap, majority
+from overhaul.forget.fair_sisa.fairness import check, error, fair_table, gap, majority
 from overhaul.forget.sisa import example_ids
 from overhaul.forget.sisa.ensemble import Ensemble
 from overhaul.forget.sisa.shards import ShardMap
 from overhaul.method import Outcome, method
-from overhaul.session import progress
+from overhaul.objectives import check_labelled
+from overhaul.session import begins, progress
 
 GROUP = "group"
 
@@ -68,7 +69,9 @@ def fair_sisa(
             forgotten by the ensemble, there is one group, or a group lacks a label.
     """
     ensemble, labels, groups = _checked(model, calibration)
+    check(groups, labels, len(ensemble.members), constraint, processor)
     batches = [{k: v for k, v in batch.items() if k != "labels"} for batch in calibration.batches(batch_size)]
+    begins(lambda: ensemble)
     device = next(ensemble.parameters()).device
     votes: list[np.ndarray] = []
     with torch.no_grad():
@@ -98,12 +101,18 @@ def _checked(model: nn.Module, calibration: Examples) -> tuple[Ensemble, np.ndar
         )
     if not len(calibration):
         raise RequestError("forget.fair_sisa: the role `calibration` has no examples.")
+    check_labelled("calibration", calibration)
     config: Any = model.config
+    base: Any = model.base.config
     labels = [item["labels"] for item in calibration.items]
     if any(label.ndim for label in labels) or config.inner_class.endswith("ForCausalLM"):
         raise RequestError(
             "forget.fair_sisa decides between two classes, so it needs a classifier and one label an example; these are the "
             "answers of a language model."
+        )
+    if base.num_labels != 2:
+        raise RequestError(
+            f"forget.fair_sisa decides between two classes, and this ensemble tells {base.num_labels} apart."
         )
     without = [place for place, row in enumerate(calibration.rows) if row.get(GROUP) is None]
     if without:

@@ -126,7 +126,13 @@ def fair_table(
     """
     votes, labels = np.asarray(votes), np.asarray(labels)
     names, group = np.unique(np.array([str(one) for one in groups]), return_inverse=True)
-    _check(votes, group, labels, names, constraint, processor)
+    if votes.ndim != 2 or not len(votes) == len(group) == len(labels):
+        raise RequestError(
+            f"votes must be [n, members] beside n groups and n labels; they are {votes.shape}, {len(group)}, {len(labels)}."
+        )
+    if not np.isin(votes, (0, 1)).all():
+        raise RequestError(f"{TWO}: every vote must be 0 or 1.")
+    check(groups, labels, votes.shape[1], constraint, processor)
     if processor == "post_first":
         chances, empty = _most_of(_member_tables(votes, group, labels, constraint)), 0
     else:
@@ -134,17 +140,22 @@ def fair_table(
     return DecisionTable(processor, constraint, votes.shape[1], tuple(map(str, names)), chances, empty, seed)
 
 
-def _check(votes: Array, group: Array, labels: Array, names: Array, constraint: str, processor: str) -> None:
-    if votes.ndim != 2 or not len(votes) == len(group) == len(labels):
-        raise RequestError(
-            f"votes must be [n, members] beside n groups and n labels; they are {votes.shape}, {len(group)}, {len(labels)}."
-        )
-    if not (np.isin(votes, (0, 1)).all() and np.isin(labels, (0, 1)).all()):
-        raise RequestError("Fair decisions are between two classes: every vote and every label must be 0 or 1.")
+TWO = "Fair decisions are between two classes"
+
+
+def check(groups: Groups, labels: Array, members: int, constraint: str, processor: str) -> None:
+    """Whether a table can be had from these examples, whatever the members vote.
+
+    Raises:
+        RequestError: as in `fair_table`.
+    """
+    names, group = np.unique(np.array([str(one) for one in groups]), return_inverse=True)
+    if not np.isin(labels, (0, 1)).all():
+        raise RequestError(f"{TWO}: every label must be 0 or 1.")
     if len(names) < 2:
         raise RequestError(f"Fairness compares groups, and there are {len(names)}; check the column of groups.")
-    if processor in ("ensemble", "post_first") and votes.shape[1] > MOST_MEMBERS:
-        raise RequestError(f"{votes.shape[1]} members have too many patterns of votes; write processor: count.")
+    if processor in ("ensemble", "post_first") and members > MOST_MEMBERS:
+        raise RequestError(f"{members} members have too many patterns of votes; write processor: count.")
     for n, name in enumerate(names):
         for label in (0, 1):
             if constraint == "equalised_odds" and not np.any((group == n) & (labels == label)):

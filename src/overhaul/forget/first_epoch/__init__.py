@@ -47,7 +47,7 @@ from overhaul.forget.first_epoch.ledger import (
 from overhaul.forget.first_epoch.recording import record
 from overhaul.influence import Gradients, dot, gradient
 from overhaul.method import Outcome, method
-from overhaul.objectives import answer_tokens
+from overhaul.objectives import answer_tokens, check_labelled
 from overhaul.stack import LayerStack
 
 Facts = dict[str, float | int | str | list[int]]
@@ -156,9 +156,10 @@ def _check(
     for role, examples in roles.items():
         if examples is None:
             continue
-        if examples.kind == "images":
+        check_labelled(role, examples)
+        if examples.classified:
             raise RequestError(
-                "forget.first_epoch needs answers of a language model; these are images. Use forget.ssd."
+                "forget.first_epoch needs answers of a language model; these have a class each. Use forget.ssd."
             )
         if not any(answer_tokens(batch) for batch in examples.batches(64)):
             raise RequestError(f"forget.first_epoch: no label of the role {role!r} carries loss, so it has no answers.")
@@ -217,6 +218,7 @@ def _sum(
 ) -> tuple[Gradients, Facts]:
     """What the ledger holds of `forget`, and some words on it."""
     ids = kept.matching(forget, tau)
+    kept.check(parameters)
     same = "yes" if kept.weights == weights_digest(model) else "no"
     facts: Facts = {"samples_matched": len(ids), "ledger_bytes": kept.bytes, "weights_as_recorded": same}
     return kept.sum(ids, gradients, list(parameters)), facts

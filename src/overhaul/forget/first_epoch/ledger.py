@@ -19,7 +19,7 @@ import json
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -195,6 +195,19 @@ class GradientLedger:
             )
         return [names[place] for place in found]
 
+    def check(self, names: Iterable[str]) -> None:
+        """Whether gradients of these parameters were recorded.
+
+        Raises:
+            RequestError: there are none of one.
+        """
+        for name in names:
+            if name not in self.shapes:
+                raise RequestError(
+                    f"The ledger {self.folder} has no gradients of {name}; it holds {len(self.shapes)} parameters, such as "
+                    f"{next(iter(self.shapes))}. Choose `where` among them, or record more."
+                )
+
     def sum(self, ids: Sequence[str], epochs: Epochs = "first", names: Collection[str] | None = None) -> Gradients:
         """The sum of a group of entries, float32 (float64 of float64 weights) on the CPU, one entry in memory at a time.
 
@@ -208,12 +221,7 @@ class GradientLedger:
             RunError: a file is missing or damaged.
         """
         wanted = list(self.shapes) if names is None else list(names)
-        for name in wanted:
-            if name not in self.shapes:
-                raise RequestError(
-                    f"The ledger {self.folder} has no gradients of {name}; it holds {len(self.shapes)} parameters, such as "
-                    f"{next(iter(self.shapes))}. Choose `where` among them, or record more."
-                )
+        self.check(wanted)
         total = {name: torch.zeros(self.shapes[name]) for name in wanted}
         for one in ids:
             if one not in self.entries:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -30,14 +31,15 @@ from annotated_types import Ge, Gt, Lt
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from overhaul.adapters import adapters
+from overhaul import session
+from overhaul.adapters import adapters, of_adapters
 from overhaul.data.examples import Batch, Examples, collate, join
 from overhaul.errors import RequestError
 from overhaul.fit import fit
 from overhaul.forget.prompt_tokens.gating import gated, logits_under, recover, uniform_kl
 from overhaul.forget.prompt_tokens.prompts import PromptedClassifier, inputs_of
 from overhaul.method import Outcome, method
-from overhaul.objectives import Term, cross_entropy_sum, sequences
+from overhaul.objectives import Term, check_labelled, cross_entropy_sum, sequences
 from overhaul.selectors import select
 from overhaul.stack import LayerStack
 
@@ -48,7 +50,7 @@ KNOWN_TO_THE_ATTACK = 10
 """Labelled images of each forgotten class that the attack of the facts has, at most half of them."""
 
 
-@method(verb="forget", paper="2509.15230", changes="architecture", memory="training")
+@method(verb="forget", paper="2509.15230", changes="architecture", memory="training", rank=of_adapters)
 def prompt_tokens(
     model: nn.Module,
     full: Examples | None = None,
@@ -105,24 +107,34 @@ def prompt_tokens(
         raise RequestError(
             "forget.prompt_tokens: this model has its prompts already; say with the role `forget` what it is to forget."
         )
+    for role, examples in (("full", full), ("forget", forget)):
+        if examples:
+            check_labelled(role, examples)
     curves: dict[str, list[float]] = {}
+    gone = _classes(forget)
     if prompted is None:
         assert full is not None
         prompted = PromptedClassifier.around(model, collate(full.items[:2]), prompts_per_class)
         _check_labels(full, prompted)
-        prompted.check(_classes(forget), harden)
+        prompted.check(gone, harden)
         adapted = _queries_and_values(prompted, full) if weights == "lora" else None
+        session.begins(partial(_without, prompted, gone, harden))
         with _trainable(prompted, adapted, rank, alpha, dropout):
             steps = max(1, round(epochs * len(full) / batch_size))
             model, data = Gated(prompted, inputs_of(full[0], prompted)), {"full": full}
             curves = fit(
                 model, terms(), data, steps=steps, batch_size=batch_size, lr=lr, clip=None, name="prompt tokens"
             ).curves
-    gone = _classes(forget)
-    if gone:
-        prompted.forget(gone, harden)
+    prompted = _without(prompted, gone, harden)
     facts = {"remaining": prompted.available, "forgotten": gone, **_facts(prompted, full, forget)}
     return Outcome(prompted, facts=facts, curves=curves)
+
+
+def _without(prompted: PromptedClassifier, gone: list[int], harden: bool) -> PromptedClassifier:
+    """The same classifier, in which these classes are forgotten."""
+    if gone:
+        prompted.forget(gone, harden)
+    return prompted
 
 
 def _classes(examples: Examples | None) -> list[int]:

@@ -29,7 +29,8 @@ from annotated_types import Ge, Gt
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from overhaul import processes
+from overhaul import processes, session
+from overhaul.adapters import of_adapters
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError, writing
 from overhaul.fit import Schedule, fit
@@ -45,12 +46,19 @@ from overhaul.forget.sisa.ensemble import (
 )
 from overhaul.forget.sisa.shards import Request, ShardMap, Sisa, epochs_per_slice
 from overhaul.method import Outcome, method
-from overhaul.objectives import cross_entropy
+from overhaul.objectives import check_learnable, cross_entropy
 
 ID_LENGTH = 32
 
 
-@method(verb="forget", paper="2312.07420", changes="architecture", memory="training", makes={"record": "json"})
+@method(
+    verb="forget",
+    paper="2312.07420",
+    changes="architecture",
+    memory="training",
+    makes={"record": "json"},
+    rank=of_adapters,
+)
 def sisa(
     model: nn.Module,
     full: Examples,
@@ -122,17 +130,27 @@ def _learn(
 ) -> Outcome:
     if not ids:
         raise RequestError("forget.sisa: the role `full` is empty; there is nothing to learn.")
+    check_learnable("full", full)
     places = ShardMap.draw(ids, knobs["shards"], knobs["slices"], torch.initial_seed())
     if removed:
         places = places.without(removed)
     config = _config(model, knobs)
     if config.adapter is not None:
         add_adapter(model, config.adapter)
+    session.begins(lambda: _untrained(model, config, places))
     trainer = NetworkTrainer(model, config, full, ids)
     core = Sisa(places, trainer, _checkpoints(folder))
     request = core.train()
     ensemble = Ensemble.around(model, config, core.members)
     return _outcome(ensemble, core, request, trainer, {})
+
+
+def _untrained(model: nn.Module, config: EnsembleConfig, places: ShardMap) -> Ensemble:
+    """The ensemble as it will be, but for what its members learn."""
+    state = model.state_dict()
+    own = {name: state[name] for name in own_names(model, config.adapter is not None)}
+    config.shard_map = places.to_json()
+    return Ensemble.around(model, config, dict.fromkeys(range(len(places.slices)), own))
 
 
 def _forget(
@@ -150,6 +168,12 @@ def _forget(
             )
     places = ShardMap.from_json(config.shard_map)
     _check_data(places, removed, ids)
+
+    def without() -> Ensemble:
+        config.shard_map, config.decision = places.without(removed).to_json(), None
+        return model
+
+    session.begins(without)
     trainer = NetworkTrainer(model.base, config, full, ids)
     states = {shard: model.tensors(shard) for shard in config.members}
     core = Sisa(places, trainer, _checkpoints(folder), states)

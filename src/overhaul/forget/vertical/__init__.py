@@ -321,10 +321,11 @@ def _head(model: nn.Module) -> tuple[str, nn.Linear]:
 
 def _check(forget: Examples, recovery: Examples | None, recover: bool, interleave: bool) -> Tensor:
     """The labels to forget."""
-    if forget.kind != "images":
-        raise RequestError(
-            "forget.vertical: the role `forget` needs samples with pixel_values and a label; it has none."
-        )
+    for role, examples in (("forget", forget), ("recovery", recovery)):
+        if examples and not (examples.kind == "images" and all("labels" in item for item in examples.items)):
+            raise RequestError(f"forget.vertical: the role `{role}` needs images with a label each (as: image).")
+    if not forget:
+        raise RequestError("forget.vertical: the role `forget` is empty.")
     forgotten = torch.stack([item["labels"] for item in forget.items]).unique()
     if recover and not (recovery and recovery.kind == "images"):
         raise RequestError(

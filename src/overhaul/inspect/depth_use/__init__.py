@@ -51,6 +51,7 @@ from overhaul.inspect.depth_use.contributions import Lens, Profile, lens, parts_
 from overhaul.inspect.depth_use.skips import Effects, Part, Skip, depth_score, effects, futures, on_later
 from overhaul.method import Outcome, Table, method
 from overhaul.modes import at_rest
+from overhaul.objectives import check_labelled
 from overhaul.stack import LayerStack
 from overhaul.stack.calls import map_tensors
 from overhaul.trace.sites import BlockSites, sites
@@ -182,6 +183,11 @@ def _chosen(stack: LayerStack, text: Examples, count: int, by: str | None) -> tu
     if by is not None and (lacking := [n for n, row in enumerate(text.rows) if by not in row]):
         raise RequestError(
             f"inspect.depth_use: row {lacking[0]} has no column {by!r}. It has: {sorted(text.rows[lacking[0]])}."
+        )
+    check_labelled("text", text)
+    if text.classified and text.kind == "tokens":
+        raise RequestError(
+            "inspect.depth_use measures language models and images, and these are texts with a class each."
         )
     levels = ["all" if by is None else str(row[by]) for row in text.rows]
     numbers = [levels[:place].count(level) for place, level in enumerate(levels)]

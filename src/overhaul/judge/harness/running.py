@@ -146,10 +146,8 @@ def _check_room(where: str, name: str, task: Any, tokenizer: Any, config: Any) -
 
     for request in task.instances:
         if request.request_type == "generate_until" and config is not None:
-            asked, most = (
-                dict(normalize_gen_kwargs(request.args[1]))["max_gen_toks"],
-                resolve_max_length(config, tokenizer),
-            )
+            answers: Any = normalize_gen_kwargs(request.args[1])
+            asked, most = answers["max_gen_toks"], resolve_max_length(config, tokenizer)
             if asked >= most:
                 raise RequestError(
                     f"{where}: the task {name!r} asks for answers of up to {asked} tokens, but the model ends at {most} "

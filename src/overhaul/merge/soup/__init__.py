@@ -82,7 +82,7 @@ def soup(
             change.
         RunError: nothing changed, a number is not finite, or the training diverged.
     """
-    count = some("merge.soup", tuned)
+    count = some("merge.soup", base, tuned)
     ramp.check("merge.soup")
     assert out is not None
     if words.tokenizer != "same" and kind != "uniform":

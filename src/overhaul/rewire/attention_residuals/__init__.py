@@ -29,6 +29,7 @@ from annotated_types import Ge, Gt
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from overhaul import session
 from overhaul.conversions import convert
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
@@ -36,7 +37,7 @@ from overhaul.fit import Ledger, OptimizerFactory, Schedule, fit
 from overhaul.forward import forward
 from overhaul.method import Outcome, method
 from overhaul.modes import at_rest
-from overhaul.objectives import cross_entropy
+from overhaul.objectives import check_learnable, cross_entropy
 from overhaul.outcome import Table
 from overhaul.rewire.attention_residuals.layout import layout_of
 from overhaul.rewire.attention_residuals.reads import Routing
@@ -90,6 +91,8 @@ def attention_residuals(
     """
     if not len(text):
         raise RequestError("rewire.attention_residuals: the role `text` is empty.")
+    if steps:
+        check_learnable("text", text)
     stack = LayerStack.of(model)
     inputs = {k: v for k, v in collate(text.items[:1]).items() if k in ("input_ids", "pixel_values")}
     layout = layout_of(stack, inputs)
@@ -101,6 +104,7 @@ def attention_residuals(
     added = sum(p.numel() for p in model.parameters()) - before
     ledger = Ledger()
     if steps:
+        session.begins(lambda: model)
         ledger = fit(
             model,
             [cross_entropy("text")],
