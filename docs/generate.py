@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -146,8 +147,11 @@ def _cell(text: str) -> str:
     return text.replace("|", r"\|")
 
 
-NEEDED = {"merge.lines": {"beta": 0.5}}
-"""Knobs that have no default but are needed with some materials."""
+NEEDED: dict[str, dict[str, Any]] = {
+    "merge.lines": {"beta": 0.5},
+    "merge.stack": {"slices": [{"model": 0, "blocks": "0-5"}, {"model": 0, "blocks": "2-7"}]},
+}
+"""Knobs that have no default but are needed, always or with some materials."""
 
 
 def recipe(method: Method) -> str:

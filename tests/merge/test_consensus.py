@@ -11,7 +11,7 @@ import torch
 from contract import Case
 from merging import VARIED, base_and_two, flat, mixed, trimmed, unflat
 from overhaul import models
-from overhaul.errors import RequestError, RunError
+from overhaul.errors import RequestError
 from overhaul.merge.consensus import consensus
 from overhaul.merge.task_arithmetic import task_arithmetic
 from overhaul.weights import pieces
@@ -66,7 +66,7 @@ def test_its_limits(tmp_path: Path) -> None:
         consensus(base, tuned, agree=3, out=tmp_path / "out")
     with pytest.raises(RequestError, match=r"2 tuned checkpoints and 3 numbers in tall"):
         consensus(base, tuned, tall=[0.1, 0.2, 0.3], out=tmp_path / "out")
-    with pytest.raises(RunError, match=r"changed nothing"):
+    with pytest.raises(RequestError, match=r"are the base itself"):
         consensus(base, [base, base], out=tmp_path / "out")
 
 

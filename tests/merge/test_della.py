@@ -12,7 +12,7 @@ from torch import Tensor
 from contract import Case
 from merging import VARIED, base_and_two, mixed
 from overhaul import models
-from overhaul.errors import RequestError, RunError
+from overhaul.errors import RequestError
 from overhaul.merge.dare import dare
 from overhaul.merge.della import chances, della
 from overhaul.weights import TensorIndex, pieces, uniform
@@ -103,5 +103,5 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
             della(base, [tuned], density=density, epsilon=epsilon, out=tmp_path / "out")
     whole = tensors(della(base, [tuned], density=1.0, epsilon=0.0, scale=1.0, out=tmp_path / "whole").model)
     assert all(torch.allclose(made, tensors(tuned)[name], atol=1e-6) for name, made in whole.items())
-    with pytest.raises(RunError, match=r"changed nothing"):
+    with pytest.raises(RequestError, match=r"are the base itself"):
         della(base, [base], out=tmp_path / "out")

@@ -192,6 +192,7 @@ def test_folders_of_methods_lead_nowhere_else_and_are_told_apart() -> None:
     ]
 
 
+@pytest.mark.smoke
 def test_a_model_after_the_step_that_is_replaced_is_the_one_after_its_place(folder: Path, tmp_path: Path) -> None:
     request = recipe(folder, tmp_path)
     heal = {"shrink.heal": {"teacher": "uncut", "target": "teacher", "text": "retain", "steps": 2, "lr": 1e-3}}

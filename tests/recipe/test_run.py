@@ -200,7 +200,7 @@ def test_a_disk_with_too_little_room_is_refused(folder: Path, tmp_path: Path, mo
     from types import SimpleNamespace
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(RequestError, match="GB free"):
+    with pytest.raises(RequestError, match="kB free; this run writes about"):
         run(write_recipe(folder, tmp_path), tmp_path / "out")
 
 
