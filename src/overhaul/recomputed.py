@@ -24,8 +24,8 @@ from overhaul.stack.arrangement import skeleton
 _PASSED_OVER = re.compile(r"drop|^p$|momentum|training|checkpoint|inplace|cached|^(shift|window)_size$")
 """Settings that count in training alone, or that a forward sets by the size of what it is given (Swin)."""
 _COUNTS = re.compile(r"layer|block|depth|^n_|^num_|^vocab_size$")
-"""Numbers that a class reads when it is built: of blocks, which are counted anew where some were dropped, and of words, which
-inner modules keep as they were when `resize_token_embeddings` changed them."""
+"""Numbers that a class reads when it is built: of blocks, which are counted anew where some were dropped, and of words, of
+which inner modules keep the old number after `resize_token_embeddings`."""
 
 LIBRARIES = ("transformers.", "torch.nn.")
 """Whose modules are what their class and their settings are."""
