@@ -16,6 +16,7 @@ from torch import nn
 
 import overhaul as oh
 from conftest import tiny_llama, tiny_resnet
+from more_families import MORE
 from overhaul import finite, models
 from overhaul.errors import RequestError, RunError
 from overhaul.recipe.check import check
@@ -294,6 +295,29 @@ def test_what_is_exact_among_smaller_numbers_stays_exact(tmp_path: Path) -> None
     assert {t.dtype for t in tensors(oh.save(whole, None, tmp_path / "small", dtype="bfloat16")).values()} == {
         torch.bfloat16
     }
+
+
+def test_what_changes_no_number_is_no_other_model(tmp_path: Path) -> None:
+    built: list[Any] = [tiny_llama(), MORE["Marian, decoder"].build(), MORE["ALBERT"].build()]
+    for n, model in enumerate(built):
+        model.resize_token_embeddings(model.config.vocab_size + 16)
+        model.set_attn_implementation("eager")
+        opened: Any = oh.open(oh.save(model, None, tmp_path / f"m{n}"))[0]
+        assert opened.get_input_embeddings().weight.shape == model.get_input_embeddings().weight.shape
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tables_with_the_smallest_numbers_of_float16_are_told_to_be_rounded(tmp_path: Path) -> None:
+    model: Any = MORE["ERNIE 4.5"].build()
+    oh.save(model.half(), None, tmp_path / "m")
+
+
+def test_masks_that_older_files_hold_are_left_out(tmp_path: Path) -> None:
+    from conftest import tiny_gpt2
+
+    place = oh.save(tiny_gpt2(), None, tmp_path / "m")
+    rewrite(place, lambda held: held.update({"transformer.h.1.attn.masked_bias": torch.tensor(-float("inf"))}))
+    assert "masked_bias" not in "".join(oh.open(place)[0].state_dict())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from overhaul import align as align
     from overhaul import forget as forget
+    from overhaul import groups as groups
     from overhaul import inspect as inspect
     from overhaul import merge as merge
     from overhaul import models as _models
@@ -47,6 +48,7 @@ _PUBLIC = {
     "OverhaulError": "overhaul.errors:OverhaulError",
     "Table": "overhaul.outcome:Table",
     "compare": "overhaul.recipe.compare:compare",
+    "groups": "overhaul.groups:",
     "examples": "overhaul.data.materials:examples",
     "open": "overhaul.models:open_model",
     "plan": "overhaul.recipe.plan:planned",

@@ -273,6 +273,13 @@ def _as_asked(method: str, material: Material, value: Any) -> Any:
         raise RequestError(f"{method}: {material.name} is several; write {material.name}=[...].")
     if material.kind == "checkpoint" and isinstance(value, str | Path):
         return facts(value)
+    if material.kind in ("checkpoint", "model") and isinstance(value, list | tuple):
+        raise RequestError(f"{method}: {material.name} is one {material.kind}, and {len(value)} are given in a list.")
+    if material.kind == "checkpoint" and isinstance(value, nn.Module):
+        raise RequestError(
+            f"{method}: {material.name} is a folder or a name, and a model in memory is given. Save it first: "
+            f"{material.name}=oh.save(model, processor, FOLDER)."
+        )
     if material.kind == "model" and isinstance(value, str | Path):
         raise RequestError(f"{method}: {material.name} is a model; open {str(value)!r} first: model, _ = oh.open(...).")
     return value

@@ -21,9 +21,11 @@ from overhaul.conversions.records import records
 from overhaul.errors import RunError
 from overhaul.stack.arrangement import skeleton
 
-_PASSED_OVER = re.compile(r"drop|^p$|momentum|training|checkpoint|inplace|cached|^(shift|window)_size$")
-"""Settings that count in training alone, or that a forward sets by the size of what it is given (Swin)."""
-_COUNTS = re.compile(r"layer|block|depth|^n_|^num_|^vocab_size$")
+_PASSED_OVER = re.compile(
+    r"drop|^p$|momentum|training|checkpoint|inplace|cached|^(shift|window)_size$|attn_implementation"
+)
+"""Settings that count in training alone, that choose among kernels, or that a forward sets by its inputs' size (Swin)."""
+_COUNTS = re.compile(r"layer|block|depth|^n_|^num_|^vocab_size$|_features$")
 """Numbers that a class reads when it is built: of blocks, which are counted anew where some were dropped, and of words, of
 which inner modules keep the old number after `resize_token_embeddings`."""
 
@@ -161,8 +163,8 @@ def _is_rounded(model: nn.Module, name: str, held: Tensor, new: Tensor) -> bool:
     """
     if held.shape == new.shape and torch.equal(held.to(new.dtype), new):
         return False
-    precision = 2 * torch.finfo(held.dtype).eps
-    if held.shape == new.shape and torch.allclose(held.to(new.dtype), new, rtol=precision, atol=1e-30):
+    precision, smallest = 2 * torch.finfo(held.dtype).eps, torch.finfo(held.dtype).tiny
+    if held.shape == new.shape and torch.allclose(held.to(new.dtype), new, rtol=precision, atol=smallest * precision):
         return held.dtype != new.dtype
     raise RunError(
         f"{name} of this {type(model).__name__} is not stored with its weights, and its config describes another one than "

@@ -35,7 +35,7 @@ from overhaul.data.examples import IGNORED, Examples
 from overhaul.errors import RequestError, RunError
 from overhaul.forward import forward
 from overhaul.method import Outcome, Table, method
-from overhaul.models import Checkpoint
+from overhaul.models import Checkpoint, planned
 from overhaul.modes import at_rest
 from overhaul.prefix import path_answers
 from overhaul.rollouts import prompt_of
@@ -62,7 +62,7 @@ def restore_layers(
     Both models are held. What safety training did may lie in the blocks that are restored: judge refusals again.
 
     Args:
-        model: the post-trained model.
+        model: the post-trained model, changed in place.
         base: the checkpoint that it was trained from, with the same blocks.
         prompts: requests with their right answers, each one token, in the column `valid` (`starter:characters`).
         layers: places of blocks that are restored ("3-9"), with no search.
@@ -83,12 +83,15 @@ def restore_layers(
         RunError: no run of blocks is more varied and holds the floor; an output is not finite.
     """
     stack = LayerStack.of(model)
-    device = next(model.parameters()).device
-    opened = base.open(dtype=str(next(model.parameters()).dtype).removeprefix("torch.")).to(device)
+    runs = [_named(stack, layers)] if layers else _runs(len(stack))
+    parts = _parts(prompts, held_out)
+    if (network := planned(base)) is not None:
+        _check(stack, LayerStack.of(network), base)
+    session.begins()
+    kept = next(model.parameters())
+    opened = base.open(dtype=str(kept.dtype).removeprefix("torch.")).to(kept.device)
     theirs = LayerStack.of(opened)
     _check(stack, theirs, base)
-    parts = _parts(prompts, held_out)
-    runs = [tuple(blocks_of(stack, layers))] if layers else _runs(len(stack))
     scores = {part: _along(stack, theirs, [(), *runs], examples, batch_size) for part, examples in parts.items()}
     chosen_on, stated_on = scores.values()
     allowed = [run for run in runs if layers or chosen_on[run].validity >= floor * chosen_on[()].validity]
@@ -128,9 +131,21 @@ class _Requests:
 
 Run = tuple[int, ...]
 
+ADVICE = (
+    "The model answers hardly any of these requests with what was asked for, so this choice means little. Ask as it was "
+    "trained to be asked (`chat_template:`, `prompt:`), or ask for what it knows."
+)
+
 
 def _runs(count: int) -> list[Run]:
     return [tuple(range(first, last + 1)) for first in range(count) for last in range(first, count)]
+
+
+def _named(stack: LayerStack, layers: str) -> Run:
+    try:
+        return tuple(blocks_of(stack, layers))
+    except RequestError as error:
+        raise RequestError(f"{NAME}: {str(error).replace('blocks=', 'layers=', 1)}") from error
 
 
 def _check(stack: LayerStack, theirs: LayerStack, base: Checkpoint) -> None:
@@ -268,9 +283,15 @@ def _best_soup(mixed: Mapping[float, Mapping[str, Score]], own: Score, floor: fl
     }
 
 
-def _facts(best: Run, chosen_on: Mapping[Run, Score], stated_on: Mapping[Run, Score]) -> dict[str, float | int]:
+SPEAKS = 0.1
+"""A model that is valid less often does not answer such requests; its variety is that of noise."""
+
+
+def _facts(best: Run, chosen_on: Mapping[Run, Score], stated_on: Mapping[Run, Score]) -> dict[str, float | int | str]:
     before, after = stated_on[()], stated_on[best]
+    advice = {} if before.validity >= SPEAKS else {"advice": ADVICE}
     return {
+        **advice,
         "first_block": best[0], "last_block": best[-1],
         "validity_before": before.validity, "validity_after": after.validity,
         "diversity_before": before.diversity, "diversity_after": after.diversity,

@@ -109,6 +109,11 @@ def check_effect(
     return {depth: value for (_, depth), value in change.by_depth.items()} if one_stack else {}
 
 
+def without_name(step: Step, error: Exception) -> str:
+    """What a method said of itself, where its name stands before it in any case."""
+    return str(error).removeprefix(f"{step.name}: ")
+
+
 def refused(step: Step, error: OutcomeError, kept: Path, checked: Checked) -> RunError:
     """What is said of an outcome that cannot be reported; the model in it is not lost but kept at `kept`."""
     where = ""

@@ -267,7 +267,7 @@ class Runner:
                 kept = place.with_name(f"{place.name}.refused")
                 raise results.refused(step, error, kept, self.checked) from error
             except OverhaulError as error:
-                raise type(error)(f"Step {step.number}, {step.name}: {error}") from error
+                raise type(error)(f"Step {step.number}, {step.name}: {results.without_name(step, error)}") from error
             except torch.OutOfMemoryError as error:
                 raise RunError(
                     f"Step {step.number}, {step.name}, ran out of memory. A smaller `batch_size`, `weights: lora` where the "

@@ -62,9 +62,14 @@ def print_table(report: dict[str, Any], console: Console) -> None:
 
 
 def _print_findings(steps: Sequence[Mapping[str, Any]], console: Console, text: Callable[..., Text]) -> None:
-    """The small tables of the steps, how many more there are on the page, and what the steps left."""
+    """Facts and small tables of the steps, how many more there are on the page, and what the steps left."""
     larger = 0
     for step in steps:
+        plain = {name: value for name, value in step.get("facts", {}).items() if isinstance(value, int | float | str)}
+        if plain:
+            shown = zip(plain, tables.texts(tuple(plain.values()), ""), strict=True)
+            said = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown)
+            console.print(text(f"\n{step['name']}: {said}", "dim"))
         for title, one in step.get("tables", {}).items():
             if not tables.small(one):
                 larger += 1

@@ -260,7 +260,7 @@ def _facts(
     accuracy: Validity, loss: Validity, limit: float | None, tried: int, total: int, repeats: int
 ) -> dict[str, Any]:
     return {
-        "patterns": total,
+        "patterns": total if total < 2**53 else float(total),
         "patterns_tried": tried,
         "trainings": tried * repeats,
         "tau": accuracy.tau,
