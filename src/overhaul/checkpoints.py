@@ -80,8 +80,8 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Number of stored scalars; tied tensors count once, and an adapter's base with the adapter."""
-        own = sum(math.prod(shape) for shape in self.shapes.values())
+        """Number of weights; tied tensors count once, an adapter's base with the adapter, statistics of batch norms not."""
+        own = sum(math.prod(shape) for name, shape in self.shapes.items() if not name.endswith(STATISTICS))
         return own + (self.base.parameters if self.base else 0)
 
     @property
@@ -114,6 +114,10 @@ class Checkpoint:
             return own
         more = self.base.digest() if self.base else f"{NEW}{self.seed}"
         return hashlib.sha256(f"{own} {more}".encode()).hexdigest()
+
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""What a batch norm stores beside its weights."""
 
 
 @functools.cache

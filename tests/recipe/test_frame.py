@@ -193,7 +193,7 @@ def test_what_cannot_be_reported_is_an_error_that_names_it_and_the_model_is_kept
     [
         ([{"inspect.look": {"others": "twin"}}], None),
         ([{"inspect.look": {"others": "raw"}}], "others reads a model, but the material 'raw' is data"),
-        ([{"inspect.look": {"raw": ["raw", "raw"]}}], "raw reads one of `materials:`, not raw, raw"),
+        ([{"inspect.look": {"raw": ["raw", "raw"]}}], "raw reads one of `materials:`, not 2 \\(raw, raw\\)"),
         ([{"inspect.look": {"raw": {"from": "x.jsonl"}}}], "raw reads a material by its name, not {'from'"),
         ([{"inspect.look": {"raw": "twin"}}], "raw reads data, but the material 'twin' is a model"),
         ([{"inspect.look": {"others": []}}], "others is an empty list"),

@@ -277,7 +277,7 @@ def _names(where: str, material: methods.Material, wanted: Any, materials: Mater
     if len(names) > 1 and not material.many:
         listed = ", ".join(names)
         join = "" if material.is_model else f" To read several as one, list them there: `{material.name}: [{listed}]`."
-        raise RequestError(f"{where}: {material.name} reads one of `materials:`, not {listed}.{join}")
+        raise RequestError(f"{where}: {material.name} reads one of `materials:`, not {len(names)} ({listed}).{join}")
     return names
 
 
