@@ -111,13 +111,13 @@ def _options(known: Checkpoint, dtype: str) -> dict[str, Any]:
     return options | quantised.loading(known) | pooling(known)
 
 
-_TABLES = re.compile(r"\.(masked_bias|position_ids|inv_freq)$")
-"""What older versions of transformers stored, and the class makes itself."""
+MASK = ".masked_bias"
+"""What older versions of transformers stored beside attention: one number for all that is masked, and no weight."""
 
 
 def _check_unexpected(known: Checkpoint, model: Any, names: list[str]) -> None:
     """Refuse tensors that the class has no place for, but for the heads of other tasks; transformers left out its own."""
-    names = [name for name in names if not _TABLES.search(name)]
+    names = [name for name in names if not name.endswith(MASK)]
     ours = bool(records(model)) or saved_from_memory(known.folder)
     modules = {name for name, _ in model.named_modules()}
     prefix = getattr(model, "base_model_prefix", "")

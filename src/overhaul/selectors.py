@@ -136,8 +136,8 @@ def select(
     return Selection(stack.model, tuple(sorted(_whole(stack.model, found), key=lambda part: order[part.module])))
 
 
-def blocks_of(stack: LayerStack, blocks: str | Sequence[int]) -> list[int]:
-    """The places that a text or a list of numbers names, in order, each once.
+def blocks_of(stack: LayerStack, blocks: str | Sequence[int], name: str = "blocks") -> list[int]:
+    """The places that a text or a list of numbers names, in order, each once; `name` is the knob, for messages.
 
     Raises:
         RequestError: it does not, or there is no such block.
@@ -157,15 +157,15 @@ def blocks_of(stack: LayerStack, blocks: str | Sequence[int]) -> list[int]:
         else:
             near = did_you_mean(text.partition(":")[0], ["all", "first", "last"]) if text[:1].isalpha() else ""
             raise RequestError(
-                f'blocks={blocks!r}: {text!r} names no blocks.{near} Write "all", "3", "1-4", "first:10", "last:2", several '
+                f'{name}={blocks!r}: {text!r} names no blocks.{near} Write "all", "3", "1-4", "first:10", "last:2", several '
                 "with commas between them, or a list of numbers."
             )
         if not asked or asked[0] < 0 or asked[-1] >= count:
             none = f"there is no block {text}" if text.isdecimal() else f"{text!r} asks for none, or for others"
-            raise RequestError(f"blocks={blocks!r}: {stack.path} has the blocks 0 to {count - 1}; {none}.")
+            raise RequestError(f"{name}={blocks!r}: {stack.path} has the blocks 0 to {count - 1}; {none}.")
         found |= set(asked)
     if not found:
-        raise RequestError(f"blocks={blocks!r} names no block of {stack.path}, which has {count}.")
+        raise RequestError(f"{name}={blocks!r} names no block of {stack.path}, which has {count}.")
     return sorted(found)
 
 

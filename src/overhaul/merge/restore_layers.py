@@ -83,7 +83,7 @@ def restore_layers(
         RunError: no run of blocks is more varied and holds the floor; an output is not finite.
     """
     stack = LayerStack.of(model)
-    runs = [_named(stack, layers)] if layers else _runs(len(stack))
+    runs = [tuple(blocks_of(stack, layers, "layers"))] if layers else _runs(len(stack))
     parts = _parts(prompts, held_out)
     if (network := planned(base)) is not None:
         _check(stack, LayerStack.of(network), base)
@@ -91,7 +91,8 @@ def restore_layers(
     kept = next(model.parameters())
     opened = base.open(dtype=str(kept.dtype).removeprefix("torch.")).to(kept.device)
     theirs = LayerStack.of(opened)
-    _check(stack, theirs, base)
+    if network is None:
+        _check(stack, theirs, base)
     scores = {part: _along(stack, theirs, [(), *runs], examples, batch_size) for part, examples in parts.items()}
     chosen_on, stated_on = scores.values()
     allowed = [run for run in runs if layers or chosen_on[run].validity >= floor * chosen_on[()].validity]
@@ -139,13 +140,6 @@ ADVICE = (
 
 def _runs(count: int) -> list[Run]:
     return [tuple(range(first, last + 1)) for first in range(count) for last in range(first, count)]
-
-
-def _named(stack: LayerStack, layers: str) -> Run:
-    try:
-        return tuple(blocks_of(stack, layers))
-    except RequestError as error:
-        raise RequestError(f"{NAME}: {str(error).replace('blocks=', 'layers=', 1)}") from error
 
 
 def _check(stack: LayerStack, theirs: LayerStack, base: Checkpoint) -> None:
