@@ -142,6 +142,7 @@ def test_a_run_inside_the_folder_of_its_model_is_known_as_finished(own: Path) ->
     assert finished.found(own / "out", read(recipe)) is not None
 
 
+@pytest.mark.smoke
 def test_what_is_written_over_the_published_model_does_not_pass_for_what_the_step_made(
     own: Path, tmp_path: Path
 ) -> None:
