@@ -72,8 +72,8 @@ def lines(
         out: folder to write.
 
     Returns:
-        The folder. Facts: alpha, beta, number of tensors, how many changed, in what the folders differ; for "ties" also
-        its own. Layers: the coefficient by depth.
+        The folder. Facts: alpha, beta, number of tensors, how many changed, how far each is from the base, in what the
+        folders differ; for "ties" also its own. Layers: the coefficient by depth.
 
     Raises:
         RequestError: the checkpoints do not correspond, or alpha or beta is missing.

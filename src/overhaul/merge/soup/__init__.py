@@ -42,7 +42,12 @@ from overhaul.models import Checkpoint
 from overhaul.weights import TensorFacts, corresponding, weighted_deltas
 
 
-@method(verb="merge", paper="2203.05482", changes="weights", memory="gradient")
+@method(
+    verb="merge",
+    paper="2203.05482",
+    changes="weights",
+    memory={"kind": {"uniform": "stream", "greedy": "forward", "learned": "gradient"}},
+)
 def soup(
     base: Checkpoint,
     tuned: Sequence[Checkpoint],
@@ -74,8 +79,9 @@ def soup(
 
     Returns:
         The folder. Facts: the share of each checkpoint, the value of the best one and of the soup on the held-out data where
-        it was measured, number of tensors, how many changed, in what the folders differ. Curves: those of the training.
-        Tables: what each checkpoint is worth by itself, and whether it is in the soup. Layers: the coefficients by depth.
+        it was measured, number of tensors, how many changed, how far each is from the base, in what the folders differ.
+        Curves: those of the training. Tables: what each checkpoint is worth by itself, and whether it is in the soup.
+        Layers: the coefficients by depth.
 
     Raises:
         RequestError: the checkpoints do not correspond, `held_out` is missing or cannot be measured, or nothing would
