@@ -196,7 +196,8 @@ def test_a_folder_inside_an_input_is_a_model_of_its_own(name: str, three: list[P
     made = tensors(merged(name, base, three[1:], base / "merged").model)
     assert same_bits(tensors(merged(name, base, three[1:], tmp_path / "out").model), made)
     assert same_bits(tensors(base), tensors(three[0]))
-    models.open_model(base), models.open_model(base / "merged")
+    for folder in (base, base / "merged"):
+        models.open_model(folder)
     with pytest.raises(RequestError, match="exists already"):
         merged(name, base, three[1:], base)
 

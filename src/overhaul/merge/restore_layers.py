@@ -112,7 +112,7 @@ def restore_layers(
             f"({chosen_on[()].validity:.3f}). Lower `floor`, or name `layers`."
         )
     mixed = _soups(model, opened, soups, parts, batch_size)
-    advice = [kin["advice"]] * ("advice" in kin) + [ADVICE] * (stated_on[()].validity < SPEAKS)
+    advice = [*filter(None, [kin.get("advice")]), *[ADVICE] * (stated_on[()].validity < SPEAKS)]
     for place in best:
         _copy(theirs.blocks[place], stack.blocks[place])
     return Outcome(

@@ -32,10 +32,11 @@ from overhaul import session
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
 from overhaul.fit import Regime
+from overhaul.merge._held_out import HeldOut
 from overhaul.merge._ramp import Ramp
 from overhaul.merge._words import Words
 from overhaul.merge._writing import by_depth, some, written
-from overhaul.merge.soup.greedy import HeldOut, greedy
+from overhaul.merge.soup.greedy import greedy
 from overhaul.merge.soup.learned import Per, Shares, learned
 from overhaul.method import Outcome, Table, method
 from overhaul.models import Checkpoint
@@ -107,7 +108,7 @@ def soup(
             'write kind: "uniform".'
         )
     elif kind == "greedy":
-        measure = HeldOut.of(held_out, metric)
+        measure = HeldOut.of("merge.soup", "held_out", held_out, metric)
         session.begins()
         shares = greedy(tuned, measure, Path(out).parent, made)
     else:
