@@ -52,7 +52,8 @@ class Method:
     verb: str
     paper: str
     changes: Changes
-    memory: Memory
+    memory: Memory | Mapping[str, Mapping[str, Memory]]
+    copies: Callable[[Knobs], int] = field(repr=False)
     headless: Callable[[Knobs], bool] = field(repr=False)
     rank: Callable[[Knobs], int | None] = field(repr=False)
     singly: Callable[[Knobs], bool] = field(repr=False)
@@ -91,6 +92,13 @@ class Method:
         wanted = self.only.get(product, {})
         lacking = {name: values for name, values in wanted.items() if knobs[name] not in values}
         return ", ".join(f"{name}: {' or '.join(values)}" for name, values in lacking.items())
+
+    def memory_with(self, knobs: Knobs) -> Memory:
+        """What it holds per parameter, with these knobs."""
+        if isinstance(self.memory, str):
+            return self.memory
+        ((name, values),) = self.memory.items()
+        return values[knobs[name]]
 
     def runs_alone(self, knobs: Knobs) -> bool:
         """Whether it runs blocks by themselves, with these knobs."""
@@ -190,7 +198,8 @@ def method(
     verb: Verb,
     paper: str = "",
     changes: Changes,
-    memory: Memory = "training",
+    memory: Memory | Mapping[str, Mapping[str, Memory]] = "training",
+    copies: Callable[[Knobs], int] = lambda knobs: 0,
     makes: Mapping[str, Product] | None = None,
     alone: bool | Mapping[str, Sequence[str]] = False,
     headless: Callable[[Knobs], bool] = lambda knobs: False,
@@ -206,7 +215,8 @@ def method(
         changes: what it does to the model. A step that "changes weights" and leaves them as they were is an error.
         memory: what it holds per parameter, for `overhaul plan`: some pieces of a tensor ("stream"), activations only
             ("forward"), gradients and one float32 accumulator or two ("gradient"), or gradients and optimizer state
-            ("training").
+            ("training"). Where it depends on a knob: {knob: {value: memory}}, for every value.
+        copies: of its knobs, how many copies of the weights it makes beside the models that it is given.
         alone: whether it runs blocks by themselves, which some conversions rule out: always, or with these values of a knob.
         makes: the products in `Outcome.made` and what they are, so that a recipe's later steps can be checked beforehand.
         headless: of its knobs, whether with these it reads examples through a model without a head, which gives no logits.
@@ -227,6 +237,7 @@ def method(
             paper=paper,
             changes=changes,
             memory=memory,
+            copies=copies,
             headless=headless,
             rank=rank,
             singly=singly,

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from conftest import tiny_llama, tiny_tokenizer
-from contract import Case
+from contract import Case, some_facts
 from merging import flat, ties_change, unflat
 from overhaul import models, weights
 from overhaul.errors import RequestError
-from overhaul.merge.lines import lines
+from overhaul.judge import judge as judging
+from overhaul.merge.lines import choice, lines
+from overhaul.merge.soup import soup
+from overhaul.merge.task_arithmetic import task_arithmetic
 from overhaul.recipe.run import run
+from overhaul.report.terminal import print_table
 from tiny_checkpoints import depth_of, make, same_bits, tensors, two_llamas
 
 CASE = Case(
     method=lines,
-    idle={"tokenizer": "the models of the case have one vocabulary and no tokenizer"},
+    idle={
+        "tokenizer": "the models of the case have one vocabulary and no tokenizer",
+        **dict.fromkeys(("choice", "metric", "target_weight"), "alpha and beta are given, and nothing is measured"),
+    },
     materials=lambda folder: dict(zip(("base", "tuned"), _case(folder), strict=True)),
     knobs={"alpha": 0.3, "beta": 0.5},
     varied={
@@ -137,3 +147,120 @@ def test_a_recipe_merges_folders_and_gives_what_the_call_gives(tmp_path: Path) -
     assert same_bits(tensors(done.folder / "model"), tensors(called.model))
     (record,) = done.report["steps"]
     assert record["facts"]["alpha"] == pytest.approx(called.facts["alpha"])
+    # random models are no base of each other: the report says so at its head, and the terminal once
+    (note,) = (one for one in done.report["warnings"] if "may not be the base" in one)
+    assert note == f"Step 1, merge.lines: {record['facts']['advice']}"
+    console = Console(width=100, file=io.StringIO())
+    print_table(done.report, console)
+    assert " ".join(console.file.getvalue().split()).count("may not be the base") == len(tuned)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# the choice on held-out data
+
+
+def worth(folder: Path, examples: Any) -> float:
+    requests = judging.check({"learned": {"answer_probability": "x"}}, {"x"})
+    value = judging.judge(models.open_model(folder)[0], requests, {"x": examples}).measures[0].value
+    assert value is not None
+    return value
+
+
+MEASURED: dict[str, Any] = {"choice": "measured", "metric": "answer_probability"}
+
+
+def test_the_values_that_are_tried_are_the_papers() -> None:
+    assert [n / 10 for n in range(10, -1, -1)] == list(choice.ALPHAS)
+    assert choice.BETAS["task_arithmetic"] == choice.BETAS["ties"][:10] == tuple(n / 10 for n in range(1, 11))
+    assert choice.BETAS["ties"][-1] == 1.5 and len(choice.BETAS["ties"]) == 15
+
+
+def test_alpha_of_one_model_is_the_best_by_the_papers_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["overhaul.merge.lines"], "ALPHAS", (1.0, 0.3, 0.0))
+    base, tuned = two_llamas(tmp_path)
+    target, controls = some_facts(0, 2), [some_facts(2, 2), some_facts(4, 2)]
+    before = sorted(tmp_path.iterdir())
+    done = lines(base, [tuned], [target], controls, **MEASURED, target_weight=0.5, out=tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "out"]), "no candidate is left"
+    (table,) = done.tables.values()
+    assert table.columns == ("alpha", "score", "target 1", "control 1", "control 2")
+    assert [row[0] for row in table.rows] == [1.0, 0.3, 0.0]
+    assert done.facts["alpha"] == max(table.rows, key=lambda row: row[1])[0]  # pyright: ignore[reportArgumentType]
+    assert done.facts["beta"] == 1.0 - done.facts["alpha"]
+    # by hand for one candidate: lines itself, measured
+    again = lines(base, [tuned], alpha=0.3, out=tmp_path / "again").model
+    shares = [worth(again, target) / worth(tuned, target), *(worth(again, c) / worth(base, c) for c in controls)]
+    row = next(row for row in table.rows if row[0] == 0.3)
+    assert row[2:] == pytest.approx(shares, rel=1e-4)
+    assert row[1] == pytest.approx(0.5 * shares[0] + (shares[1] + shares[2]) / 2, rel=1e-4)
+    assert table.rows[0][2] == pytest.approx(1.0, rel=1e-5)  # alpha 1 is the tuned model
+    assert same_bits(
+        tensors(done.model), tensors(lines(base, [tuned], alpha=done.facts["alpha"], out=tmp_path / "same").model)
+    )
+
+
+@pytest.mark.parametrize("merge", ["task_arithmetic", "ties"])
+def test_beta_of_several_is_the_best_by_the_mean_share(
+    merge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(choice.BETAS, merge, (0.1, 1.0))  # pyright: ignore[reportArgumentType]
+    base, *tuned = (make("llama", tmp_path / f"m{seed}", seed) for seed in range(3))
+    targets = [some_facts(0, 2), some_facts(2, 2)]
+    done = lines(base, tuned, targets, **MEASURED, merge=merge, out=tmp_path / "out")
+    (table,) = done.tables.values()
+    assert [row[0] for row in table.rows] == [0.1, 1.0]
+    assert all(row[1] == pytest.approx((row[2] + row[3]) / 2) for row in table.rows)  # pyright: ignore[reportOperatorIssue]
+    assert done.facts["beta"] == max(table.rows, key=lambda row: row[1])[0]  # pyright: ignore[reportArgumentType]
+    given = lines(base, tuned, beta=done.facts["beta"], merge=merge, out=tmp_path / "given")
+    assert same_bits(tensors(done.model), tensors(given.model)) and done.facts["alpha"] == given.facts["alpha"]
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
+    base, tuned = two_llamas(tmp_path)
+    one, out = [some_facts(0, 2)], tmp_path / "out"
+    with pytest.raises(RequestError, match="needs data of each tuned checkpoint's task: 1 `targets`, not 0"):
+        lines(base, [tuned], **MEASURED, out=out)
+    with pytest.raises(RequestError, match="needs `controls`"):
+        lines(base, [tuned], one, **MEASURED, out=out)
+    with pytest.raises(RequestError, match="Leave `controls` out"):
+        lines(base, [tuned, tuned], one * 2, one, **MEASURED, out=out)
+    with pytest.raises(RequestError, match="chooses alpha, and beta is 1 - alpha. Leave that out"):
+        lines(base, [tuned], one, one, **MEASURED, alpha=0.3, out=out)
+    with pytest.raises(RequestError, match="perplexity is better the smaller it is"):
+        lines(base, [tuned], one, one, choice="measured", metric="perplexity", out=out)
+    with pytest.raises(RequestError, match=r"merge\.lines: there is no metric 'acuracy'"):
+        lines(base, [tuned], one, one, choice="measured", metric="acuracy", out=out)
+    with pytest.raises(RequestError, match="tokenizer has to be the same"):
+        lines(base, [tuned], one, one, **MEASURED, tokenizer="base", out=out)
+
+
+# the other regimes of the paper
+
+
+def test_wise_ft_of_a_scaled_change_is_both_factors_times_gamma(tmp_path: Path) -> None:
+    base, tuned = two_llamas(tmp_path)
+    scaled = lines(base, [tuned], alpha=0.2, beta=0.6, out=tmp_path / "scaled").model
+    on_the_way = tensors(weights.scale_by_depth(base, scaled, 0.5, tmp_path / "half"))
+    made = tensors(lines(base, [tuned], alpha=0.1, beta=0.3, out=tmp_path / "made").model)
+    assert all(torch.allclose(made[name], on_the_way[name], atol=1e-6) for name in made)
+
+
+def test_soups_and_rewarded_soups_take_the_same_ramp(tmp_path: Path) -> None:
+    base, *tuned = (make("llama", tmp_path / f"m{seed}", seed) for seed in range(3))
+    b, one, two = map(tensors, (base, *tuned))
+    soups = {
+        0.5: soup(base, tuned, scale=0.2, beta=0.6, out=tmp_path / "soup"),
+        0.3: task_arithmetic(base, tuned, weights=[0.3, 0.7], scale=0.2, beta=0.6, out=tmp_path / "rewarded"),
+    }
+    for share, done in soups.items():
+        for name, made in tensors(done.model).items():
+            change = share * (one[name] - b[name]) + (1 - share) * (two[name] - b[name])
+            assert torch.allclose(made, b[name] + factor(name, 0.2, 0.6, 0.2) * change, atol=1e-6), name
+
+
+def test_the_table_of_factors_of_the_paper(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.save(tiny_llama(num_hidden_layers=12), None, tmp_path / f"{seed}")
+    done = lines(tmp_path / "0", [tmp_path / "1"], alpha=0.1, beta=0.9, out=tmp_path / "out")
+    ramp = done.layers["coefficient"]
+    assert (ramp[0], ramp[5], ramp[11]) == pytest.approx((0.1, 0.1 + 0.9 * 5 / 11, 1.0))

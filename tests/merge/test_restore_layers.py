@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import tempfile
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from conftest import tiny_llama, tiny_tokenizer
-from contract import Case
+from contract import Case, as_recipe
 from overhaul import models
 from overhaul.data import tasks
 from overhaul.data.encode import encode_qa
 from overhaul.data.examples import Examples
-from overhaul.errors import RequestError, RunError
+from overhaul.errors import MaterialWarning, RequestError, RunError
 from overhaul.merge.restore_layers import _requests, restore_layers, score
 from overhaul.models import Checkpoint
+from overhaul.recipe.check import check
+from overhaul.recipe.plan import plan
+from overhaul.recipe.spec import read
 from overhaul.rollouts import prompt_of
 from tiny_checkpoints import make, same_bits
 
@@ -156,3 +162,24 @@ def test_every_character_of_the_starter_is_one_token_of_a_real_vocabulary() -> N
     space = tokenizer.encode(" a", add_special_tokens=False)
     letters = next(n for n, row in enumerate(found.examples.rows) if row["allowed"] == "abcdef")
     assert len(space) == 1 and space[0] in found.answers[letters][0].tolist()  # " a" and "a" are one answer
+
+
+def test_a_strange_base_is_said_and_a_soups_copy_is_planned(tmp_path: Path) -> None:
+    model, base = pair(tmp_path)
+    with pytest.warns(MaterialWarning, match="may not be the base of the model"):
+        done = restore_layers(model, base, requests(), layers="1", soups=0)
+    assert done.facts["far_share"] == [1.0] and "may not be the base" in done.facts["advice"]
+    near = base.open()
+    with torch.no_grad():
+        for weight in near.parameters():
+            weight.mul_(1.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = restore_layers(near, base, requests(), layers="1", soups=0)
+    assert done.facts["relative_change"] == pytest.approx([0.01], rel=1e-3)
+    peaks: list[int] = []
+    for soups in (0, 3):
+        recipe = as_recipe(replace(CASE, knobs={"soups": soups}), Path(tempfile.mkdtemp(dir=tmp_path)))
+        (step,) = plan(check(read(recipe)), 1e9)
+        peaks.append(step.peak_bytes)
+    assert peaks[1] - peaks[0] == 4 * base.parameters

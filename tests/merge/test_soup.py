@@ -21,6 +21,9 @@ from overhaul.judge import judge as judging
 from overhaul.merge.soup import soup
 from overhaul.merge.soup.learned import LearntSoup
 from overhaul.objectives import cross_entropy_sum
+from overhaul.recipe.check import check
+from overhaul.recipe.plan import STREAMED_BYTES, plan
+from overhaul.recipe.spec import read
 from overhaul.weights import TensorIndex, blend, corresponding, mapped
 from tiny_checkpoints import make, rewrite, same_bits, tensors
 
@@ -214,3 +217,29 @@ def test_what_cannot_be_is_refused_before_work(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"do not have the same tensors"):
         soup(base, [tuned[0], other], some_facts(0, 4), kind="greedy", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_counts_what_each_kind_holds(tmp_path: Path) -> None:
+    base, *tuned = (models.save(tiny_llama(), tiny_tokenizer(), tmp_path / f"m{n}") for n in range(3))
+    (tmp_path / "rows.jsonl").write_text('{"question": "who?", "answer": "a"}\n' * 8)
+    peaks: dict[str, int] = {}
+    for kind in ("uniform", "greedy", "learned"):
+        (step,) = plan(
+            check(
+                read(
+                    {
+                        "model": str(base),
+                        "materials": {
+                            "tuned": [{"model": str(path)} for path in tuned],
+                            "held_out": {"from": str(tmp_path / "rows.jsonl")},
+                        },
+                        "steps": [{"merge.soup": {"kind": kind}}],
+                    }
+                )
+            ),
+            1e9,
+        )
+        peaks[kind] = step.peak_bytes
+    numbers = models.facts(base).parameters
+    assert peaks["uniform"] == STREAMED_BYTES, "pieces of tensors, whatever the models are"
+    assert 4 * numbers < peaks["greedy"] < peaks["learned"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conftest import tiny_llama
-from overhaul.weights import TensorFacts, TensorIndex, uniform
+from overhaul.weights import TensorFacts, TensorIndex, chosen, uniform
 
 TENSOR: TensorFacts = next(iter(TensorIndex.of(tiny_llama()).tensors.values()))
 
@@ -45,3 +45,12 @@ def test_they_are_uniform_and_below_1() -> None:
     assert float(many.min()) >= 0 and float(many.max()) < 1
     counts = torch.histc(many, 10, 0, 1)
     assert float((counts - 100_000).abs().max()) < 5 * (100_000 * 0.9) ** 0.5
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.1, 1 / 3, 0.5, 1 - 2**-24, 1.0])
+def test_chosen_is_where_they_are_below_a_share(share: float) -> None:
+    for start, count in ((0, 1000), (7, 500), (8, 1), (1, 2)):
+        piece = replace(TENSOR, start=start)
+        below = uniform(3, 1, piece, torch.empty(count)) < share
+        assert torch.equal(chosen(3, 1, piece, torch.empty(count), share), below)
+    assert chosen(3, 1, TENSOR, torch.empty(2, 5), share).shape == (2, 5)

@@ -164,7 +164,7 @@ class Mixture:
 
     def count(self, name: str, tensors: Sequence[Tensor]) -> None:
         """Add to a fact: the share of entries that are not 0, of each of some tensors over all pieces."""
-        found = [int(numpy.count_nonzero(tensor.numpy())) for tensor in tensors]
+        found = [int(numpy.count_nonzero(tensor.numpy() != 0)) for tensor in tensors]  # of numbers a fifth of the time
         with self._lock:
             known, total = self.counted.get(name, ([0] * len(found), 0))
             self.counted[name] = ([a + b for a, b in zip(known, found, strict=True)], total + tensors[0].numel())

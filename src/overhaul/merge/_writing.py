@@ -13,6 +13,7 @@ from torch import Tensor
 
 from overhaul import weights
 from overhaul.errors import RequestError, RunError
+from overhaul.merge._kinship import Kinship
 from overhaul.models import Checkpoint
 from overhaul.weights import Combine, TensorFacts, TensorIndex, Whole
 
@@ -34,7 +35,8 @@ def written(
         whole: as for `weights.stream`.
 
     Returns:
-        Facts: how many tensors there are and how many are not the base's, and in what the folders differ.
+        Facts: how many tensors there are and how many are not the base's, how far the tuned models are from it, and in what
+        the folders differ.
 
     Raises:
         RequestError: as in `weights.stream`.
@@ -42,8 +44,10 @@ def written(
     """
     moved: set[str] = set()
     lock = threading.Lock()
+    kinship = Kinship()
 
     def watched(tensor: TensorFacts, models: list[Tensor]) -> Tensor:
+        kinship.note(tensor.name, len(tensor.shape) > 1, *models)
         made = combine(tensor, models)
         if tensor.name.endswith("running_var") and bool((made < 0).any()):
             raise RunError(
@@ -64,7 +68,10 @@ def written(
         )
     index = TensorIndex.of(base)
     numbers = sum(tensor.dtype.is_floating_point for tensor in index.tensors.values())
-    return {"tensors": numbers, "tensors_changed": len(moved), "differences": weights.differences([base, *tuned])}
+    kin = kinship.facts(method, base.source, [one.source for one in tuned])
+    return {
+        "tensors": numbers, "tensors_changed": len(moved), **kin, "differences": weights.differences([base, *tuned])
+    }  # fmt: skip
 
 
 def by_depth(base: Checkpoint, value: Callable[[TensorFacts], float]) -> dict[str, dict[int, float]]:

@@ -63,8 +63,8 @@ def breadcrumbs(
         out: folder to write.
 
     Returns:
-        The folder. Facts: the share of entries that were kept of each change, number of tensors, how many changed, in what
-        the folders differ. Layers: the coefficient by depth.
+        The folder. Facts: the share of entries that were kept of each change, number of tensors, how many changed, how far
+        each is from the base, in what the folders differ. Layers: the coefficient by depth.
 
     Raises:
         RequestError: the checkpoints do not correspond, or nothing would change.

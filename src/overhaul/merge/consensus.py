@@ -68,8 +68,8 @@ def consensus(
 
     Returns:
         The folder. Facts: the share of entries that were kept of each change by trimming, the share of weights that each
-        checkpoint needs and that enough of them need, number of tensors, how many changed, in what the folders differ.
-        Layers: the coefficient by depth.
+        checkpoint needs and that enough of them need, number of tensors, how many changed, how far each is from the base, in
+        what the folders differ. Layers: the coefficient by depth.
 
     Raises:
         RequestError: the checkpoints do not correspond, more have to agree than there are, or nothing would change.

@@ -69,7 +69,7 @@ def della(
 
     Returns:
         The folder. Facts: the seed, the share of entries that were kept of each change, number of tensors, how many changed,
-        in what the folders differ. Layers: the coefficient by depth.
+        how far each is from the base, in what the folders differ. Layers: the coefficient by depth.
 
     Raises:
         RequestError: the checkpoints do not correspond, chances leave 0 to 1, or nothing would change.

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
@@ -34,6 +34,7 @@ from overhaul import session
 from overhaul.data.examples import IGNORED, Examples
 from overhaul.errors import RequestError, RunError
 from overhaul.forward import forward
+from overhaul.merge._kinship import Kinship
 from overhaul.method import Outcome, Table, method
 from overhaul.models import Checkpoint, planned
 from overhaul.modes import at_rest
@@ -45,7 +46,13 @@ from overhaul.stack import LayerStack
 NAME = "merge.restore_layers"
 
 
-@method(verb="merge", paper="2602.06665", changes="weights", memory="forward")
+@method(
+    verb="merge",
+    paper="2602.06665",
+    changes="weights",
+    memory="forward",
+    copies=lambda knobs: int(knobs["soups"] > 0),
+)
 def restore_layers(
     model: nn.Module,
     base: Checkpoint,
@@ -74,8 +81,9 @@ def restore_layers(
 
     Returns:
         The same model. Facts: first and last restored block, validity and diversity before and after on the requests held
-        out, the lowest validity of one request, and those of the best soup that holds the floor. Tables: diversity and
-        validity by first and last block, and all candidates as points.
+        out, the lowest validity of one request, those of the best soup that holds the floor, and how far the model's
+        blocks are from the base's (L2, as a share). Tables: diversity and validity by first and last block, and all
+        candidates as points.
 
     Raises:
         RequestError: the models do not correspond, a request has fewer than two answers that are one token, or too few
@@ -93,6 +101,7 @@ def restore_layers(
     theirs = LayerStack.of(opened)
     if network is None:
         _check(stack, theirs, base)
+    kin = _kinship(stack, theirs, base)
     scores = {part: _along(stack, theirs, [(), *runs], examples, batch_size) for part, examples in parts.items()}
     chosen_on, stated_on = scores.values()
     allowed = [run for run in runs if layers or chosen_on[run].validity >= floor * chosen_on[()].validity]
@@ -103,11 +112,17 @@ def restore_layers(
             f"({chosen_on[()].validity:.3f}). Lower `floor`, or name `layers`."
         )
     mixed = _soups(model, opened, soups, parts, batch_size)
+    advice = [*filter(None, [kin.get("advice")]), *[ADVICE] * (stated_on[()].validity < SPEAKS)]
     for place in best:
         _copy(theirs.blocks[place], stack.blocks[place])
     return Outcome(
         model,
-        facts={**_facts(best, chosen_on, stated_on), **_best_soup(mixed, chosen_on[()], floor)},
+        facts={
+            **_facts(best, chosen_on, stated_on),
+            **_best_soup(mixed, chosen_on[()], floor),
+            **kin,
+            **({"advice": " ".join(advice)} if advice else {}),
+        },
         layers={"restored": {place: float(place in best) for place in range(len(stack))}},
         tables=_tables(len(stack), runs, chosen_on, mixed),
     )
@@ -153,6 +168,16 @@ def _check(stack: LayerStack, theirs: LayerStack, base: Checkpoint) -> None:
             f"{NAME}: {base.source} has {len(theirs)} blocks and the model {len(stack)}, or their tensors differ in name or "
             "shape. Give the checkpoint that this model was trained from."
         )
+
+
+def _kinship(stack: LayerStack, theirs: LayerStack, base: Checkpoint) -> dict[str, Any]:
+    """How far the blocks are from those of the base, with a warning where they can hardly have come from it."""
+    kinship = Kinship()
+    for place, blocks in enumerate(zip(stack.blocks, theirs.blocks, strict=True)):
+        own, other = (dict(block.named_parameters()) for block in blocks)
+        for name, value in other.items():
+            kinship.note(f"{place}.{name}", value.ndim > 1, value.detach().float(), own[name].detach().float())
+    return kinship.facts(NAME, base.source, ["the model"])
 
 
 def _parts(prompts: Examples, held_out: float) -> dict[str, _Requests]:
@@ -283,9 +308,7 @@ SPEAKS = 0.1
 
 def _facts(best: Run, chosen_on: Mapping[Run, Score], stated_on: Mapping[Run, Score]) -> dict[str, float | int | str]:
     before, after = stated_on[()], stated_on[best]
-    advice = {} if before.validity >= SPEAKS else {"advice": ADVICE}
     return {
-        **advice,
         "first_block": best[0], "last_block": best[-1],
         "validity_before": before.validity, "validity_after": after.validity,
         "diversity_before": before.diversity, "diversity_after": after.diversity,

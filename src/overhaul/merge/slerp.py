@@ -55,7 +55,8 @@ def slerp(
 
     Returns:
         The folder. Facts: number of tensors, how many changed, the angle between the models as one vector each, in degrees,
-        in what the folders differ. Layers: the coefficient, and the angle between all that they have at one depth.
+        how far each is from the base, in what the folders differ. Layers: the coefficient, and the angle between all that
+        they have at one depth.
 
     Raises:
         RequestError: the checkpoints do not correspond, or nothing would change.

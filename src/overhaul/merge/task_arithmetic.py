@@ -55,8 +55,8 @@ def task_arithmetic(
         out: folder to write.
 
     Returns:
-        The folder. Facts: number of tensors, how many changed, in what the folders differ. Layers: the coefficient of
-        each change by depth; one line where all changes have one.
+        The folder. Facts: number of tensors, how many changed, how far each is from the base, in what the folders differ.
+        Layers: the coefficient of each change by depth; one line where all changes have one.
 
     Raises:
         RequestError: the checkpoints do not correspond, or the numbers of weights and checkpoints differ.

@@ -78,8 +78,8 @@ def ties(
 
     Returns:
         The folder. Facts: share of entries that were kept of each checkpoint, of the weights that any of them changes the
-        share on whose sign they disagree, the share of weights that are changed, number of tensors. Layers: that share of
-        disagreement by depth, and the coefficient.
+        share on whose sign they disagree, the share of weights that are changed, number of tensors, how far each checkpoint
+        is from the base. Layers: that share of disagreement by depth, and the coefficient.
 
     Raises:
         RequestError: the checkpoints do not correspond, or nothing would change.

@@ -44,7 +44,8 @@ def wise_ft(
         out: folder to write.
 
     Returns:
-        The folder. Facts: number of tensors, how many changed, in what the folders differ. Layers: the coefficient by depth.
+        The folder. Facts: number of tensors, how many changed, how far each is from the base, in what the folders differ.
+        Layers: the coefficient by depth.
 
     Raises:
         RequestError: the checkpoints do not correspond, or nothing would change.

@@ -151,7 +151,9 @@ def plan(checked: Checked, flops_per_second: float | None = None) -> list[Planne
 
 def disk_bytes(checked: Checked) -> int:
     """What a run of the recipe writes: a model for each step and one more, two checkpoints of the largest training."""
-    checkpoints = [_checkpoint_bytes(step, checked) for step in checked.steps if step.method.memory == "training"]
+    checkpoints = [
+        _checkpoint_bytes(step, checked) for step in checked.steps if step.method.memory_with(step.knobs) == "training"
+    ]
     return checked.model.bytes * (1 + len(checked.steps)) + 2 * max([0, *checkpoints])
 
 
@@ -233,9 +235,9 @@ class Shape:
 
 def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
     model, shape = checked.model, Shape.of(checked.model.config)
-    dtype = checked.recipe.dtype
+    dtype, memory = checked.recipe.dtype, step.method.memory_with(step.knobs)
     width = DTYPES[dtype].itemsize
-    computed = 4 if dtype == "float16" and step.method.memory == "training" else width
+    computed = 4 if dtype == "float16" and memory == "training" else width
     read = {
         role: [part for name in step.names(role) for part in checked.rows[name]]
         for role in step.reads
@@ -249,13 +251,14 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
     }
     size = int(step.knobs.get("batch_size") or 16)
     positions = max([1, *(largest_batch(each, size) for each in lengths.values() if each)])
-    trains = step.method.memory in ("gradient", "training")
+    trains = memory in ("gradient", "training")
     # logits stand several times: raw, shifted, log-softmax and its gradient in float32
     logits = shape.logits * (16 if trains else width + 4)
     activations = positions * (computed * (shape.kept if trains else shape.live) + logits)
     models = sum(len(step.names(role.name)) for role in step.method.roles if role.kind == "model")
-    if step.method.memory != "stream":  # its own model, and of those that are opened one by one the one at hand
+    if memory != "stream":  # its own model, and of those that are opened one by one the one at hand
         models += 1 + any(role.kind == "checkpoint" and role.name in step.reads for role in step.method.roles)
+    models += step.method.copies(step.knobs)
     rank, trained = _trained(step, model)
     beside = 4 if rank or dtype == "bfloat16" else 0  # adapters beside the model, masters beside its weights
     single = step.method.singly(step.knobs) and 2 * trained <= VALUES_AT_ONCE
@@ -265,13 +268,13 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
         # gradients of single examples, and their squares
         "gradient": 8 * trained + max(width * trained, activations, 8 * VALUES_AT_ONCE * single),
         "training": (8 + beside) * trained + (max, add)[len(lengths) > 1](4 * trained, activations),
-    }[step.method.memory]
+    }[memory]
     cached = width * shape.hidden * sum(map(sum, lengths.values())) if models > 1 else 0
     steps = step.knobs.get("steps")
     means = [sum(each) / max(1, len(each)) for each in lengths.values()]
     tokens = steps * size * sum(means) if steps else sum(map(sum, lengths.values()))
     seconds = tokens * model.parameters * (6 if trains else 2) / speed
-    if step.method.memory == "stream":
+    if memory == "stream":
         read_bytes = sum(models_read.bytes for models_read in _streamed(step, checked))
         seconds = (read_bytes + model.bytes) / STREAMED_BYTES_PER_SECOND
     masks = model.parameters * ("tensors" in step.method.makes.values())

@@ -124,7 +124,14 @@ def refused(step: Step, error: OutcomeError, kept: Path, checked: Checked) -> Ru
     return RunError(f"Step {step.number}, {step.name}: {error}{where}")
 
 
-def done_with_others(step: Step, then: Mapping[str, str], place: Path) -> list[str]:
+def notes(step: Step, record: Mapping[str, Any], place: Path) -> list[str]:
+    """What a report says at its head of a step that was done: what the method advises, and what is odd about the record."""
+    advice = record["facts"].get("advice")
+    advised = [f"Step {step.number}, {step.name}: {advice}"] if advice else []
+    return [*advised, *_done_with_others(step, record.get("libraries") or {}, place)]
+
+
+def _done_with_others(step: Step, then: Mapping[str, str], place: Path) -> list[str]:
     """What to say of a step that was done before with other versions of libraries: it may come out otherwise today."""
     differing = [f"{name} {then[name]} (now {now})" for name, now in libraries().items() if then.get(name, now) != now]
     if not differing:

@@ -235,7 +235,7 @@ class Runner:
         record = json.loads((place / "step.json").read_text(encoding="utf-8"))
         for stamp in ("files", "sha256"):
             record.pop(stamp, None)
-        self.warnings += results.done_with_others(step, record.get("libraries") or {}, self.folder.root / "steps")
+        self.warnings += results.notes(step, record, self.folder.root / "steps")
         if not (place / "model").exists():
             return replace(stages[-1], name=step.name, record=record, place=place, step_key=key, changed=False)
         facts = replace(models.facts(place / "model"), source=f"step {step.number}")

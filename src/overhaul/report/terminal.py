@@ -65,7 +65,8 @@ def _print_findings(steps: Sequence[Mapping[str, Any]], console: Console, text: 
     """Facts and small tables of the steps, how many more there are on the page, and what the steps left."""
     larger = 0
     for step in steps:
-        plain = {name: value for name, value in step.get("facts", {}).items() if isinstance(value, int | float | str)}
+        known = {name: value for name, value in step.get("facts", {}).items() if name != "advice"}  # it is a note
+        plain = {name: value for name, value in known.items() if isinstance(value, int | float | str)}
         if plain:
             shown = zip(plain, tables.texts(tuple(plain.values()), ""), strict=True)
             said = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown)

@@ -3,6 +3,7 @@
 from overhaul.weights.agreement import aligned as aligned
 from overhaul.weights.agreement import differences as differences
 from overhaul.weights.agreement import one_vocabulary as one_vocabulary
+from overhaul.weights.chance import chosen as chosen
 from overhaul.weights.chance import uniform as uniform
 from overhaul.weights.compare import Reduction as Reduction
 from overhaul.weights.compare import Totals as Totals

@@ -150,7 +150,7 @@ def agreed(tensors: Sequence[TensorFacts], values: Sequence[Tensor]) -> Tensor:
             where = f"{first.file or 'the first model'} and {tensor.file or 'another'}"
             raise RunError(
                 f"{first.name} ({first.dtype}) differs between {where}. Integers are not blended: dequantise the models if "
-                "they are quantised, or leave the tensor as the first model has it with `only`."
+                "they are quantised. Functions of `weights` leave a tensor as the first model has it with `only`."
             )
     return values[0]
 

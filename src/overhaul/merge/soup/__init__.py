@@ -32,17 +32,23 @@ from overhaul import session
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
 from overhaul.fit import Regime
+from overhaul.merge._held_out import HeldOut
 from overhaul.merge._ramp import Ramp
 from overhaul.merge._words import Words
 from overhaul.merge._writing import by_depth, some, written
-from overhaul.merge.soup.greedy import HeldOut, greedy
+from overhaul.merge.soup.greedy import greedy
 from overhaul.merge.soup.learned import Per, Shares, learned
 from overhaul.method import Outcome, Table, method
 from overhaul.models import Checkpoint
 from overhaul.weights import TensorFacts, corresponding, weighted_deltas
 
 
-@method(verb="merge", paper="2203.05482", changes="weights", memory="gradient")
+@method(
+    verb="merge",
+    paper="2203.05482",
+    changes="weights",
+    memory={"kind": {"uniform": "stream", "greedy": "forward", "learned": "gradient"}},
+)
 def soup(
     base: Checkpoint,
     tuned: Sequence[Checkpoint],
@@ -74,8 +80,9 @@ def soup(
 
     Returns:
         The folder. Facts: the share of each checkpoint, the value of the best one and of the soup on the held-out data where
-        it was measured, number of tensors, how many changed, in what the folders differ. Curves: those of the training.
-        Tables: what each checkpoint is worth by itself, and whether it is in the soup. Layers: the coefficients by depth.
+        it was measured, number of tensors, how many changed, how far each is from the base, in what the folders differ.
+        Curves: those of the training. Tables: what each checkpoint is worth by itself, and whether it is in the soup.
+        Layers: the coefficients by depth.
 
     Raises:
         RequestError: the checkpoints do not correspond, `held_out` is missing or cannot be measured, or nothing would
@@ -101,7 +108,7 @@ def soup(
             'write kind: "uniform".'
         )
     elif kind == "greedy":
-        measure = HeldOut.of(held_out, metric)
+        measure = HeldOut.of("merge.soup", "held_out", held_out, metric)
         session.begins()
         shares = greedy(tuned, measure, Path(out).parent, made)
     else:
