@@ -23,6 +23,7 @@ from torch import Tensor
 
 LAYERS = 4
 SIZES: dict[str, Any] = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS}
+ADAPTED = ("Llama", "Qwen2", "Mistral")
 HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -44,12 +45,10 @@ def networks() -> dict[str, Any]:
     def sized(depth: int) -> dict[str, Any]:
         return {**SIZES, **HEADS, "num_hidden_layers": depth, "bos_token_id": 1, "eos_token_id": 2}
 
-    ids: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
+    gpt2: dict[str, Any] = {"vocab_size": 96, "n_positions": 64, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
     return {
         "Llama": lambda depth: LlamaForCausalLM(LlamaConfig(**sized(depth), tie_word_embeddings=False)),
-        "GPT-2": lambda depth: GPT2LMHeadModel(
-            GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer=depth, n_head=4, **ids)
-        ),
+        "GPT-2": lambda depth: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=depth, **gpt2)),
         "Qwen2": lambda depth: Qwen2ForCausalLM(Qwen2Config(**sized(depth), tie_word_embeddings=True)),
         "Gemma2": lambda depth: Gemma2ForCausalLM(Gemma2Config(**sized(depth), head_dim=8)),
         "Mistral": lambda depth: MistralForCausalLM(MistralConfig(**sized(depth), sliding_window=None)),
@@ -89,7 +88,7 @@ def make(folder: Path, family: str) -> None:
                         one.add_(0.01 * torch.randn_like(one))
             model.to(getattr(torch, dtype)).save_pretrained(folder / dtype / name)
             words(96, 10 if name == "E" else 0).save_pretrained(folder / dtype / name)
-    if family in ("Llama", "Qwen2", "Mistral"):
+    if family in ADAPTED:
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(9)
@@ -100,80 +99,9 @@ def make(folder: Path, family: str) -> None:
         wrapped.save_pretrained(folder / "float32" / "lora")
 
 
-def configs(family: str) -> dict[str, Any]:
+def configs() -> dict[str, Any]:
     """What is compared, by a name."""
-    mlp = "mlp" if family != "GPT-2" else "mlp"
-    two = [{"model": "A"}, {"model": "B"}, {"model": "C"}]
-
-    def weighed(*weights: Any, **more: Any) -> list[Any]:
-        return [
-            {"model": "BC"[n], "parameters": {"weight": one, **{k: v[n] for k, v in more.items()}}}
-            for n, one in enumerate(weights)
-        ]
-
-    def changes(method: str, parameters: Any = None, **more: Any) -> dict[str, Any]:
-        made: dict[str, Any] = {"merge_method": method, "base_model": "A", "models": weighed(0.7, 0.4, **more)}
-        return {**made, "parameters": parameters} if parameters else made
-
-    dense = {"density": [0.5, 0.3]}
-    found: dict[str, Any] = {
-        "linear": {"merge_method": "linear", "models": weighed(0.3, 0.9)},
-        "linear, base_model": {"merge_method": "linear", "base_model": "A", "models": weighed(0.3, 0.9), "parameters": {"weight": 0.5}},
-        "linear, normalize: false": {"merge_method": "linear", "models": weighed(0.3, 0.9), "parameters": {"normalize": False}},
-        "linear, gradient and filter": {
-            "merge_method": "linear",
-            "models": weighed([0.1, 0.5, 0.9], [{"filter": mlp, "value": [1.0, 0.2]}, {"value": 0.7}]),
-        },
-        "slerp": {
-            "merge_method": "slerp", "base_model": "A",
-            "slices": [{"sources": [{"model": "A", "layer_range": [0, 4]}, {"model": "B", "layer_range": [0, 4]}]}],
-            "parameters": {"t": [{"filter": "attn", "value": [0, 0.5, 0.3, 0.7, 1]}, {"filter": mlp, "value": [1, 0.5, 0.7, 0.3, 0]}, {"value": 0.5}]},
-        },
-        "slerp, models": {"merge_method": "slerp", "base_model": "A", "models": [{"model": "A"}, {"model": "D"[:0] + "B"}], "parameters": {"t": 0.4}},
-        "nuslerp": {"merge_method": "nuslerp", "models": weighed(0.3, 0.9)},
-        "nuslerp, base_model": {"merge_method": "nuslerp", "base_model": "A", "models": weighed(0.3, 0.9)},
-        "task_arithmetic": changes("task_arithmetic", {"lambda": 0.8}),
-        "task_arithmetic, normalize": changes("task_arithmetic", {"normalize": True}),
-        "ties": changes("ties", {"int8_mask": True}, **dense),
-        "ties, normalize: false, rescale": changes("ties", {"normalize": False, "rescale": True}, **dense),
-        "ties, density by depth": changes("ties", {"density": [1, 0.7, 0.1]}),
-        "dare_linear": changes("dare_linear", **dense),
-        "dare_linear, rescale: false": changes("dare_linear", {"rescale": False, "normalize": True}, **dense),
-        "dare_ties": changes("dare_ties", {"lambda": 1.2}, **dense),
-        "della": changes("della", {"epsilon": 0.1}, **dense),
-        "della_linear": changes("della_linear", **dense),
-        "breadcrumbs": changes("breadcrumbs", {"gamma": 0.05}, **dense),
-        "breadcrumbs_ties": changes("breadcrumbs_ties", **dense),
-        "model_stock": {"merge_method": "model_stock", "base_model": "A", "models": two[1:]},
-        "passthrough of slices": {
-            "merge_method": "passthrough",
-            "slices": [
-                {"sources": [{"model": "A", "layer_range": [0, 3]}]},
-                {"sources": [{"model": "D", "layer_range": [2, 6]}]},
-                {"sources": [{"model": "B", "layer_range": [1, 2], "parameters": {"scale": [{"filter": "down_proj", "value": 0.5}, {"filter": "c_proj", "value": 0.0}, {"value": 1.0}]}}]},
-            ],
-        },
-        "ties in a slice, then linear weights by slice": {
-            "merge_method": "ties", "base_model": "A",
-            "slices": [
-                {"sources": [{"model": m, "layer_range": [0, 2], "parameters": {"weight": w, "density": 0.6}} for m, w in (("A", 0), ("B", 0.5))]},
-                {"sources": [{"model": m, "layer_range": r} for m, r in (("A", [1, 4]), ("B", [1, 4]), ("D", [3, 6]))], "parameters": {"weight": [0.2, 0.8], "density": 0.5}},
-            ],
-        },
-        "task_arithmetic, out_dtype": {**changes("task_arithmetic"), "dtype": "float32", "out_dtype": "bfloat16"},
-        "tokenizer_source: base": {**changes("task_arithmetic"), "tokenizer_source": "base", "models": weighed(0.7, 0.4)[:1] + [{"model": "E", "parameters": {"weight": 0.4}}]},
-        "tokenizer_source: union": {**changes("task_arithmetic"), "tokenizer_source": "union", "models": weighed(0.7, 0.4)[:1] + [{"model": "E", "parameters": {"weight": 0.4}}]},
-        "tokenizer_source: a model": {**changes("task_arithmetic"), "tokenizer_source": "E", "models": [{"model": "E", "parameters": {"weight": 0.4}}]},
-        "tokenizer with tokens": {
-            **changes("linear"), "parameters": {"weight": 1.0},
-            "models": [{"model": "A"}, {"model": "E"}],
-            "tokenizer": {"source": "union", "tokens": {"w11": {"source": "E", "force": True}, "w1": {"source": {"kind": "zero"}}, "<pad>": {"source": {"kind": "model_token", "model": "A", "token": "<unk>"}, "force": True}, "new": {"source": {"kind": "model_token", "model": "E", "token_id": 7}}}},
-        },
-    }  # fmt: skip
-    if family in ("Llama", "Qwen2", "Mistral"):
-        found["passthrough of model+adapter"] = {"merge_method": "passthrough", "models": [{"model": "A+lora"}]}
-        found["linear with model+adapter"] = {"merge_method": "linear", "models": [{"model": "A+lora", "parameters": {"weight": 0.4}}, {"model": "B", "parameters": {"weight": 0.6}}]}  # fmt: skip
-    return found
+    return yaml.safe_load(Path(__file__).with_suffix(".yml").read_text(encoding="utf-8"))
 
 
 def placed(value: Any, folder: Path) -> Any:
@@ -262,7 +190,7 @@ def rows(folder: Path) -> Iterator[dict[str, Any]]:
     for path in sorted(folder.glob("*/*/configs/*.yml")):
         family, dtype = path.parents[2].name, path.parents[1].name
         ours, theirs = (path.parents[1] / side / path.stem for side in ("ours", "theirs"))
-        row: dict[str, Any] = {"family": family, "dtype": dtype, "config": path.stem}
+        row: dict[str, Any] = {"family": family, "dtype": dtype, "file": path.stem}
         if not (theirs / "config.json").exists():
             yield {**row, "error": "mergekit made nothing"}
             continue
@@ -291,8 +219,8 @@ def main() -> None:
         for dtype in ("float32", "bfloat16"):
             place = given.folder / family / dtype
             (place / "configs").mkdir(exist_ok=True)
-            for name, config in configs(family).items():
-                if dtype == "float32" or "adapter" not in name:
+            for name, config in configs().items():
+                if "adapter" not in name or (dtype == "float32" and family in ADAPTED):
                     text = yaml.safe_dump(placed(config, place), sort_keys=False)
                     (place / "configs" / f"{name.replace(': ', '=').replace('/', '-')}.yml").write_text(text)
     if given.peer:

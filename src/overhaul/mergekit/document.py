@@ -90,7 +90,7 @@ class Document:
     Attributes:
         file: what it says.
         text: as it is written.
-        name: for messages.
+        name: of the file; "" where it is none.
         base: where relative paths of models are looked for after the working folder.
         notes: what a user should know of it.
     """
@@ -100,6 +100,11 @@ class Document:
     name: str
     base: Path
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def called(self) -> str:
+        """For messages."""
+        return _called(self.name)
 
     @property
     def kind(self) -> Kind:
@@ -131,7 +136,7 @@ def read(source: str | Path | Mapping[str, Any]) -> Document:
             text = yaml.safe_dump(dict(source), sort_keys=False, allow_unicode=True)
         except (yaml.YAMLError, RecursionError) as error:
             raise RequestError(f"The mergekit configuration cannot be written down: {error}.") from None
-        return _parsed(text, "configuration", Path.cwd())
+        return _parsed(text, "", Path.cwd())
     path = Path(source)
     try:
         if not path.is_file():
@@ -144,18 +149,21 @@ def read(source: str | Path | Mapping[str, Any]) -> Document:
     return _parsed(text, path.name, path.resolve().parent)
 
 
+def _called(name: str) -> str:
+    return f"The mergekit file {name}" if name else "The mergekit configuration"
+
+
 def _parsed(text: str, name: str, base: Path) -> Document:
-    held = loaded(text, f"The mergekit file {name}")
+    called = _called(name)
+    held = loaded(text, called)
     if not isinstance(held, dict):
-        raise RequestError(
-            f"The mergekit file {name} must be a mapping with `merge_method:` and `models:` or `slices:`."
-        )
-    where = lines(text)
+        raise RequestError(f"{called} must be a mapping with `merge_method:` and `models:` or `slices:`.")
+    where = lines(text) if name else {}
 
     def wrong(way: Way, said: str) -> RequestError:
         line = next((where[way[:n]] for n in range(len(way), 0, -1) if way[:n] in where), None)
         place = "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in way).lstrip(".")
-        return RequestError(f"The mergekit file {name}{f', line {line}' if line else ''}, {place}: {said}")
+        return RequestError(f"{called}{f', line {line}' if line else ''}, {place}: {said}")
 
     if "modules" in held:
         raise wrong(
@@ -168,9 +176,9 @@ def _parsed(text: str, name: str, base: Path) -> Document:
     except ValidationError as error:
         raise _in_words(error, wrong) from None
     if (file.models is None) == (file.slices is None):
-        raise RequestError(f"The mergekit file {name} must have either `models:` or `slices:`.")
+        raise RequestError(f"{called} must have either `models:` or `slices:`.")
     if not (file.models or file.slices) or any(not part.sources for part in file.slices or ()):
-        raise RequestError(f"The mergekit file {name} names no model to merge: a list of them is empty.")
+        raise RequestError(f"{called} names no model to merge: a list of them is empty.")
     for key in ("dtype", "out_dtype"):
         given = getattr(file, key)
         if given is not None and given.removeprefix("torch.") not in DTYPES:

@@ -27,6 +27,7 @@ from overhaul.weights.depths import Places, list_of
 from overhaul.weights.index import check_alike, sizes_that_differ
 from overhaul.weights.output import with_dtype
 from overhaul.weights.restacked import path_in, restacked, stack_without_weights
+from overhaul.weights.vocabularies import Reworded
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _of_models(document: Document, known: Mapping[str, Checkpoint], indexes: Map
     first = next(iter(indexes.values()))
     used = [first, *(indexes[one] for one in named if indexes[one] is not first)]
     check_alike(used, lambda _: True)
-    check_words(used, list(first.tensors.values()))
+    _check_words(known, used)
     inputs: dict[str, Sequence[TensorFacts]] = {}
     parts: dict[str, Part] = {}
     for name, tensor in first.tensors.items():
@@ -117,6 +118,12 @@ def _of_models(document: Document, known: Mapping[str, Checkpoint], indexes: Map
         parts |= {name: part} if part else {}
     stored = {name: replace(one, dtype=_stored(document, parts.get(name), one)) for name, one in first.tensors.items()}
     return Layout(replace(first, tensors=stored), inputs, parts, first.config, False, next(iter(known.values())))
+
+
+def _check_words(known: Mapping[str, Checkpoint], indexes: Sequence[TensorIndex]) -> None:
+    """Refuse tokenizers that number words differently, unless the file asks for one vocabulary."""
+    if not isinstance(next(iter(known.values())), Reworded):
+        check_words(indexes, list(indexes[0].tensors.values()))
 
 
 def _share(tensor: TensorFacts) -> float:
@@ -129,7 +136,7 @@ def _share(tensor: TensorFacts) -> float:
 def _of_slices(document: Document, known: Mapping[str, Checkpoint], indexes: Mapping[str, TensorIndex]) -> Layout:
     names = list(known)
     sources = list(known.values())
-    stacks = [stack_without_weights(f"The mergekit file {document.name}", one) for one in sources]
+    stacks = [stack_without_weights(f"{document.called}", one) for one in sources]
     sizes = {name: len(stack) for name, stack in zip(names, stacks, strict=True)}
     runs = list(_runs(document, sizes))
     first = indexes[names[0]]
@@ -141,9 +148,9 @@ def _of_slices(document: Document, known: Mapping[str, Checkpoint], indexes: Map
     places = [(names.index(run.named[0]), run.starts[0] + n) for run in runs for n in range(run.count)]
     config, model = first.config, stacks[0].model
     if places != [(0, block) for block in range(sizes[names[0]])]:
-        config, model = restacked(f"The mergekit file {document.name}", sources, stacks, places)
+        config, model = restacked(f"{document.called}", sources, stacks, places)
     outer = dict.fromkeys([names[0], *runs[0].named, *runs[-1].named])
-    check_words([indexes[name] for name in outer], list(first.tensors.values()))
+    _check_words(known, [indexes[name] for name in outer])
     made: dict[str, tuple[Part | None, Sequence[TensorFacts]]] = {}
     for name, run, originals, t in _tensors(runs, first, indexes, lists):
         found = [indexes[one].tensors[original] for one, original in zip(run.named, originals, strict=True)]
@@ -200,7 +207,7 @@ def _said(first: TensorIndex, other: TensorIndex) -> str:
 
 def _runs(document: Document, sizes: Mapping[str, int]) -> Iterator[Run]:
     for number, part in enumerate(document.file.slices or ()):
-        where = f"The mergekit file {document.name}, slices[{number}]"
+        where = f"{document.called}, slices[{number}]"
         for source in part.sources:
             start, end = source.layer_range
             if not 0 <= start < end <= sizes[source.model]:
@@ -226,7 +233,7 @@ def _runs(document: Document, sizes: Mapping[str, int]) -> Iterator[Run]:
 def _checked(document: Document, run: Run) -> Run:
     """A run with what its method needs: the base first, where it has one."""
     kind, method = document.kind, document.file.merge_method
-    where = run.where if run.where != "models" else f"The mergekit file {document.name}, models"
+    where = run.where if run.where != "models" else f"{document.called}, models"
     twice = [name for name in run.named if run.named.count(name) > 1]
     if twice:
         raise RequestError(f"{where}: {twice[0]} is named twice. Give it once, with the sum of its weights.")
@@ -286,7 +293,7 @@ def _value(document: Document, key: str, scopes: Sequence[Settings | None], tens
     value = value_of(key, known.kind, given, tensor, share() if given else 0.0)
     if value is None and known.default is REQUIRED:
         raise RequestError(
-            f"The mergekit file {document.name}: {document.file.merge_method} needs the parameter {key!r}, and nothing says "
+            f"{document.called}: {document.file.merge_method} needs the parameter {key!r}, and nothing says "
             f"it for {what}. Write it under `parameters:` of the model, of the slice, or of the file."
         )
     return known.default if value is None else value
@@ -294,7 +301,7 @@ def _value(document: Document, key: str, scopes: Sequence[Settings | None], tens
 
 def _check_values(document: Document, part: Part, name: str) -> None:
     """Refuse numbers that no formula can use."""
-    where = f"The mergekit file {document.name}, {document.file.merge_method}, {name}"
+    where = f"{document.called}, {document.file.merge_method}, {name}"
     weights = part.own.get("weight", ())
     if document.file.merge_method == "linear" and part.shared["normalize"] and not sum(weights):
         raise RequestError(f"{where}: the weights {list(weights)} sum to 0 and cannot be divided by. See `normalize`.")
@@ -322,7 +329,7 @@ def _check_shapes(
     for other, tensor in zip(named, found, strict=True):
         if tensor.shape != found[0].shape:
             raise RequestError(
-                f"The mergekit file {document.name}: {name} is {list(found[0].shape)} in {named[0]} and "
+                f"{document.called}: {name} is {list(found[0].shape)} in {named[0]} and "
                 f"{list(tensor.shape)} in {other}. {_said(indexes[named[0]], indexes[other])} Where only their numbers of "
                 "words differ, write tokenizer_source: base (or union)."
             )

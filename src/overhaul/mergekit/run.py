@@ -169,12 +169,11 @@ def _known(document: Document, trusted: bool) -> dict[str, Checkpoint]:
         model, adapter = (named, None) if Path(named).is_dir() else model_and_adapter(named)
         one = facts(_place(document, model), trust_remote_code=trusted)
         if adapter is not None:
-            whole = facts(_place(document, adapter), trust_remote_code=trusted)
-            if not whole.is_adapter:
-                raise RequestError(f"The mergekit file {document.name}: {adapter} in {named!r} is no adapter.")
-            one = replace(whole, source=named, base=one, config=one.config, dtype=one.dtype)
+            one = replace(facts(_place(document, adapter), trust_remote_code=trusted, base=one), source=named)
+            if not one.is_adapter:
+                raise RequestError(f"{document.called}: {adapter} in {named!r} is no adapter.")
         if one.is_new:
-            raise RequestError(f"The mergekit file {document.name}: {named} has no weights that could be merged.")
+            raise RequestError(f"{document.called}: {named} has no weights that could be merged.")
         known[named] = one
     return known
 
@@ -261,8 +260,8 @@ def _written(
     def described(folder: Path) -> None:
         if not moved and method != "passthrough":
             raise RunError(
-                f"{method} changed nothing: every tensor is that of {next(iter(layout.parts.values())).named[0]}. Either the "
-                "models are the same, or what is added is lost in rounding to the dtype that is counted in: write "
+                f"{method} changed nothing: every tensor is that of {next(iter(layout.parts.values())).named[0]}. Either "
+                "the models are the same, or what is added is lost in rounding to the dtype that is counted in: write "
                 "`dtype: float32`, or larger weights."
             )
         (folder / "config.json").write_text(json.dumps(dict(layout.config), indent=2) + "\n", encoding="utf-8")

@@ -34,15 +34,15 @@ def with_words(document: Document, known: Mapping[str, Checkpoint]) -> dict[str,
     assert isinstance(first, Reworded)
     if asked.pad_to_multiple_of and first.rows % asked.pad_to_multiple_of:
         raise RequestError(
-            f"The mergekit file {document.name}, tokenizer.pad_to_multiple_of: the words take {first.rows} rows, and rows of "
-            "no word are not made up here. Leave it out, and pad the result if you have to: "
+            f"{document.called}, tokenizer.pad_to_multiple_of: the words take {first.rows} rows, and rows "
+            "of no word are not made up here. Leave it out, and pad the result if you have to: "
             f"model.resize_token_embeddings(pad_to_multiple_of={asked.pad_to_multiple_of})."
         )
     return dict(zip(known, made, strict=True))
 
 
 def _rule(document: Document, known: Mapping[str, Checkpoint], word: str, rule: TokenRule) -> Rule:
-    where = f"The mergekit file {document.name}, tokenizer.tokens.{word}"
+    where = f"{document.called}, tokenizer.tokens.{word}"
     source = {"kind": "model", "model": rule.source} if isinstance(rule.source, str) else rule.source or {}
     if source == {"kind": "zero"}:
         return Rule(None, force=rule.force)
@@ -75,7 +75,7 @@ def chat_template(document: Document, known: Mapping[str, Checkpoint]) -> str | 
         return found.most_common(1)[0][0] if found else None
     if "{" not in asked or len(asked) < 20:
         raise RequestError(
-            f"The mergekit file {document.name}, chat_template: {asked!r} is no template. Write auto, or the template "
+            f"{document.called}, chat_template: {asked!r} is no template. Write auto, or the template "
             "itself (Jinja); templates by name are not kept here."
         )
     return asked
