@@ -242,7 +242,9 @@ class Changes:
         if density <= 0:
             return torch.zeros_like(change)
         if self.keeping == "drawn":
-            mask = uniform(found.seed, n, tensor, change) < density
+            # the chance is a number of the dtype that is counted in: in bfloat16, 0.3 is 0.3008
+            chance = torch.tensor(density, dtype=change.dtype if change.dtype == torch.bfloat16 else torch.float32)
+            mask = uniform(found.seed, n, tensor, change) < chance
         elif self.keeping == "drawn by size":
             chance = chances(change.float(), density, part.own["epsilon"][n])
             mask = uniform(found.seed, n, tensor, change) < chance

@@ -244,9 +244,9 @@ def _checked(document: Document, run: Run) -> Run:
     count, others = len(run.named), len(run.named) - (base is not None)
     least, most = (kind.least, kind.most) if kind.base != "optional" else (2 + bool(base), 2 + bool(base))
     if count < least or (most is not None and count > most):
-        wanted = f"at least {least}" if most is None else f"{most}" if least == most else f"at most {most}"
+        wanted = f"at least {least} models" if most is None else "one model" if most == 1 else f"{most} models"
         raise RequestError(
-            f"{where}: {method} merges {wanted} models{' (the base counted)' if base else ''}, and there are {count}: "
+            f"{where}: {method} merges {wanted}{' (the base counted)' if base else ''}, and there are {count}: "
             f"{', '.join(run.named)}."
         )
     if kind.base == "required" and not others:
