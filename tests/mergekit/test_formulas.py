@@ -85,6 +85,8 @@ def test_merges_of_changes(method: str, family: str, tmp_path: Path, monkeypatch
         kept = torch.stack([keep(one[name] - start) for one in others])
         expected = start + 0.8 * mixed(kept, WEIGHTS, elect, normalize)
         assert torch.allclose(result[name], expected, rtol=1e-5, atol=1e-7), name
+    if family != "gpt2":
+        return
     monkeypatch.setattr(pieces, "PIECE", 96)
     monkeypatch.setattr(pieces, "THREADS", 3)
     again = made(config, tmp_path / "again")
@@ -136,7 +138,7 @@ def test_a_base_that_linear_has_no_use_for_is_a_model_like_the_others(tmp_path: 
     result = made(config, tmp_path / "out")
     every = [held(one) for one in (*tuned, base)]
     for name, one in result.items():
-        expected = sum(w * h[name] for w, h in zip((0.3, 0.9, 0.8), every, strict=True)) / 2.0
+        expected = torch.stack([w * h[name] for w, h in zip((0.3, 0.9, 0.8), every, strict=True)]).sum(0) / 2.0
         assert torch.allclose(one, expected, atol=1e-7)
 
 

@@ -8,6 +8,7 @@ stored beside the new folder first, and removed at the end.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import shutil
 import threading
@@ -42,7 +43,7 @@ FILE = "mergekit_config.yml"
 """The file's text, in the new folder: so mergekit calls it too."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergePlan:
     """What a file would make, by configs and headers alone.
 
@@ -87,6 +88,12 @@ class MergePlan:
         )
         for note in self.notes:
             console.print(f"[yellow]Note:[/] {escape(note)}")
+
+    def __repr__(self) -> str:
+        """As it is printed."""
+        console = Console(width=110, file=io.StringIO())
+        self.print(console)
+        return console.file.getvalue().rstrip()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def plan_config(source: str | Path | Mapping[str, Any], *, trust_remote_code: bool = False) -> MergePlan:
