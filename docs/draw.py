@@ -24,7 +24,7 @@ ROOT = HERE.parent / "src" / "overhaul"
 
 LAYERS: Mapping[str, tuple[str, ...]] = {
     "door": ("__main__ cli __init__",),
-    "runs": ("claims recipe starters",),
+    "runs": ("claims recipe starters mergekit",),
     "verbs": ("inspect forget shrink merge rewire adapt pretrain align",),
     "method": ("listing method signatures",),
     "judge": ("judge report",),

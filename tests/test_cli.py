@@ -127,7 +127,7 @@ Args:
         it is: so.
     b, c: both.
 """
-    assert [part for part in cli.paragraphs(doc) if part[1]] == [
+    assert [part for part in listing.paragraphs(doc) if part[1]] == [
         (0, "Do it: this and that."), (4, "x_i = a    if b"), (0, "1. First: one goes on."), (0, "2. Second."),
         (0, "Args:"), (4, "a: what it is: so."), (4, "b, c: both."),
     ]  # fmt: skip

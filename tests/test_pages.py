@@ -15,6 +15,8 @@ import yaml
 
 import overhaul as oh
 from overhaul.errors import RequestError
+from overhaul.mergekit.document import read as read_for_mergekit
+from overhaul.mergekit.methods import METHODS
 from overhaul.recipe.begin import begin, packaged
 from overhaul.recipe.check import check
 from overhaul.recipe.spec import read
@@ -80,6 +82,20 @@ def test_the_readme_does_what_it_says(tmp_path: Path) -> None:
         "scaled",
         "out",
     }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_page_on_merging_does_what_it_says(tmp_path: Path) -> None:
+    assert play(ROOT / "docs" / "merging.md", tmp_path) == ["python", "console", "python", "yaml merge.yaml"]
+    assert {path.name for path in tmp_path.iterdir()} >= {"ties.yml", "merged", "stacked", "more-docs", "more-code"}
+
+
+def test_the_files_for_mergekit_that_are_shown_are_read() -> None:
+    texts = [text for said, text in blocks(ROOT / "docs" / "merging.md") if said.startswith("yml ")]
+    assert [read_for_mergekit(yaml.safe_load(text)).file.merge_method for text in texts] == ["ties"]
+    known = yaml.safe_load((ROOT / "benchmarks" / "against_mergekit.yml").read_text(encoding="utf-8"))
+    assert {read_for_mergekit(one).file.merge_method for one in known.values()} == set(METHODS)
 
 
 def test_init_writes_the_recipe_of_the_readme_with_what_it_reads(tmp_path: Path) -> None:

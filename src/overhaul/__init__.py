@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from overhaul.forget._null import retain_only as retain_only
     from overhaul.judge.robustness import Attacks as Attacks
     from overhaul.judge.unlearning import unlearning_table as unlearning_table
+    from overhaul.mergekit.run import merge_config as merge_config
+    from overhaul.mergekit.run import plan_config as plan_config
     from overhaul.models import Checkpoint as Checkpoint
     from overhaul.models import save as save
     from overhaul.outcome import Outcome as Outcome
@@ -50,8 +52,10 @@ _PUBLIC = {
     "compare": "overhaul.recipe.compare:compare",
     "groups": "overhaul.groups:",
     "examples": "overhaul.data.materials:examples",
+    "merge_config": "overhaul.mergekit.run:merge_config",
     "open": "overhaul.models:open_model",
     "plan": "overhaul.recipe.plan:planned",
+    "plan_config": "overhaul.mergekit.run:plan_config",
     "retain_only": "overhaul.forget._null:retain_only",
     "run": "overhaul.recipe.run:run",
     "save": "overhaul.models:save",

@@ -179,13 +179,16 @@ def locate(source: str | Path, *, weights: bool = True, code: bool = False) -> P
         raise RequestError(f"{text!r} is no folder here, and it could not be fetched from the hub: {error}") from error
 
 
-def facts(source: str | Path, *, seed: int = 0, trust_remote_code: bool = False) -> Checkpoint:
+def facts(
+    source: str | Path, *, seed: int = 0, trust_remote_code: bool = False, base: Checkpoint | None = None
+) -> Checkpoint:
     """Read config and safetensors headers; refuse what could not be opened later.
 
     Args:
         source: a folder with a model or an adapter, a hub name, `starter:NAME`, or `new:` before one of these.
         seed: from which `new:` is drawn.
         trust_remote_code: Python code that comes with the model may be fetched, and run when it is opened.
+        base: what an adapter is put on, in place of the model that it names.
 
     Raises:
         RequestError: no config.json, pickle-only weights, no weights, weights that could be read in two ways, a damaged
@@ -197,7 +200,7 @@ def facts(source: str | Path, *, seed: int = 0, trust_remote_code: bool = False)
     folder = locate(source, code=trust_remote_code)
     _check_plain(folder)
     if (folder / ADAPTER_CONFIG).exists() and not any((folder / f"{stem}.safetensors").exists() for stem in STEMS):
-        return _facts_of_adapter(text, folder, trust_remote_code)
+        return _facts_of_adapter(text, folder, trust_remote_code, base)
     config = _config(folder)
     files = weight_files(folder)
     shapes, dtype = _shapes(files)
@@ -242,7 +245,7 @@ def _facts_of_new(source: str, seed: int, trusted: bool) -> Checkpoint:
     return replace(empty, shapes=shapes, dtype=dtype, bytes=size)
 
 
-def _facts_of_adapter(source: str, folder: Path, trusted: bool) -> Checkpoint:
+def _facts_of_adapter(source: str, folder: Path, trusted: bool, base: Checkpoint | None) -> Checkpoint:
     """An adapter, with its base's config, since what it opens as is a model of the base's class."""
     options = read_json(folder / ADAPTER_CONFIG)
     weights = folder / ADAPTER_WEIGHTS
@@ -255,20 +258,7 @@ def _facts_of_adapter(source: str, folder: Path, trusted: bool) -> Checkpoint:
             f"{folder / ADAPTER_CONFIG}: `megatron_config` lets peft import the module {options.get('megatron_core')!r}. "
             "Remove the entry, or say `trust_remote_code: true` if you trust it."
         )
-    named = options.get("base_model_name_or_path")
-    if isinstance(named, str) and Path(named).is_dir() and Path(named).samefile(folder):
-        raise RequestError(f"{folder / ADAPTER_CONFIG} names its own folder as its base (base_model_name_or_path).")
-    if not isinstance(named, str) or not named:
-        raise RequestError(f"{folder / ADAPTER_CONFIG} does not name its base: write base_model_name_or_path.")
-    beside = folder / named
-    try:
-        place = beside if not Path(named).is_dir() and beside.is_dir() else named
-        base = facts(place, trust_remote_code=trusted)
-    except RequestError as error:
-        raise RequestError(
-            f"{source} is an adapter for {named!r} (base_model_name_or_path in {ADAPTER_CONFIG}), which cannot be opened: "
-            f"{error}"
-        ) from error
+    base = base or _named_base(source, folder, options, trusted)
     shapes, _ = _shapes([weights])
     return Checkpoint(
         source,
@@ -282,6 +272,24 @@ def _facts_of_adapter(source: str, folder: Path, trusted: bool) -> Checkpoint:
         base.seed,
         trusted,
     )
+
+
+def _named_base(source: str, folder: Path, options: Mapping[str, Any], trusted: bool) -> Checkpoint:
+    """The model that an adapter says it belongs to."""
+    named = options.get("base_model_name_or_path")
+    if isinstance(named, str) and Path(named).is_dir() and Path(named).samefile(folder):
+        raise RequestError(f"{folder / ADAPTER_CONFIG} names its own folder as its base (base_model_name_or_path).")
+    if not isinstance(named, str) or not named:
+        raise RequestError(f"{folder / ADAPTER_CONFIG} does not name its base: write base_model_name_or_path.")
+    beside = folder / named
+    try:
+        place = beside if not Path(named).is_dir() and beside.is_dir() else named
+        return facts(place, trust_remote_code=trusted)
+    except RequestError as error:
+        raise RequestError(
+            f"{source} is an adapter for {named!r} (base_model_name_or_path in {ADAPTER_CONFIG}), which cannot be opened: "
+            f"{error}"
+        ) from error
 
 
 def _config(folder: Path) -> dict[str, Any]:

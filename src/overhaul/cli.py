@@ -9,7 +9,6 @@ import gc
 import io
 import json
 import os
-import re
 import shlex
 import signal
 import sys
@@ -279,6 +278,26 @@ def plan(recipe: RecipeFile) -> None:
 
 
 @app.command()
+def merge(
+    config: Annotated[Path, typer.Argument(help="mergekit's configuration file (YAML).", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it and say what it would make.")] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what dare and della draw.")] = 0,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the models.")] = False,
+) -> None:
+    """Merge models as a configuration file of mergekit says."""
+    from overhaul.mergekit.run import merge_config, plan_config
+
+    if dry_run:
+        plan_config(config, trust_remote_code=trust_remote_code).print(console)
+        console.print("The file is in order; nothing was written.")
+        return
+    with _progress():
+        done = merge_config(config, out, seed=seed, trust_remote_code=trust_remote_code)
+    _say(f"{done.facts['tensors_changed']} of {done.facts['tensors']} tensors are new\nmodel   {out}")
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]) -> None:
     """Print a finished run's or comparison's table again, and write its page anew."""
     from overhaul.report.again import again
@@ -310,58 +329,17 @@ def methods(
     as_json: AsJson = False,
 ) -> None:
     """List the methods, or describe one: what it reads, its knobs and their defaults."""
-    from rich.padding import Padding
-    from rich.table import Table
-
-    from overhaul.listing import entries, entry
+    from overhaul.listing import entries, entry, print_all, print_one
 
     chosen = [entry(name)] if name else entries()
     if as_json:
         said = [{key: value for key, value in one.items() if key != "doc"} for one in chosen]
         print(json.dumps(said[0] if name else said, indent=1))
         return
-    if not name:
-        table = Table("method", "changes", "paper", "what it does", box=None, pad_edge=False)
-        for one in chosen:
-            table.add_row(one["name"], one["changes"], one["paper"] or "", one["summary"])
-        console.print(table)
-        return
-    (one,) = chosen
-    console.print(f"[bold]{one['name']}[/]  {one['paper'] or ''}\n", highlight=False)
-    for indent, text in paragraphs(one["doc"]):
-        part = Padding(text, (0, 0, 0, indent), expand=False) if text else ""
-        console.print(part, markup=False, highlight=False)
-    console.print()
-    table = Table("reads", "kind", "", box=None, pad_edge=False)
-    for material in one["materials"]:
-        kind = f"several: {material['kind']}" if material["many"] else material["kind"]
-        table.add_row(material["name"], kind, "required" if material["required"] else "optional")
-    console.print(table)
-    knobs = Table("knob", "type", "default", "what it does", box=None, pad_edge=False)
-    for knob in one["knobs"]:
-        default = "required" if knob["required"] else knob["shown"]
-        knobs.add_row(knob["name"], escape(knob["type"]), escape(default), escape(knob["doc"]))
-    console.print(knobs)
-
-
-def paragraphs(doc: str) -> Iterator[tuple[int, str]]:
-    """The parts of a docstring as they are to be wrapped: how far each is indented, and its text in one line.
-
-    What is set off by four spaces after an empty line is a formula, and stays in its lines.
-    """
-    held: list[str] = []
-    for line in [*doc.splitlines(), ""]:
-        indent, text = len(line) - len(line.lstrip()), line.strip()
-        begins, header = bool(re.match(r"(\d+\.|-|[\w, ]+:) ", text)), bool(re.fullmatch(r"\w+:", text))
-        formula = indent >= 4 and not held and not begins
-        deeper = bool(held) and indent > len(held[0]) - len(held[0].lstrip())
-        if held and (not text or formula or header or (begins and not deeper)):
-            yield len(held[0]) - len(held[0].lstrip()), " ".join(part.strip() for part in held)
-            held = []
-        if not text or formula or header:
-            yield indent, text
-        else:
-            held.append(line)
+    if name:
+        print_one(chosen[0], console)
+    else:
+        print_all(chosen, console)
 
 
 @app.command()

@@ -19,7 +19,8 @@ from overhaul.merge.dare import dare
 from overhaul.merge.della import della
 from overhaul.merge.slerp import slerp
 from overhaul.merge.wise_ft import wise_ft
-from overhaul.weights import pieces
+from overhaul.weights import one_vocabulary, pieces, stream
+from overhaul.weights.vocabularies import Rule, Vocabulary
 from tiny_checkpoints import same_bits, tensors
 
 MARKS = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -142,3 +143,34 @@ def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
     with session.using(planning=True), pytest.raises(RequestError, match=r"silent has no tokenizer.json"):
         wise_ft(base, silent, tokenizer="union", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_rule_says_where_a_words_row_comes_from_and_rows_of_no_word_can_go(tmp_path: Path) -> None:
+    base, other, third = (models.facts(path) for path in three(tmp_path))
+    rules = {
+        "ada": Rule(1, OTHER.index("tea"), force=True),
+        "lives": Rule(None),
+        "new": Rule(2, THIRD.index("cake")),
+    }
+    for of, words_ in ((None, BASE), (other, OTHER)):
+        known = one_vocabulary([base, other, third], Vocabulary(of=of, cut=True, rules=rules))
+        done = stream(known, lambda _, held: held[2], tmp_path / f"out{len(words_)}")
+        words = [*words_, *(word for word in rules if word not in words_)]
+        told = AutoTokenizer.from_pretrained(done)
+        assert [told.convert_ids_to_tokens(n) for n in range(len(words))] == words
+        name = "model.embed_tokens.weight"
+        made = rows(done, words, name)
+        assert len(made) == len(tensors(done)[name]) == len(words), "no rows of no word"
+        b, o, t = (rows(path.folder, list_, name) for path, list_ in ((base, BASE), (other, OTHER), (third, THIRD)))
+        assert torch.equal(made["ada"], o["tea"]) and torch.equal(made["new"], t["cake"]) and not made["lives"].any()
+        assert torch.equal(made["in"], b["in"]) and torch.equal(made["tea"] if "tea" in made else t["tea"], t["tea"])
+        assert AutoModelForCausalLM.from_pretrained(done).config.vocab_size == len(words)
+
+
+def test_without_a_favourite_a_row_that_lacks_is_the_mean(tmp_path: Path) -> None:
+    base, other, third = (models.facts(path) for path in three(tmp_path))
+    known = one_vocabulary([base, other, third], Vocabulary(prefer_first=False))
+    done = stream(known, lambda _, held: held[2], tmp_path / "out")
+    name = "model.embed_tokens.weight"
+    b, o = rows(base.folder, BASE, name), rows(other.folder, OTHER, name)
+    assert torch.allclose(tensors(done)[name][BASE.index("in")], (b["in"] + o["in"]) / 2)

@@ -43,7 +43,7 @@ class Mixing:
             with the larger total size ("ties").
         weights: of each tuned checkpoint; 1 each if not given.
         normalize: divide by the weights of the checkpoints that a sum is of. If not given, "ties" does and
-            "task_arithmetic" does not, as in their papers. (mergekit's `dare_ties` and `della` do not.)
+            "task_arithmetic" does not, as in their papers. (mergekit's `dare_ties` does not.)
     """
 
     merge: Literal["task_arithmetic", "ties"] = "task_arithmetic"

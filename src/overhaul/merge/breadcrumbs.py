@@ -16,7 +16,7 @@ How it differs from the paper and its code:
 2. Entries are ranked within a tensor, as in the paper's text and mergekit. The released code ranks within each row.
 3. Entries as large as the last that is kept, to either side, are kept too. In bfloat16 these can be many: `kept_share` says
    what came of it.
-4. mergekit keeps nothing at all where no outlier is to be left out; here everything up to the largest.
+4. mergekit keeps as many as `density` says, whichever of equal ones; before 0.1.5 none where no outlier was to be left out.
 """
 
 from __future__ import annotations

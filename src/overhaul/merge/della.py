@@ -17,8 +17,8 @@ How it differs from the paper and its code:
 2. A row is the last dimension of a matrix, all of a vector, and what one kernel of a convolution has. In a row of one entry
    the chance is `density`; mergekit's is not a number there.
 3. `rescale="norm"` grows what is kept of each tensor to the L1 norm of the whole change, as mergekit's `rescale` does.
-4. `merge: task_arithmetic` is mergekit's `della_linear`. Its `della` and the paper's own is "ties"; the paper takes the mean
-   of those that agree, mergekit their sum (`normalize: false`).
+4. `merge: task_arithmetic` is mergekit's `della_linear`. Its `della` and the paper's own is "ties": the mean of those that
+   agree (mergekit's since 0.1.5, their sum before: `normalize: false`).
 """
 
 from __future__ import annotations

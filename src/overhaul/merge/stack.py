@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,12 +34,12 @@ from typing_extensions import TypedDict  # pydantic asks for it below Python 3.1
 
 from overhaul.errors import RequestError
 from overhaul.method import Outcome, method
-from overhaul.models import Checkpoint, planned
-from overhaul.stack import LayerStack
+from overhaul.models import Checkpoint
 from overhaul.weights import TensorFacts, TensorIndex, aligned, differences
 from overhaul.weights.card import describe
 from overhaul.weights.depths import Places, list_of
 from overhaul.weights.output import write_new
+from overhaul.weights.restacked import path_in, restacked, stack_without_weights
 
 NAME = "merge.stack"
 
@@ -76,15 +76,13 @@ def stack(
     """
     assert out is not None
     sources = [base, *others]
-    stacks = [_stack_of(one) for one in sources]
+    stacks = [stack_without_weights(NAME, one) for one in sources]
+    count = len(stacks[0])
     places = _places(slices, sources, [len(one) for one in stacks])
-    ours = stacks[0]
-    before, count = _told(ours.model), len(ours)
-    path = [b if not n else (min(b, count - 1), stacks[n].blocks[b]) for n, b in places]
-    ours.check(path)
-    ours.become(path)
-    config = _changed(base.config, before, _told(ours.model))
-    made, inputs = _laid(aligned(sources), [one.path for one in stacks], places, ours.model)
+    config, model = restacked(NAME, sources, stacks, places)
+    indexes = aligned(sources)
+    paths = [path_in(index, one) for index, one in zip(indexes, stacks, strict=True)]
+    made, inputs = _laid(indexes, paths, places, model)
 
     def described(folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -104,17 +102,6 @@ def stack(
 
 def _as_it_is(_: TensorFacts, models: list[Tensor]) -> Tensor:
     return models[0]
-
-
-def _stack_of(known: Checkpoint) -> LayerStack:
-    """The stack of a model without weights."""
-    network = planned(known)
-    if network is None:
-        raise RequestError(f"{NAME}: {known.source} is of a class whose code is not run, so its blocks are not known.")
-    found = LayerStack.of(network)
-    if found.lists != (found.path,):
-        raise RequestError(f"{NAME}: the blocks of {known.source} come in stages, which cannot be laid one on another.")
-    return found
 
 
 def _places(slices: Sequence[Slice], sources: Sequence[Checkpoint], sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -143,21 +130,6 @@ def _places(slices: Sequence[Slice], sources: Sequence[Checkpoint], sizes: Seque
     if found == [(0, block) for block in range(sizes[0])] or not found:
         raise RequestError(f"{NAME}: the slices are {'the base as it is' if found else 'empty'}; name other blocks.")
     return found
-
-
-def _told(model: Any) -> dict[str, Any]:
-    """A network's config as it would be written."""
-    return dict(model.config) if isinstance(model.config, dict) else model.config.to_dict()
-
-
-def _changed(config: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with what is different after."""
-    made = dict(config)
-    for key, value in after.items():
-        if value != before.get(key):
-            inner = isinstance(value, dict) and isinstance(made.get(key), dict) and isinstance(before.get(key), dict)
-            made[key] = _changed(made[key], before[key], value) if inner else value
-    return made
 
 
 def _laid(

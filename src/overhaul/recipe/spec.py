@@ -130,22 +130,50 @@ def read(source: str | Path | Mapping[str, Any]) -> Document:
     return _parse(text, path.name, path.resolve().parent)
 
 
-def _parse(text: str, name: str, base: Path) -> Document:
+def loaded(text: str, named: str) -> Any:
+    """A YAML text, with what is wrong with it in words; `named` is for messages: "The recipe a.yaml".
+
+    Raises:
+        RequestError: it is not YAML, or holds what has no meaning here.
+    """
     try:
-        loaded = yaml.load(text, _Loader)
+        found = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         said = str(error).replace('in "<unicode string>", ', "in ")
-        raise RequestError(f"The recipe {name} is not valid YAML: {said}") from None
+        raise RequestError(f"{named} is not valid YAML: {said}") from None
     except (ValueError, RecursionError) as error:  # a date or number that does not exist; nesting without end
-        raise RequestError(f"The recipe {name} cannot be read: {error}.") from None
-    if not isinstance(loaded, dict):
+        raise RequestError(f"{named} cannot be read: {error}.") from None
+    _check_values(named, found)
+    return found
+
+
+def lines(text: str) -> dict[tuple[str | int, ...], int]:
+    """In which line of a YAML text each of its parts begins, by the way to it: ("steps", 0)."""
+    found: dict[tuple[str | int, ...], int] = {}
+
+    def look(node: Any, way: tuple[str | int, ...]) -> None:
+        found.setdefault(way, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                found[(*way, str(key.value))] = key.start_mark.line + 1
+                look(value, (*way, str(key.value)))
+        elif isinstance(node, yaml.SequenceNode):
+            for number, value in enumerate(node.value):
+                look(value, (*way, number))
+
+    look(yaml.compose(text, _Loader), ())
+    return found
+
+
+def _parse(text: str, name: str, base: Path) -> Document:
+    loaded_recipe = loaded(text, f"The recipe {name}")
+    if not isinstance(loaded_recipe, dict):
         raise RequestError(f"The recipe {name} must be a mapping with `model:` and `steps:`.")
-    for field in loaded:
+    for field in loaded_recipe:
         if field not in Recipe.model_fields:
             raise RequestError(f"A recipe has no field {field!r}.{did_you_mean(str(field), Recipe.model_fields)}{SEE}")
-    _check_values(name, loaded)
     try:
-        recipe = Recipe.model_validate(loaded)
+        recipe = Recipe.model_validate(loaded_recipe)
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
@@ -204,9 +232,9 @@ for _tag, _pattern, _first in (
 def _check_values(where: str, value: Any, depth: int = 0) -> None:
     """Refuse numbers that are none, and whatever has no meaning in a recipe."""
     if depth > MOST_NESTED:
-        raise RequestError(f"The recipe {where[:60]} ... is nested too deep, or contains itself.")
+        raise RequestError(f"{where[:60]} ... is nested too deep, or contains itself.")
     if isinstance(value, str) and re.search(r"[\ud800-\udfff]", value):
-        raise RequestError(f"The recipe {where}: {value[:80]!r} holds half a character. Write the character itself.")
+        raise RequestError(f"{where}: {value[:80]!r} holds half a character. Write the character itself.")
     if isinstance(value, Mapping):
         for key, one in value.items():
             _check_values(where, key, depth + 1)
@@ -215,6 +243,6 @@ def _check_values(where: str, value: Any, depth: int = 0) -> None:
         for n, one in enumerate(value, 1):
             _check_values(f"{where}, {n}", one, depth + 1)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise RequestError(f"The recipe {where}: {value} is no number that can be worked with.")
+        raise RequestError(f"{where}: {value} is no number that can be worked with.")
     elif isinstance(value, bytes) or not isinstance(value, str | int | float | bool | None):
-        raise RequestError(f"The recipe {where}: {value!r} is a {type(value).__name__}; write it as text, in quotes.")
+        raise RequestError(f"{where}: {value!r} is a {type(value).__name__}; write it as text, in quotes.")

@@ -11,6 +11,7 @@ from overhaul.weights.compare import cosine as cosine
 from overhaul.weights.compare import delta_norms as delta_norms
 from overhaul.weights.compare import reduction as reduction
 from overhaul.weights.compare import relative_change as relative_change
+from overhaul.weights.compare import sums_of as sums_of
 from overhaul.weights.compare import totals as totals
 from overhaul.weights.index import Source as Source
 from overhaul.weights.index import TensorFacts as TensorFacts
@@ -30,4 +31,6 @@ from overhaul.weights.output import Combine as Combine
 from overhaul.weights.output import Storage as Storage
 from overhaul.weights.pieces import Whole as Whole
 from overhaul.weights.pieces import mapped as mapped
+from overhaul.weights.ranks import Cut as Cut
+from overhaul.weights.ranks import cuts as cuts
 from overhaul.weights.ranks import kth_largest as kth_largest

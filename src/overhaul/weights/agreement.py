@@ -23,7 +23,7 @@ from overhaul.errors import RequestError
 from overhaul.models import Checkpoint, planned
 from overhaul.weights.depths import built_names
 from overhaul.weights.index import Source, TensorFacts, TensorIndex, facts_of, vocabulary
-from overhaul.weights.vocabularies import Reworded, reworded, words
+from overhaul.weights.vocabularies import Reworded, Vocabulary, reworded, words
 
 _UNIMPORTANT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 _TOLD_BY_SHAPES = {"vocab_size", "tie_word_embeddings"}
@@ -51,13 +51,18 @@ def aligned(sources: Sequence[Source]) -> list[TensorIndex]:
     return [first, *(_renamed(built[0], first, model, other) for model, other in zip(built[1:], others, strict=True))]
 
 
-def one_vocabulary(sources: Sequence[Source], union: bool) -> list[Checkpoint]:
-    """Checkpoints as if they all had the first one's vocabulary, or the words of all, for the functions that read files.
+def one_vocabulary(sources: Sequence[Source], wanted: Vocabulary | bool) -> list[Checkpoint]:
+    """Checkpoints as if they had the same words, for the functions that read files.
+
+    Args:
+        sources: the models.
+        wanted: which words; False for the first one's, True for those of all.
 
     Raises:
         RequestError: as in `aligned`; or the words of one are not known.
     """
-    return reworded(aligned(sources), [facts_of(source) for source in sources], union)
+    chosen = wanted if isinstance(wanted, Vocabulary) else Vocabulary(wanted)
+    return reworded(aligned(sources), [facts_of(source) for source in sources], chosen)
 
 
 def _planned(known: Checkpoint) -> nn.Module | None:

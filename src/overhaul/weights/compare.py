@@ -76,6 +76,32 @@ def totals(
     )
 
 
+def sums_of(
+    inputs: Sequence[Sequence[TensorFacts]],
+    sums: Callable[[TensorFacts, list[Tensor]], Tensor],
+    *,
+    whole: Whole = False,
+) -> dict[str, list[float]]:
+    """Sums over single tensors, by name of the first: of tensors that need not be of whole models.
+
+    Args:
+        inputs: for each tensor, where it lies in every model; not all need be of as many.
+        sums: as for `totals`; how many there are may differ between tensors.
+        whole: as in `totals`.
+
+    Raises:
+        RunError: a number is not finite.
+    """
+
+    def work(piece: Piece, space: Workspace) -> tuple[str, Tensor]:
+        return piece.inputs[0].name, sums(piece.inputs[0], space.floats(piece)).to(torch.float64, copy=True)
+
+    found: dict[str, Tensor] = {}
+    for name, part in run(inputs, work, whole, "measuring"):
+        found[name] = found[name] + part if name in found else part
+    return {name: total.tolist() for name, total in found.items()}
+
+
 def reduction(
     sources: Sequence[Source],
     sums: Callable[[TensorFacts, list[Tensor]], Tensor],

@@ -8,10 +8,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from overhaul.errors import RequestError
 from overhaul.models import facts, planned
 from overhaul.weights.depths import Places
 
+_SIZE = re.compile(r"size|layer|head|width|depth|expert|channel|rank|position|hidden|intermediate|dim|^n_|^d_|^num_")
 Source = str | Path | Checkpoint
 """A checkpoint: a folder, a hub name, `starter:NAME`, or one whose facts are known already."""
 
@@ -181,9 +183,10 @@ def check_alike(indexes: Sequence[TensorIndex], needed: Callable[[TensorFacts], 
         if lacking or extra:
             parts = [f"{other.source} lacks {_listed(lacking)}"] * bool(lacking)
             parts += [f"{first.source} lacks {_listed(extra)}"] * bool(extra)
+            said = "".join(f"{one}. " for one in sizes_that_differ(first, other))
             raise RequestError(
-                f"{first.source} and {other.source} do not have the same tensors: {'; '.join(parts)}. Give checkpoints of "
-                "one architecture, saved by the same class."
+                f"{first.source} and {other.source} do not have the same tensors: {'; '.join(parts)}. {said}Give "
+                "checkpoints of one architecture, saved by the same class."
             )
         _check_shapes(first, other, [name for name in ours if ours[name].shape != other.tensors[name].shape])
         for name, tensor in ours.items():
@@ -208,10 +211,46 @@ def _check_shapes(first: TensorIndex, other: TensorIndex, differing: Sequence[st
             f"(`model.resize_token_embeddings({max(filter(None, rows))})`, then save), or leave these tensors as the first "
             "model has them: `only=lambda t: 0 <= t.depth < t.blocks`."
         )
+    said = "".join(f"{one}. " for one in sizes_that_differ(first, other))
     raise RequestError(
-        f"{first.source} and {other.source} have tensors of different shapes: {_listed(listed)}. Give checkpoints of one "
-        "architecture and size."
+        f"{first.source} and {other.source} have tensors of different shapes: {_listed(listed)}. {said}Give checkpoints of "
+        "one architecture and size."
     )
+
+
+class Configured(Protocol):
+    """What has a name and a config: a checkpoint, or its index."""
+
+    @property
+    def source(self) -> str:
+        """As the user wrote it."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json."""
+        ...
+
+
+def sizes_that_differ(first: Configured, other: Configured) -> list[str]:
+    """Architecture, widths and depths that two configs do not agree on, a sentence each with both numbers."""
+    kinds = [(one.config.get("architectures") or [one.config.get("_class_name")])[0] for one in (first, other)]
+    if kinds[0] != kinds[1]:
+        return [f"{first.source} is a {kinds[0]}, {other.source} a {kinds[1]}"]
+    ours, theirs = _sizes(first.config), _sizes(other.config)
+    differing = [key for key in ours if key in theirs and ours[key] != theirs[key]]
+    return [f"{key} is {ours[key]} in {first.source} and {theirs[key]} in {other.source}" for key in differing]
+
+
+def _sizes(config: Mapping[str, Any], prefix: str = "") -> dict[str, int]:
+    """The whole numbers of a config that say how large something is."""
+    found: dict[str, int] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= _sizes(value, f"{prefix}{key}.")
+        elif type(value) is int and _SIZE.search(key) and not key.endswith("token_id"):
+            found[prefix + key] = value
+    return found
 
 
 def vocabulary(config: Mapping[str, Any]) -> int | None:

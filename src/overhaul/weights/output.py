@@ -243,7 +243,7 @@ def copy_rest(index: TensorIndex, folder: Path, shards: Sequence[Shard], dtype: 
     if dtype is not None:
         stored = str(dtype).removeprefix("torch.")
         key = "torch_dtype" if "torch_dtype" in index.config else "dtype"
-        config = {**_with_dtype(index.config, stored), key: stored}
+        config = {**with_dtype(index.config, stored), key: stored}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     single, names = called(index)
     if [shard.file for shard in shards] != [single]:
@@ -253,12 +253,12 @@ def copy_rest(index: TensorIndex, folder: Path, shards: Sequence[Shard], dtype: 
         (folder / names).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """A config whose models, also those inside it, are of another dtype."""
     changed: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict):
-            changed[name] = _with_dtype(value, dtype)
+            changed[name] = with_dtype(value, dtype)
         else:
             changed[name] = dtype if name in {"dtype", "torch_dtype"} and value is not None else value
     return changed

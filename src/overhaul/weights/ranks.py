@@ -116,6 +116,76 @@ def kth_largest(
     return found
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Where a ranking within a tensor ends: after so many numbers, of equal ones those that come first.
+
+    Attributes:
+        least: the smallest number that is still in; infinity where none is.
+        equal: how many that are equal to it are in.
+        before: how many of those lie before a piece, by where it starts.
+    """
+
+    least: float
+    equal: int
+    before: Mapping[int, int]
+
+    def inside(self, sizes: Tensor, start: int) -> Tensor:
+        """Which numbers of a piece are in (bool).
+
+        Args:
+            sizes: what was ranked, of the piece.
+            start: of the piece in its tensor.
+        """
+        same = sizes == self.least
+        earlier = same.flatten().cumsum(0).view(same.shape) + self.before[start]
+        return (sizes > self.least) | (same & (earlier <= self.equal))
+
+
+def cuts(
+    inputs: Sequence[Sequence[TensorFacts]], sizes: Sizes, ranks: Callable[[TensorFacts], Sequence[int]]
+) -> dict[str, list[Cut]]:
+    """Where rankings within tensors end, to the number, also where many numbers are equal. Two passes and more.
+
+    Args:
+        inputs: for each tensor, where it lies in every model; not all need be of as many.
+        sizes: as for `kth_largest`.
+        ranks: of a tensor (the first model's), for each ranking how many numbers are in.
+
+    Returns:
+        By name of a tensor, a cut for each ranking.
+
+    Raises:
+        RunError: a number is not finite.
+    """
+    least = {tensors[0].name: _of_group([tensors], sizes, lambda _, one=tensors[0]: ranks(one)) for tensors in inputs}
+    counted: dict[str, list[tuple[int, list[tuple[int, int]]]]] = {}
+
+    def work(piece: Piece, space: Workspace) -> tuple[TensorFacts, list[tuple[int, int]]]:
+        tensor = piece.inputs[0]
+        held = zip(sizes(tensor, space.floats(piece)), least[tensor.name], strict=True)
+        return tensor, [(int((one > value).sum()), int((one == value).sum())) for one, value in held]
+
+    for tensor, counts in run(inputs, work, False, "ranking"):
+        counted.setdefault(tensor.name, []).append((tensor.start, counts))
+    return {
+        one.name: [
+            _cut(value, rank, [(start, *counts[n]) for start, counts in counted[one.name]])
+            for n, (value, rank) in enumerate(zip(least[one.name], ranks(one), strict=True))
+        ]
+        for one, *_ in inputs
+    }
+
+
+def _cut(least: float, rank: int, counted: Sequence[tuple[int, int, int]]) -> Cut:
+    """A cut, by (start of a piece, how many are larger in it, how many equal)."""
+    before: dict[int, int] = {}
+    same = 0
+    for start, _, equal in counted:
+        before[start], same = same, same + equal
+    return Cut(least, rank - sum(above for _, above, _ in counted), before)
+
+
 def _of_group(group: Sequence[Sequence[TensorFacts]], sizes: Sizes, ranks: Ranks) -> list[float]:
     numbers = sum(tensors[0].numbers for tensors in group)
     sample = [torch.cat(parts) for parts in zip(*_sizes_of(_sampled(group, numbers), sizes), strict=True)]

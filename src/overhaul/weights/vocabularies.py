@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from overhaul.errors import RequestError
 from overhaul.models import Checkpoint, load_processor, planned
+from overhaul.processor import TOKENIZERS
 from overhaul.weights.depths import built_names
 from overhaul.weights.index import TensorIndex, vocabulary
 
@@ -47,34 +48,73 @@ class Reworded(Checkpoint):
 
     def write_words(self, folder: Path) -> None:
         """Put the tokenizer into a folder that was made of this model, and the number of rows into its config."""
-        if self.tokenizer is None:
-            return
-        self.tokenizer.save_pretrained(folder)
+        if self.tokenizer is not None:
+            for name in TOKENIZERS:
+                (folder / name).unlink(missing_ok=True)  # of another kind they would be read beside the new ones
+            self.tokenizer.save_pretrained(folder)
         path = folder / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         holder = config if "vocab_size" in config or "text_config" not in config else config["text_config"]
-        holder["vocab_size"] = self.rows
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if holder["vocab_size"] != self.rows:
+            holder["vocab_size"] = self.rows
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def reworded(indexes: Sequence[TensorIndex], known: Sequence[Checkpoint], union: bool) -> list[Checkpoint]:
-    """The same models, all with the vocabulary of the first one or with the words of all.
+@dataclass(frozen=True)
+class Rule:
+    """Where the row of a word comes from.
+
+    Attributes:
+        model: the number of a model; None for a row of zeros.
+        row: of that model.
+        force: for all models, also those that have the word.
+    """
+
+    model: int | None
+    row: int = 0
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words of a merged model.
+
+    Attributes:
+        union: with the words that the tokenizer lacks and a model's has: tokens of their own, which no merge rule leads to.
+        of: whose tokenizer it is; the first model's if None.
+        cut: without the rows that are of no word.
+        prefer_first: a model that lacks a word has the first model's row for it, before the mean of all that have one.
+        rules: by word; one that the tokenizer lacks is added to it.
+    """
+
+    union: bool = False
+    of: Checkpoint | None = None
+    cut: bool = False
+    prefer_first: bool = True
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+
+
+def reworded(indexes: Sequence[TensorIndex], known: Sequence[Checkpoint], wanted: Vocabulary) -> list[Checkpoint]:
+    """The same models, all with the same words.
 
     Args:
         indexes: their tensors, by the first one's names.
         known: their facts.
-        union: add the words that the first tokenizer lacks; as tokens of their own, which no merge rule leads to.
+        wanted: which words.
 
     Raises:
         RequestError: a model has no tokenizer that can be read, or its rows are not known.
     """
-    held = [_words(one) for one in known]
+    held = [words_of(one) for one in known]
     numbers, tokenizer = dict(held[0]), None
-    first = _rows(known[0])
-    if union and (more := [word for one in held[1:] for word in one if word not in numbers]):
-        tokenizer = _with_words(known, list(dict.fromkeys(more)))
+    if wanted.of is not None and wanted.of.folder != known[0].folder:
+        numbers, tokenizer = words_of(wanted.of), load_processor(wanted.of)
+    others = [word for one in held for word in one] if wanted.union else []
+    if more := [word for word in dict.fromkeys([*others, *wanted.rules]) if word not in numbers]:
+        tokenizer = _with_words(wanted.of or known[0], known, more)
         numbers = tokenizer.get_vocab()
-    size = max(first, *(number + 1 for number in numbers.values())) if tokenizer is not None else first
+    first = 0 if wanted.cut or (wanted.of is not None and tokenizer is not None) else _rows(known[0])
+    size = max(first, *(number + 1 for number in numbers.values())) if tokenizer is not None or not first else first
     own = [_places(numbers, one, size, _rows(facts)) for one, facts in zip(held, known, strict=True)]
     nameless = numpy.setdiff1d(numpy.arange(first), numpy.fromiter(numbers.values(), numpy.int64))
     own[0][nameless] = nameless
@@ -82,8 +122,13 @@ def reworded(indexes: Sequence[TensorIndex], known: Sequence[Checkpoint], union:
     made: list[Checkpoint] = []
     for n, (index, facts) in enumerate(zip(indexes, known, strict=True)):
         tensors = dict(index.tensors)
+        taken = _filled(own, n, wanted.prefer_first)
+        for word, rule in wanted.rules.items():
+            if rule.force or own[n][numbers[word]] < 0:
+                for number, places in enumerate(taken):
+                    places[numbers[word]] = rule.row if number == rule.model else -1
         for name in names:
-            parts = [(one.tensors[name], places) for one, places in zip(indexes, _filled(own, n), strict=True)]
+            parts = [(one.tensors[name], places) for one, places in zip(indexes, taken, strict=True)]
             shape = (size, *index.tensors[name].shape[1:])
             tensors[name] = replace(index.tensors[name], shape=shape, rows=tuple(parts))
         new = replace(index, tensors=tensors)
@@ -91,9 +136,9 @@ def reworded(indexes: Sequence[TensorIndex], known: Sequence[Checkpoint], union:
     return made
 
 
-def _filled(own: Sequence[Places], number: int) -> list[Places]:
+def _filled(own: Sequence[Places], number: int, prefer_first: bool) -> list[Places]:
     """For one model, the rows that are taken of each: the mean of those that are there is the new row."""
-    mine, first = own[number] >= 0, own[0] >= 0
+    mine, first = own[number] >= 0, (own[0] >= 0) & prefer_first
     taken = [numpy.where(~mine & ~first, places, -1) for places in own]
     taken[0] = numpy.where(~mine & first, own[0], taken[0])
     taken[number] = numpy.where(mine, own[number], taken[number])
@@ -108,7 +153,7 @@ def _places(numbers: Mapping[str, int], held: Mapping[str, int], size: int, rows
     return found
 
 
-def _words(known: Checkpoint) -> dict[str, int]:
+def words_of(known: Checkpoint) -> dict[str, int]:
     """A tokenizer's words with their numbers, in the order of these."""
     found = words(known.folder)
     if not found:
@@ -126,11 +171,11 @@ def _rows(known: Checkpoint) -> int:
     return rows
 
 
-def _with_words(known: Sequence[Checkpoint], more: Sequence[str]) -> Any:
-    """The first tokenizer with further words, each as the tokenizer that has it says (special or not)."""
-    tokenizer = load_processor(known[0])
+def _with_words(of: Checkpoint, known: Sequence[Checkpoint], more: Sequence[str]) -> Any:
+    """A tokenizer with further words, each as the tokenizer that has it says (special or not)."""
+    tokenizer = load_processor(of)
     added: dict[str, Any] = {}
-    for one in known[1:]:
+    for one in known:
         for token in load_processor(one).added_tokens_decoder.values():
             added.setdefault(token.content, token)
     tokenizer.add_tokens([added.get(word, word) for word in more])
