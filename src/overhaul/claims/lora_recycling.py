@@ -30,7 +30,7 @@ from overhaul.starters.adapters import train_lora
 
 MODEL = "starter:digits-vit"
 RANK = 4
-LORA_LR = 5e-3
+LR, FRESH_LR = 5e-3, 2e-3
 TRAIN, VALID = 80, 20
 
 
@@ -38,7 +38,7 @@ TRAIN, VALID = 80, 20
 class Size:
     """How much is trained; the defaults are the experiment, a test takes less."""
 
-    steps: int = 300
+    steps: int = 200
     merging_steps: int = 100
     images: int = 600
     unrelated: int = 8
@@ -65,7 +65,7 @@ def experiment(seed: int, size: Size) -> Numbers:
             torch.manual_seed(seed)
             done = loras(
                 models.open_model(MODEL)[0], pool, labelled[:TRAIN], labelled[TRAIN:], test,
-                rank=RANK, lora_lr=LORA_LR, steps=size.merging_steps,
+                rank=RANK, lora_lr=FRESH_LR, steps=size.merging_steps,
             )  # fmt: skip
             found |= {f"{name} pool: {row[0]}": 100 * float(row[2] or 0) for row in done.tables["scores"].rows}
     return found
@@ -86,7 +86,7 @@ def adapter(rows: Sequence[Row], folder: Path, seed: int, size: Size) -> Path:
     """An adapter for the model that learnt these digits."""
     torch.manual_seed(seed)
     model, _ = models.open_model(MODEL)
-    train_lora(model, encode_images(rows), folder, base=MODEL, rank=RANK, alpha=2 * RANK, steps=size.steps, lr=LORA_LR)
+    train_lora(model, encode_images(rows), folder, base=MODEL, rank=RANK, alpha=2 * RANK, steps=size.steps, lr=LR)
     return folder
 
 
@@ -123,4 +123,9 @@ CLAIM = Claim(
         ),
     ),
     run=run,
+    remarks=(
+        "The rate of the LoRA that is trained on the task was chosen beforehand, on another seed, as the best of 0.002, "
+        "0.003, 0.005, 0.01, 0.02 and 0.04 for that LoRA alone; margins are those that were stated for this experiment "
+        "before."
+    ),
 )

@@ -94,7 +94,7 @@ LORAS: Mapping[str, Lora] = {
 }
 
 
-def build(name: str, folder: Path, steps: int = 300) -> None:
+def build(name: str, folder: Path, steps: int = 250) -> None:
     """Train the adapter for the task `name` into `folder`."""
     torch.manual_seed(0)
     model, tokenizer = models.open_model(BASE)
