@@ -13,8 +13,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
+from overhaul.adapter_folders import LowRank
 from overhaul.errors import RequestError
 from overhaul.selectors import select
 from overhaul.stack import LayerStack
@@ -59,6 +61,23 @@ def adapters(
         wrapped.merge_and_unload()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(needed[name])
+
+
+@torch.no_grad()
+def taken(wrapped: Any) -> dict[str, LowRank]:
+    """The adapters on dense projections, by name; they are 0 afterwards, so that `adapters` leaves the weights alone."""
+    from peft.tuners.lora import LoraLayer
+
+    found: dict[str, LowRank] = {}
+    modules: Mapping[str, Any] = dict(wrapped.model.named_modules())
+    for name, layer in modules.items():
+        if isinstance(layer, LoraLayer) and PROJECTIONS in layer.lora_A:
+            sides: Any = layer.lora_A, layer.lora_B
+            a, b = (side[PROJECTIONS].weight for side in sides)
+            scale = torch.full((len(a),), layer.scaling[PROJECTIONS], device=a.device)
+            found[name] = LowRank(a.detach().clone(), b.detach().clone(), scale)
+            b.zero_()
+    return found
 
 
 def of_adapters(knobs: Mapping[str, Any]) -> int | None:

@@ -132,8 +132,9 @@ def _digest(files: tuple[tuple[Path, int], ...]) -> str:
 
 
 def starters() -> dict[str, Path]:
-    """The starter models that ship with the package, by name."""
-    return {path.parent.name: path.parent for path in sorted(STARTERS.glob("*/config.json"))}
+    """The starter models that ship with the package, and adapters for them, by name."""
+    known = [*STARTERS.glob("*/config.json"), *STARTERS.glob(f"*/{ADAPTER_CONFIG}")]
+    return {path.parent.name: path.parent for path in sorted(known)}
 
 
 def locate(source: str | Path, *, weights: bool = True, code: bool = False) -> Path:
