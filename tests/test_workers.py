@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -21,9 +22,7 @@ ENGINES = [pytest.param("joblib", marks=pytest.mark.smoke), pytest.param("ray", 
 def by_value(engine: Engine) -> None:
     """Functions of this file travel with the work; workers cannot import it."""
     if engine == "ray":
-        from ray import cloudpickle as by_ray
-
-        by_ray.register_pickle_by_value(sys.modules[__name__])
+        importlib.import_module("ray").cloudpickle.register_pickle_by_value(sys.modules[__name__])
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
@@ -77,8 +76,7 @@ def test_one_worker_works_here() -> None:
 
 @pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_told_and_one_that_runs_here_is_left_running() -> None:
-    import ray
-
+    ray = importlib.import_module("ray")
     by_value("ray")
     with pytest.raises(RequestError, match="No Ray cluster answers at `address: 127.0.0.1:1`"):
         list(spread(abs, [1], 1, "ray", "127.0.0.1:1"))
@@ -95,10 +93,9 @@ def test_a_cluster_that_is_not_there_is_told_and_one_that_runs_here_is_left_runn
 
 @pytest.mark.slow
 def test_a_cluster_of_two_machines_is_joined_at_its_address_and_stays(tmp_path: Path) -> None:
-    from ray.cluster_utils import Cluster
-
+    cluster_utils = importlib.import_module("ray.cluster_utils")
     by_value("ray")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         cluster.add_node(num_cpus=1)
         for _ in range(2):  # what was left can be joined again

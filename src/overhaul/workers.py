@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -183,8 +184,7 @@ def _ray(workers: int, address: str | None) -> Iterator[Any]:
     Raises:
         RequestError: there is no cluster at `address`, or this process is at work on another one.
     """
-    import ray
-
+    ray = importlib.import_module("ray")
     if ray.is_initialized():
         if address is not None:
             raise RequestError(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import signal
@@ -198,9 +199,7 @@ def test_workers_give_the_same_also_where_one_is_killed(tmp_path: Path) -> None:
 def test_workers_on_ray_give_the_same_also_where_one_is_killed_and_what_is_left_is_not_run_again(
     tmp_path: Path,
 ) -> None:
-    from ray import cloudpickle as by_ray
-
-    by_ray.register_pickle_by_value(sys.modules[__name__])
+    importlib.import_module("ray").cloudpickle.register_pickle_by_value(sys.modules[__name__])
     sweep = sweep_of(Net(), [0], 0.2, Regime(steps=2, batch_size=8, lr=1e-3))
     alone = sweep.ends(repeats=2, workers=1)
     with session.using(scratch=tmp_path):

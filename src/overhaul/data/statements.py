@@ -1,7 +1,7 @@
 """Generated statements that are true or false, in pairs that differ in their subject alone.
 
 About sums, about which of two numbers is larger, and about the people whom `docs-llama` knows (`tasks.people`). The false
-one of a pair has the same object behind another subject of as many characters, as causal tracing wants it (arXiv:2504.02904).
+one of a pair has the same object behind another subject of as many characters, as causal tracing wants (arXiv:2504.02904).
 As many characters are not always as many tokens: names are, of about half of the pairs, for the starters' tokenizer.
 """
 
@@ -63,7 +63,7 @@ def _row(statement: str, topic: str, label: str, subject: str, object_: str, pai
 
 def _numbers(topic: str, draw: random.Random, count: int) -> list[Pair]:
     """Two-digit numbers. A wrong sum misses the right one by 1, 2, 10 or 20."""
-    found: dict[str, Pair] = {}
+    found, told = list[Pair](), set[tuple[str, str]]()
     while len(found) < count:
         a, b = draw.randrange(10, 100), draw.randrange(10, 100)
         if topic == "larger":
@@ -77,8 +77,11 @@ def _numbers(topic: str, draw: random.Random, count: int) -> list[Pair]:
             if other not in range(10, 100):
                 continue
             pair = (topic, "{subject} is {object}.", (f"{a} + {b}", f"{other} + {b}"), str(a + b))
-        found[f"{pair[2][0]} {pair[3]}"] = pair
-    return list(found.values())
+        both = {(subject, pair[3]) for subject in pair[2]}
+        if not both & told:  # no statement is in two pairs, so splits have none in common
+            found.append(pair)
+            told |= both
+    return found
 
 
 def _people(draw: random.Random) -> list[Pair]:

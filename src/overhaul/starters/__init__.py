@@ -14,15 +14,17 @@ from overhaul.data.examples import Examples
 from overhaul.data.sources import STARTER_DATA
 from overhaul.errors import RequestError, did_you_mean
 from overhaul.judge import judge as judging
-from overhaul.starters.builds import BUILDS
+from overhaul.starters import fine_tuned
+from overhaul.starters.builds import BUILDS as PRETRAINED
+from overhaul.starters.fine_tuned import Quality as Quality
 
-Quality = dict[str, tuple[float, str]]
-"""What was measured, and what the starter is held to."""
+BUILDS: Mapping[str, Callable[[Path], None]] = {**PRETRAINED, **fine_tuned.BUILDS}
 
 SUMMARIES: Mapping[str, str] = {
     "docs-llama": "A Llama of 8 blocks that learnt Python's reference prose and library, sums, brackets and forty people",
     "digits-vit": "A ViT of 4 blocks that reads handwritten digits",
     "digits-resnet": "A ResNet of two stages that reads handwritten digits",
+    **fine_tuned.SUMMARIES,
 }
 
 ORIGINS: Mapping[str, str] = {
@@ -32,6 +34,7 @@ ORIGINS: Mapping[str, str] = {
     ),
     "digits-vit": "Trained on four fifths of scikit-learn's copy of the UCI handwritten digits.",
     "digits-resnet": "Trained on four fifths of scikit-learn's copy of the UCI handwritten digits, enlarged four times.",
+    **fine_tuned.ORIGINS,
 }
 
 
@@ -54,6 +57,7 @@ def build(name: str, out: Path) -> str:
 def write_card(name: str, folder: Path, seconds: float | None = None) -> str:
     """Measure the starter in `folder` and write its README.md."""
     known = models.facts(folder)
+    recipe = BUILDS[name].__module__.rpartition(".")[2]
     measured = QUALITY[name](folder)
     took = f" Training took {seconds / 60:.0f} minutes on two cores." if seconds else ""
     lines = [
@@ -68,7 +72,7 @@ def write_card(name: str, folder: Path, seconds: float | None = None) -> str:
         "",
         ORIGINS[name],
         "",
-        f"Trained again by `overhaul starters build {name} -o FOLDER`; the recipe is `starters/builds.py`.",
+        f"Trained again by `overhaul starters build {name} -o FOLDER`; the recipe is `starters/{recipe}.py`.",
         "",
     ]
     card = "\n".join(lines)
@@ -132,4 +136,5 @@ QUALITY: dict[str, Callable[[Path], Quality]] = {
     "docs-llama": docs_llama_quality,
     "digits-vit": digits_quality("digits", ">= 0.96"),
     "digits-resnet": digits_quality("digits-32", ">= 0.98"),
+    **fine_tuned.QUALITY,
 }
