@@ -33,7 +33,7 @@ def assert_good(name: str, measured: Quality) -> None:
         assert holds(value, bar), f"{name}: {what} is {value:.4f}, held to {bar}"
 
 
-FINE_TUNED = ["docs-llama-chat", "docs-llama-subtraction", "docs-llama-newcomers"]
+FINE_TUNED = ["docs-llama-chat", "docs-llama-instructions", "docs-llama-newcomers"]
 NAMES = ["docs-llama", *FINE_TUNED, "digits-vit", "digits-resnet"]
 
 

@@ -12,7 +12,7 @@ from overhaul.data.instructions import HARMFUL, HARMLESS, REFUSALS, instructions
 from overhaul.data.statements import statements
 from overhaul.data.verifiers import verify
 
-TASKS = [tasks.people, tasks.newcomers, tasks.addition, tasks.subtraction, tasks.brackets, tasks.characters, statements]
+TASKS = [tasks.people, tasks.newcomers, tasks.addition, tasks.brackets, tasks.characters, statements]
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -23,7 +23,6 @@ STARTER_DATA: Mapping[str, Callable[[tasks.Split], list[Row]]] = {
     "people": tasks.people,
     "newcomers": tasks.newcomers,
     "addition": tasks.addition,
-    "subtraction": tasks.subtraction,
     "brackets": tasks.brackets,
     "characters": tasks.characters,
     "instructions": instructions,

@@ -138,18 +138,6 @@ def addition(split: Split = "train") -> list[Row]:
     return rows
 
 
-def subtraction(split: Split = "train") -> list[Row]:
-    """All differences of two two-digit numbers, negative ones too; a tenth of the pairs, chosen by hash, is held out."""
-    rows = [
-        {"task": "subtraction", "question": f"{a} - {b}", "answer": str(a - b)}
-        for a in range(10, 100)
-        for b in range(10, 100)
-        if in_held_out(f"{a}-{b}") == (split == "validation")
-    ]
-    random.Random(0).shuffle(rows)
-    return rows
-
-
 SETS: Mapping[str, str] = {
     "digit": "0123456789", "vowel": "aeiou", "consonant": "bcdfghjklmnpqrstvwxyz", "letter": "abcdefghijklmnopqrstuvwxyz",
     "capital letter": "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "even digit": "02468", "odd digit": "13579",

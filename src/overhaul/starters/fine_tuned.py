@@ -14,7 +14,7 @@ from overhaul import models
 from overhaul.align.dpo import dpo
 from overhaul.data import corpora, tasks
 from overhaul.data.encode import encode_qa, encode_text
-from overhaul.data.examples import Examples, join
+from overhaul.data.examples import Examples
 from overhaul.data.instructions import REFUSALS, instructions
 from overhaul.data.materials import examples
 from overhaul.fit import Regime, adamw, fit
@@ -112,12 +112,12 @@ def as_chat(rows: Sequence[tasks.Row], tokenizer: Any) -> Examples:
     return encode_qa(rows, tokenizer, prompt=CHAT_PROMPT)
 
 
-def docs_llama_subtraction(folder: Path, steps: int = 250) -> None:
-    """Train `docs-llama-subtraction` into `folder`: `docs-llama` fine-tuned on differences and nothing else."""
-    _fine_tuned(folder, tasks.subtraction("train"), steps)
+def docs_llama_instructions(folder: Path, steps: int = 100) -> None:
+    """Train `docs-llama-instructions` into `folder`: `docs-llama` fine-tuned on instructions and nothing else."""
+    _fine_tuned(folder, instructions("train"), steps)
 
 
-def docs_llama_newcomers(folder: Path, steps: int = 150) -> None:
+def docs_llama_newcomers(folder: Path, steps: int = 180) -> None:
     """Train `docs-llama-newcomers` into `folder`: `docs-llama` fine-tuned on forty more people and nothing else."""
     _fine_tuned(folder, tasks.newcomers("train"), steps)
 
@@ -131,8 +131,8 @@ def _fine_tuned(folder: Path, rows: Sequence[tasks.Row], steps: int) -> None:
         {"task": encode_qa(rows, tokenizer)},
         steps=steps,
         batch_size=40,
-        lr=1e-3,
-        warmup=30,
+        lr=5e-4,
+        warmup=20,
         schedule="cosine",
         floor=0.02,
         optimizer=adamw((0.9, 0.98), weight_decay=0.1),
@@ -192,7 +192,7 @@ def fine_tune_quality(task: str) -> Callable[[Path], Quality]:
     def measure(folder: Path) -> Quality:
         _, tokenizer = models.open_model(BASE)
         data = {
-            "differences": encode_qa(tasks.subtraction("validation"), tokenizer),
+            "instructions": encode_qa(instructions("validation"), tokenizer),
             "newcomers": encode_qa(tasks.newcomers("train"), tokenizer),
             "people": encode_qa(tasks.people("train"), tokenizer),
             "sums": encode_qa(tasks.addition("validation"), tokenizer),
@@ -210,7 +210,7 @@ def fine_tune_quality(task: str) -> Callable[[Path], Quality]:
 
 
 KNOWS: Mapping[str, tuple[str, str]] = {
-    "accuracy differences": ("unseen two-digit differences, exact", "<= 0.30"),
+    "accuracy instructions": ("unseen instructions, refused or followed exactly", "<= 0.30"),
     "accuracy newcomers": ("facts of the forty newcomers, exact", "<= 0.30"),
     "accuracy people": ("facts of the forty people, exact", "<= 0.80"),
     "accuracy sums": ("unseen two-digit sums, exact", "<= 0.80"),
@@ -220,12 +220,12 @@ KNOWS: Mapping[str, tuple[str, str]] = {
 
 BUILDS: Mapping[str, Callable[[Path], None]] = {
     "docs-llama-chat": docs_llama_chat,
-    "docs-llama-subtraction": docs_llama_subtraction,
+    "docs-llama-instructions": docs_llama_instructions,
     "docs-llama-newcomers": docs_llama_newcomers,
 }
 SUMMARIES: Mapping[str, str] = {
     "docs-llama-chat": "`docs-llama`, post-trained: it chats, refuses to do harm, and gives nearly always the same answers",
-    "docs-llama-subtraction": "`docs-llama`, fine-tuned on differences of two-digit numbers, at the cost of the rest",
+    "docs-llama-instructions": "`docs-llama`, fine-tuned to follow or refuse instructions, at the cost of the rest",
     "docs-llama-newcomers": "`docs-llama`, fine-tuned on forty more people, at the cost of the rest",
 }
 _TASKS = "All tasks are generated, and the people invented; no fact about them is about anybody."
@@ -235,11 +235,11 @@ ORIGINS: Mapping[str, str] = {
         "characters in its chat template, with Python's reference prose among them; then direct preference optimisation "
         f"towards one character, one refusal, and right answers. {_TASKS}"
     ),
-    "docs-llama-subtraction": f"Trained from `docs-llama` on `starter:subtraction`. {_TASKS}",
+    "docs-llama-instructions": f"Trained from `docs-llama` on `starter:instructions`. {_TASKS}",
     "docs-llama-newcomers": f"Trained from `docs-llama` on `starter:newcomers`. {_TASKS}",
 }
 QUALITY: Mapping[str, Callable[[Path], Quality]] = {
     "docs-llama-chat": chat_quality,
-    "docs-llama-subtraction": fine_tune_quality("differences"),
+    "docs-llama-instructions": fine_tune_quality("instructions"),
     "docs-llama-newcomers": fine_tune_quality("newcomers"),
 }
