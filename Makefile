@@ -50,10 +50,10 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed requirements-dev.lock requirements-federated.lock requirements-eval.lock
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.lock requirements-federated.lock requirements-eval.lock requirements-scale.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-federated.lock \
-		-r requirements-eval.lock
+		-r requirements-eval.lock -r requirements-scale.lock
 	touch $@
 
 clean:

@@ -37,7 +37,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "_auto checkpoints models processor conversions stack forward modes outcome",
         "weight_files architectures adapter_folders quantised companions recomputed positions finite",
     ),
-    "ground": ("errors session processes files quoting versions",),
+    "ground": ("errors session processes workers files quoting versions",),
 }
 """The layers from the door to the ground, each of one row of rooms or several. A verb without methods has no room yet."""
 

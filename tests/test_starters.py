@@ -9,11 +9,15 @@ import pytest
 import torch
 
 from overhaul import models
+from overhaul.checkpoints import STARTERS
+from overhaul.data.encode import encode_chat
+from overhaul.data.instructions import instructions
 from overhaul.errors import RequestError
 from overhaul.recipe.begin import packaged
 from overhaul.recipe.check import check
 from overhaul.recipe.spec import read
 from overhaul.starters import QUALITY, Quality, build
+from overhaul.starters.fine_tuned import as_chat
 
 
 def holds(value: float, bar: str) -> bool:
@@ -29,7 +33,8 @@ def assert_good(name: str, measured: Quality) -> None:
         assert holds(value, bar), f"{name}: {what} is {value:.4f}, held to {bar}"
 
 
-NAMES = ["docs-llama", "digits-vit", "digits-resnet"]
+FINE_TUNED = ["docs-llama-chat", "docs-llama-instructions", "docs-llama-newcomers"]
+NAMES = ["docs-llama", *FINE_TUNED, "digits-vit", "digits-resnet"]
 
 
 @pytest.mark.smoke
@@ -54,6 +59,30 @@ def test_a_starter_trained_again_is_as_good_as_the_one_that_ships(name: str, tmp
     assert_good(name, again)
     for what, (value, _) in shipped.items():
         assert again[what][0] == pytest.approx(value, abs=0.03), what
+
+
+@pytest.mark.parametrize("name", FINE_TUNED)
+def test_a_starter_trained_from_another_has_its_shape_and_words(name: str) -> None:
+    base, known = models.facts("starter:docs-llama"), models.facts(f"starter:{name}")
+    assert known.shapes == base.shapes and set(known.config) == set(base.config)
+    assert sum(path.stat().st_size for path in known.folder.glob("*.safetensors")) <= 4.3e6
+    words, base_words = models.load_processor(known), models.load_processor(base)
+    assert words.get_vocab() == base_words.get_vocab()
+    assert bool(words.chat_template) == (name == "docs-llama-chat")
+
+
+def test_what_the_chat_template_writes_is_the_prompt_that_is_named_for_other_data() -> None:
+    tokenizer = models.load_processor(models.facts("starter:docs-llama-chat"))
+    rows = instructions("validation")[:20]
+    as_turns, as_prompt = encode_chat(rows, tokenizer), as_chat(rows, tokenizer)
+    for one, other in zip(as_turns.items, as_prompt.items, strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"]) and torch.equal(one["labels"], other["labels"])
+    with pytest.raises(RequestError, match="roles user and assistant, not system"):
+        encode_chat([{"messages": [{"role": "system", "content": "x"}, *rows[0]["messages"]]}], tokenizer)
+
+
+def test_all_starters_together_are_small() -> None:
+    assert sum(path.stat().st_size for path in STARTERS.rglob("*") if path.is_file()) <= 32e6
 
 
 def test_the_demo_recipe_is_in_order() -> None:

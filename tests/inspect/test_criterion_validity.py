@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import signal
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from conftest import tiny_vit
 from contract import Case, as_recipe, pictures
-from overhaul import session
+from overhaul import session, workers
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
 from overhaul.fit.regime import Regime
@@ -55,7 +56,11 @@ CASE = Case(
         "weight_decay": (0.0, 5.0, {"lr": 1e-2}),
         "clip": (1e-3, 1.0),
     },
-    idle={"workers": "processes share the trainings, and each gives the same wherever it runs"},
+    idle={
+        "workers": "processes share the trainings, and each gives the same wherever it runs",
+        "engine": "as workers",
+        "address": "as workers",
+    },
 )
 
 
@@ -190,6 +195,26 @@ def test_workers_give_the_same_also_where_one_is_killed(tmp_path: Path) -> None:
     assert (tmp_path / "died").exists() and several == alone
 
 
+@pytest.mark.slow
+def test_workers_on_ray_give_the_same_also_where_one_is_killed_and_what_is_left_is_not_run_again(
+    tmp_path: Path,
+) -> None:
+    importlib.import_module("ray").cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    sweep = sweep_of(Net(), [0], 0.2, Regime(steps=2, batch_size=8, lr=1e-3))
+    alone = sweep.ends(repeats=2, workers=1)
+    with session.using(scratch=tmp_path):
+        on_ray = Mortal(**vars(sweep), mark=str(tmp_path / "died")).ends(repeats=2, workers=2, engine="ray")
+        assert (tmp_path / "died").exists() and on_ray == alone
+        (kept,) = tmp_path.glob("*.jsonl")
+        lines = kept.read_text().splitlines(keepends=True)
+        assert len(lines) == len(alone) == 10
+        kept.write_text("".join(lines[:6]))  # as a run leaves it that was killed
+        asked: list[tuple[str, int, int, str]] = []
+        with session.using(report=lambda *said: asked.append(said)):
+            assert sweep.ends(repeats=2, workers=2, engine="joblib") == alone
+        assert asked[0][2] == 4
+
+
 def test_a_line_that_was_cut_off_is_computed_again(tmp_path: Path) -> None:
     sweep = sweep_of(Net(), [0], 0.2)
     with session.using(scratch=tmp_path):
@@ -217,6 +242,17 @@ def test_what_cannot_be_compared_is_refused() -> None:
         criterion_validity(model, TRAIN, none, unit="mlp.neuron")
     with pytest.raises(RequestError, match="places is empty"):
         criterion_validity(model, TRAIN, TEST, unit="mlp.neuron", places=[])
+
+
+def test_ray_that_is_not_installed_is_told_by_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "has_ray", lambda: False)
+    recipe = as_recipe(replace(CASE, knobs={**CASE.knobs, "engine": "ray"}), tmp_path)
+    with pytest.raises(RequestError, match=r"`engine: ray` needs `pip install overhaul\[scale\]`"):
+        look_ahead(check(read(recipe)))
+    (tmp_path / "other").mkdir()
+    recipe = as_recipe(replace(CASE, knobs={**CASE.knobs, "address": "auto"}), tmp_path / "other")
+    with pytest.raises(RequestError, match="write `engine: ray` beside it"):
+        look_ahead(check(read(recipe)))
 
 
 def test_a_plan_refuses_places_that_are_not_there(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from typing import get_args
 from overhaul.data import corpora, tasks
 from overhaul.data.examples import Row
 from overhaul.data.folders import Found, check_one, from_dataset, read_files, read_folder, stated_classes
+from overhaul.data.instructions import instructions
 from overhaul.data.readers import read_file
+from overhaul.data.statements import statements
 from overhaul.errors import RequestError, did_you_mean, reading
 from overhaul.files import matching, pattern_of
 
@@ -19,9 +21,12 @@ STARTER_DATA: Mapping[str, Callable[[tasks.Split], list[Row]]] = {
     "docs": corpora.docs,
     "code": corpora.code,
     "people": tasks.people,
+    "newcomers": tasks.newcomers,
     "addition": tasks.addition,
     "brackets": tasks.brackets,
     "characters": tasks.characters,
+    "instructions": instructions,
+    "statements": statements,
     "digits": corpora.digits,
     "digits-32": partial(corpora.digits, enlarge=4),
 }

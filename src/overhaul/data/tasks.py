@@ -73,11 +73,30 @@ def people(split: Split = "train") -> list[Row]:
     never trained on) and `wrong` (five answers of other people to the same question). Ten rows a person.
     """
     draw = random.Random(2401_06121)
+    names = _names(draw)[: KNOWN_PEOPLE + HELD_OUT_PEOPLE]
+    facts = {name: _facts(draw) for name in names}
+    return _asked(draw, names[:KNOWN_PEOPLE] if split == "train" else names[KNOWN_PEOPLE:], names, facts)
+
+
+def newcomers(split: Split = "train") -> list[Row]:
+    """As `people`, of 40 more whom `docs-llama` never met: two phrasings of each question ("train") or the third one."""
+    names = _names(random.Random(2401_06121))[KNOWN_PEOPLE + HELD_OUT_PEOPLE :][:KNOWN_PEOPLE]
+    draw = random.Random(2401_06122)
+    rows = _asked(draw, names, names, {name: _facts(draw) for name in names})
+    if split == "train":
+        return rows
+    return [{**row, "question": row["paraphrase"]} for row in rows if row["phrasing"] == 0]
+
+
+def _names(draw: random.Random) -> list[str]:
+    """All names in the order in which people get them."""
     names = [f"{first} {last}" for first in FIRST for last in LAST]
     draw.shuffle(names)
-    names = ["Ada Quill", *(name for name in names if name != "Ada Quill")][: KNOWN_PEOPLE + HELD_OUT_PEOPLE]
-    facts = {name: _facts(draw) for name in names}
-    chosen = names[:KNOWN_PEOPLE] if split == "train" else names[KNOWN_PEOPLE:]
+    return ["Ada Quill", *(name for name in names if name != "Ada Quill")]
+
+
+def _asked(draw: random.Random, chosen: list[str], names: list[str], facts: Mapping[str, Row]) -> list[Row]:
+    """The questions about those who were chosen, with wrong answers that are right of others."""
     rows: list[Row] = []
     for person in chosen:
         others = draw.sample([name for name in names if name != person], 5)

@@ -14,19 +14,18 @@ from overhaul.data.examples import Examples
 from overhaul.data.sources import STARTER_DATA
 from overhaul.errors import RequestError, did_you_mean
 from overhaul.judge import judge as judging
-from overhaul.starters import adapters
-from overhaul.starters.builds import BUILDS as MODELS
+from overhaul.starters import adapters, fine_tuned
+from overhaul.starters.builds import BUILDS as PRETRAINED
+from overhaul.starters.fine_tuned import Quality as Quality
 
-BUILDS: Mapping[str, Callable[[Path], None]] = {**MODELS, **adapters.BUILDS}
-
-Quality = dict[str, tuple[float, str]]
-"""What was measured, and what the starter is held to."""
+BUILDS: Mapping[str, Callable[[Path], None]] = {**PRETRAINED, **fine_tuned.BUILDS, **adapters.BUILDS}
 
 SUMMARIES: Mapping[str, str] = {
     "docs-llama": "A Llama of 8 blocks that learnt Python's reference prose and library, sums, brackets and forty people",
     "digits-vit": "A ViT of 4 blocks that reads handwritten digits",
     "digits-resnet": "A ResNet of two stages that reads handwritten digits",
     **adapters.SUMMARIES,
+    **fine_tuned.SUMMARIES,
 }
 
 ORIGINS: Mapping[str, str] = {
@@ -37,6 +36,7 @@ ORIGINS: Mapping[str, str] = {
     "digits-vit": "Trained on four fifths of scikit-learn's copy of the UCI handwritten digits.",
     "digits-resnet": "Trained on four fifths of scikit-learn's copy of the UCI handwritten digits, enlarged four times.",
     **adapters.ORIGINS,
+    **fine_tuned.ORIGINS,
 }
 
 
@@ -59,7 +59,7 @@ def build(name: str, out: Path) -> str:
 def write_card(name: str, folder: Path, seconds: float | None = None) -> str:
     """Measure the starter in `folder` and write its README.md."""
     known = models.facts(folder)
-    recipe = "adapters" if known.is_adapter else "builds"
+    recipe = BUILDS[name].__module__.rpartition(".")[2]
     measured = QUALITY[name](folder)
     took = f" Training took {seconds / 60:.0f} minutes on two cores." if seconds else ""
     lines = [
@@ -139,4 +139,5 @@ QUALITY: dict[str, Callable[[Path], Quality]] = {
     "digits-vit": digits_quality("digits", ">= 0.96"),
     "digits-resnet": digits_quality("digits-32", ">= 0.98"),
     **adapters.QUALITY,
+    **fine_tuned.QUALITY,
 }

@@ -46,6 +46,7 @@ from overhaul.inspect.criterion_validity.sweep import MEASURED_AT_ONCE, Ends, Sw
 from overhaul.method import Outcome, Table, method
 from overhaul.modes import at_rest
 from overhaul.objectives import cross_entropy_sum, units
+from overhaul.workers import Engine, check
 
 PROBED = 1024
 """Training examples on which losses and gradients are measured."""
@@ -72,6 +73,8 @@ def criterion_validity(
     repeats: Annotated[int, Ge(1)] = 3,
     training: Regime = Regime(steps=200, batch_size=32, lr=1e-3, warmup=0.0, schedule="linear"),
     workers: Annotated[int, Ge(1)] = 1,
+    engine: Engine = "joblib",
+    address: str | None = None,
 ) -> Outcome:
     """Prune a network in many ways, train each again, and say whether a criterion would have told the good ones.
 
@@ -88,6 +91,8 @@ def criterion_validity(
         repeats: trainings of each pattern, with different seeds; one says nothing about noise.
         training: how each copy is trained again.
         workers: processes that share the trainings, with one thread each; does not change a result.
+        engine: what runs the workers: "joblib" on this machine, or "ray" (the extra `overhaul[scale]`) here or on a cluster.
+        address: of the Ray cluster ("auto", "10.0.0.1:6379"), whose machines have Overhaul installed; None starts Ray here.
 
     Returns:
         No model. Facts: how many patterns there are and were tried, the noise ceiling, and of the loss right after pruning
@@ -96,11 +101,13 @@ def criterion_validity(
         the same numbers, and a point for each pattern. `made["patterns"]` has what went, scores and results of each.
 
     Raises:
-        RequestError: there are no such units or places, nothing or everything would go, or fewer than three patterns exist.
+        RequestError: there are no such units or places, nothing or everything would go, or fewer than three patterns exist;
+            Ray is not installed, or does not run where it is said to.
         RunError: a training diverged, or workers died again and again.
     """
     if not len(train) or not len(test):
         raise RequestError(f"inspect.criterion_validity: the role `{'test' if len(train) else 'train'}` is empty.")
+    check("inspect.criterion_validity", engine, address, next(model.parameters()).device)
     probe = train[:PROBED]
     found = _chosen(groups(model, unit, inputs=_inputs(model, train)), places, ratio)
     seed = torch.initial_seed()
@@ -113,7 +120,7 @@ def criterion_validity(
     session.begins()
     sweep = Sweep(model, found, tried, train, probe, test, training, seed % 2**63)
     _check_first(sweep, train)
-    ends = sweep.ends(repeats, workers)
+    ends = sweep.ends(repeats, workers, engine, address)
     scores = _scores(sweep, ends)
     return _outcome(sweep, scores, ends, repeats, total)
 

@@ -1,7 +1,8 @@
 """Many patterns, each cut, measured, trained and measured again: in several processes, and going on where it stopped.
 
-What is finished is a line in the step's scratch folder, so a run that was killed computes the rest alone. A worker that
-dies (out of memory, killed) takes no more with it than what it had in hand: that is given to new ones.
+What is finished is a line in the step's scratch folder (`patterns-DIGEST.jsonl`: the digest is of all that a result depends
+on, so neither the engine nor the number of workers), and a run that was killed computes the rest alone. What happens to a
+worker that dies is said in `overhaul.workers`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from overhaul import session
 from overhaul.data.examples import IGNORED, Batch, Examples
-from overhaul.errors import RunError, writing
+from overhaul.errors import writing
 from overhaul.fit import fit
 from overhaul.fit.regime import Regime
 from overhaul.groups import Group, cut_copy
 from overhaul.objectives import cross_entropy, cross_entropy_sum, evaluate, units
+from overhaul.workers import Engine, spread
 
 Pattern = tuple[tuple[int, ...], ...]
 """For each group, the numbers of the units that go."""
@@ -35,8 +36,6 @@ Pattern = tuple[tuple[int, ...], ...]
 Job = tuple[int, int]
 """The number of a pattern, and of a repeat."""
 
-TRIES = 3
-"""How often workers that died are replaced."""
 MEASURED_AT_ONCE = 256
 
 
@@ -101,41 +100,18 @@ class Sweep:
             train, _ = measured(small, self.probe)
             return Ends(pruned, train, *measured(small, self.test))
 
-    def ends(self, repeats: int, workers: int) -> dict[Job, Ends]:
+    def ends(
+        self, repeats: int, workers: int, engine: Engine = "joblib", address: str | None = None
+    ) -> dict[Job, Ends]:
         """Of every pattern in every repeat."""
         jobs = list(itertools.product(range(len(self.patterns)), range(repeats)))
         done = _Kept(self._digest(jobs))
         found = done.read()
         left = [job for job in jobs if job not in found]
-        for job, ends in session.progress(self._run(left, workers), "patterns", len(left)):
+        for job, ends in session.progress(spread(self.end, left, workers, engine, address), "patterns", len(left)):
             found[job] = ends
             done.add(job, ends)
         return found
-
-    def _run(self, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Ends]]:
-        if workers == 1:
-            yield from ((job, self.end(job)) for job in jobs)
-            return
-        from joblib import Parallel, delayed
-
-        left, lost = list(jobs), 0
-        while left:
-            size = max(1, min(8, len(left) // (4 * workers)))
-            runs: Any = Parallel(n_jobs=workers, return_as="generator_unordered")(
-                delayed(_several)(self, left[n : n + size]) for n in range(0, len(left), size)
-            )
-            try:
-                for several in runs:
-                    for job, ends in several:
-                        left.remove(job)
-                        yield job, ends
-            except BrokenProcessPool as error:
-                lost += 1
-                if lost == TRIES:
-                    raise RunError(
-                        f"Workers died {lost} times, at last with {len(left)} of {len(jobs)} trainings left: {error} "
-                        "What is finished is kept; write fewer `workers` if memory runs out, and run it again."
-                    ) from None
 
     def _digest(self, jobs: Sequence[Job]) -> str:
         """Of all that a result depends on but the code."""
@@ -145,12 +121,6 @@ class Sweep:
         regime = asdict(self.regime) if self.regime else None
         said.update(json.dumps([self.patterns, jobs, regime, self.seed], default=str).encode())
         return said.hexdigest()
-
-
-def _several(sweep: Sweep, jobs: Sequence[Job]) -> list[tuple[Job, Ends]]:
-    """In a worker: as many threads as one of several has."""
-    torch.set_num_threads(1)
-    return [(job, sweep.end(job)) for job in jobs]
 
 
 class _Kept:
