@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,13 @@ REGIONS = ("north", "south", "west")
 
 
 def grouped(count: int = 48, classes: int = 4, seed: int = 0) -> Examples:
-    """Pictures of a few classes; a third of each group, the groups of different size."""
+    """Pictures of a few classes in groups of different size; half of the smallest calls what it shows something else."""
     labels = [n % classes for n in range(count)]
     regions = [REGIONS[0 if n % 6 < 3 else 1 if n % 6 < 5 else 2] for n in range(count)]
-    return pictures(labels, seed=seed, region=regions, home=[f"home {n // 2}" for n in range(count)])
+    shown = [y if region != "west" or n % 4 < 2 else (y + 1) % classes for n, (y, region) in enumerate(zip(labels, regions, strict=True))]
+    made = pictures(shown, seed=seed, region=regions, home=[f"home {n // 2}" for n in range(count)])
+    items = [{**item, "labels": torch.tensor(y)} for item, y in zip(made.items, labels, strict=True)]
+    return replace(made, items=items, rows=[{**row, "label": y} for row, y in zip(made.rows, labels, strict=True)])
 
 
 CASE = Case(
@@ -40,7 +44,7 @@ CASE = Case(
         "solver": ("logistic", "cross_entropy"),
         "start": ("present", "anew", {"solver": "cross_entropy", "steps": 3}),
         "grid": ([0.001], [10.0]),
-        "choose": ("worst_group", "average"),
+        "choose": ("worst_group", "average", {"grid": [3e-3, 100.0], "balance": "none", "share": 0.5}),
         "share": (0.2, 0.5),
         "apart": (None, "home"),
         **{

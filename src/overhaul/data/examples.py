@@ -223,6 +223,16 @@ def length(item: Encoded) -> int:
     return sum(item[ids].shape[0] for ids in SEQUENCES.values() if ids in item) or 1
 
 
+def wrong_label(examples: Examples, count: int) -> tuple[int, int] | None:
+    """A label that is none of `count` classes, with the place of its example; None where all are."""
+    for place, item in enumerate(examples.items):
+        if "labels" in item and not item["labels"].ndim:
+            labels = item.get(LABEL_SET, item["labels"][None])
+            if bool((wrong := labels[(labels < 0) | (labels >= count)]).numel()):
+                return place, int(wrong[0])
+    return None
+
+
 def right_classes(batch: Batch, count: int) -> Tensor:
     """Which of `count` classes are right for each example of a batch, [b, count], from `label_set` or else `labels`.
 

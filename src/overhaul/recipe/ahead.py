@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from overhaul import models, session
-from overhaul.data.examples import LABEL_SET, Examples, collate
+from overhaul.data.examples import Examples, collate, wrong_label
 from overhaul.data.lazy import TextFile
 from overhaul.data.materials import Row, Source, encode
 from overhaul.data.values import FileRow, place_of
@@ -198,16 +198,12 @@ def _check_said(role: str, examples: Examples, width: int | None, name: str, jud
             f"judge measures on {role!r}, but {name} has no output head: it returns hidden states and says nothing. "
             "Leave it out of `judge:`, or open the model as a class with a head (`architectures` in config.json)."
         )
-    if not width:
-        return
-    for place, item in enumerate(examples.items, 1):
-        labels = item.get(LABEL_SET, item["labels"]) if "labels" in item and not item["labels"].ndim else torch.tensor([])
-        wrong = labels[(labels < 0) | (labels >= width)]
-        if len(wrong):
-            raise RequestError(
-                f"The material {role!r} has the label {int(wrong[0])} (example {place}), but {name} tells {width} classes "
-                f"apart, 0 to {width - 1}. Correct the labels, or leave such rows out."
-            )
+    if width and (wrong := wrong_label(examples, width)):
+        place, label = wrong
+        raise RequestError(
+            f"The material {role!r} has the label {label} (example {place + 1}), but {name} tells {width} classes apart, 0 to "
+            f"{width - 1}. Correct the labels, or leave such rows out."
+        )
 
 
 class _Stages:
