@@ -101,11 +101,10 @@ def head_of(model: nn.Module, examples: Examples) -> Head:
             hook.remove()
     if logits.ndim != 2:
         raise RequestError(one_class(of_data=True))
-    for name, layer in reversed(ran):
-        found = Head(model, name, layer)
-        if len(found.weight) == logits.shape[1] and _makes(found, batch, logits):
-            _check_own(found)
-            return found
+    found = Head(model, *ran[-1]) if ran else None
+    if found is not None and len(found.weight) == logits.shape[1] and _makes(found, batch, logits):
+        _check_own(found)
+        return found
     raise RequestError(
         f"{type(model).__name__} ends in no linear layer that makes its {logits.shape[1]} logits, so there is no last layer to "
         "refit by itself."

@@ -80,7 +80,7 @@ def head(
             regression ends at the same head.
         grid: values of C, the inverse strength of the penalty as in scikit-learn; 1e-4 to 100 by tens if not given.
         choose: which C is taken: of the most accurate "worst_group", or of the highest "average" accuracy.
-        share: of the curated rows that is held out to choose C, drawn by the seed within each group and class.
+        share: of the curated rows that is held out to choose C, drawn by the seed within each group.
         apart: a column of what must not be both fitted and held out, such as the household of a photograph.
         training: of "cross_entropy": how long and how fast.
 
@@ -115,8 +115,9 @@ def head(
             after = Part.of(*_seen(found, held_out), judged).accuracies(_present(found))
             _compare(made, test, test.accuracies(before), after)
         return made
-    strata = cells(curated, groups, "class_and_group")
-    fits, test = (whole, test) if test is not None else split(whole, strata, units, share)
+    fits = whole
+    if test is None:
+        fits, test = split(whole, cells(curated, groups, "group"), cells(curated, groups, "class"), units, share)
     values = sorted(set(grid or GRID))
     layers = fitted(fits, values, first)
     scores = [test.accuracies(layer) for layer in layers]

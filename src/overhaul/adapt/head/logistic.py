@@ -128,8 +128,9 @@ def fitted(part: Part, grid: Sequence[float], start: Linear) -> list[Linear]:
         weight[seen] = layer.weight / scale
         bias = None
         if layer.bias is not None:
+            own = layer.bias - weight[seen] @ mean
             bias = np.full(len(seen), UNSAID)
-            bias[seen] = layer.bias - weight[seen] @ mean
+            bias[seen] = own - own.mean()  # what is added to all says nothing, and the start would show in it
         found.append(Linear(weight, bias))
     return found
 

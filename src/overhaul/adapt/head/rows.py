@@ -32,33 +32,36 @@ def cells(examples: Examples, groups: Mapping[str, Sequence[int]], balance: Bala
     return numbered(named[balance])
 
 
-def split(part: Part, strata: np.ndarray, units: Sequence[Any], share: float) -> tuple[Part, Part]:
-    """What is fitted and what is held out: a share of the units of each stratum, drawn by torch's seed.
+def split(part: Part, groups: np.ndarray, classes: np.ndarray, units: Sequence[Any], share: float) -> tuple[Part, Part]:
+    """What is fitted and what is held out: a share of the units of each group, spread over its classes, by torch's seed.
 
     Args:
         part: all rows.
-        strata: of the rows, numbers; a unit lies in that of its first row.
+        groups: of the rows, numbers; a unit lies in that of its first row.
+        classes: of the rows, likewise.
         units: what of the rows stays together.
-        share: of the units, at least one of a stratum that has two.
+        share: of the units, at least one of a group that has two.
 
     Raises:
-        RequestError: a group or a class is not left on both sides.
+        RequestError: a group cannot be on both sides.
     """
     unit = numbered(units)
     first = np.unique(unit, return_index=True)[1]
     draw, held = np.random.default_rng(torch.initial_seed() % 2**63), list[int]()
-    for stratum in np.unique(strata):
-        own = np.flatnonzero(strata[first] == stratum)
+    for group in np.unique(groups):
+        own = draw.permutation(np.flatnonzero(groups[first] == group))
+        own = own[np.argsort(classes[first][own], kind="stable")]
         count = min(max(1, round(share * len(own))), len(own) - 1)
-        held += draw.permutation(own)[:count].tolist()
+        # every so many of them, class after class
+        held += own[((np.arange(count) + draw.random()) * len(own) / max(1, count)).astype(int)].tolist()
     out = np.isin(unit, held)
+    lost = part.seen & ~part.right[~out].any(axis=0)
+    out &= ~np.isin(unit, unit[part.right[:, lost].any(axis=1)])  # a class must be there to be fitted
     kept, test = part.select(np.flatnonzero(~out)), part.select(np.flatnonzero(out))
-    groups = sorted(part.groups.keys() - (kept.groups.keys() & test.groups.keys()))
-    classes = np.flatnonzero(kept.seen != part.seen).tolist()
-    if groups or classes:
-        what = f"the group {groups[0]!r}" if groups else f"the class {classes[0]}"
+    for name in sorted(part.groups.keys() - (kept.groups.keys() & test.groups.keys())):
         raise RequestError(
-            f"adapt.head: {what} has too few rows to be both fitted and held out; give more of it, or a role `held_out`."
+            f"adapt.head: the group {name!r} has too few rows to be both fitted and held out; give more of it, or a role "
+            "`held_out`."
         )
     return kept, test
 

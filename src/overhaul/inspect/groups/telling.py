@@ -159,11 +159,16 @@ def progress_tables(
     if len(set(families)) < FAMILIES:
         made.facts["no_interval_of_slopes"] = f"{len(set(families))} families of models; an interval needs {FAMILIES}"
     made.tables["progress"] = Table(columns, tuple(lines))
-    points = [
-        (f"{name}, {group}", float(x[m]), float(right.accuracy[m, g]))
-        for m, name in enumerate(names)
+    across = "accuracy on the reference"
+    dots = [
+        (group, float(x[m]), float(right.accuracy[m, g]))
         for g, group in enumerate(right.groups)
+        for m in range(len(names))
     ]
-    made.tables["accuracy of each group, against the reference"] = Table.points(
-        points, x="accuracy on the reference", y="accuracy in the group", unit="share"
+    made.tables["accuracy of each group, a dot for each model and their mean, against the reference"] = Table.points(
+        dots, x=across, y="accuracy in the group", unit="share"
+    )
+    spread = [(name, float(x[m]), float(each)) for m, (name, each) in enumerate(zip(names, series["max - min of the groups"]))]
+    made.tables["best minus worst group of each model, against the reference"] = Table.points(
+        spread, x=across, y="max - min", unit="share"
     )
