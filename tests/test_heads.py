@@ -40,8 +40,15 @@ def llama() -> nn.Module:
 def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, num_labels=3, pad_token_id=0)
-    return GPT2ForSequenceClassification(config).eval()
+    sizes: dict[str, Any] = {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": 64,
+        "num_labels": 3,
+        "pad_token_id": 0,
+    }
+    return GPT2ForSequenceClassification(GPT2Config(**sizes)).eval()
 
 
 class Transposed(nn.Module):
@@ -51,7 +58,8 @@ class Transposed(nn.Module):
         from transformers.pytorch_utils import Conv1D
 
         super().__init__()
-        self.first, self.last = nn.Linear(64, 10), Conv1D(10, 10)
+        self.first: nn.Module = nn.Linear(64, 10)
+        self.last: nn.Module = Conv1D(10, 10)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.last(self.first(pixel_values.flatten(1)).relu())
@@ -120,11 +128,8 @@ def test_a_language_model_has_no_last_layer_to_refit() -> None:
 
 def test_a_shared_weight_is_refused() -> None:
     model = Transposed()
-    model.first = nn.Linear(64, 10)
-    model.last = nn.Linear(10, 10)
+    model.last = shared = nn.Linear(10, 10)
     model.again = nn.Linear(10, 10)
-    model.again.weight = model.last.weight
+    model.again.weight = shared.weight
     with pytest.raises(RequestError, match=r"last, shares its weight with again\.weight"):
         head_of(model, examples_for("vit", 4))
-
-

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -47,13 +48,13 @@ class Head:
     @property
     def weight(self) -> Float[Tensor, "classes d"]:
         """The weight with a row for each class: a view, also of `Conv1D`, whose weight lies the other way round."""
-        own: Tensor = self.layer.weight.detach()  # pyright: ignore[reportAssignmentType]
+        own = self.layer.get_parameter("weight").detach()
         return own if isinstance(self.layer, nn.Linear) else own.T
 
     @property
     def bias(self) -> Float[Tensor, " classes"] | None:
         """The bias; None where the layer has none."""
-        own = getattr(self.layer, "bias", None)
+        own: Any = getattr(self.layer, "bias", None)
         return None if own is None else own.detach()
 
     @contextmanager
@@ -106,8 +107,8 @@ def head_of(model: nn.Module, examples: Examples) -> Head:
         _check_own(found)
         return found
     raise RequestError(
-        f"{type(model).__name__} ends in no linear layer that makes its {logits.shape[1]} logits, so there is no last layer to "
-        "refit by itself."
+        f"{type(model).__name__} ends in no linear layer that makes its {logits.shape[1]} logits, so there is no last layer "
+        "to refit by itself."
     )
 
 
@@ -130,6 +131,6 @@ def _check_own(head: Head) -> None:
     others = [name for name, one in every if id(one) in mine and not name.startswith(f"{head.name}.")]
     if others and head.name:
         raise RequestError(
-            f"The last layer of {type(head.model).__name__}, {head.name}, shares its weight with {others[0]}, so it cannot be "
-            "changed alone."
+            f"The last layer of {type(head.model).__name__}, {head.name}, shares its weight with {others[0]}, so it cannot "
+            "be changed alone."
         )

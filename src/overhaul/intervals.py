@@ -1,7 +1,7 @@
 """Bootstrap intervals: how far a number may be off because other rows, people or models could have been drawn.
 
-    unit     what is drawn anew, with replacement: a row, or all rows of one cluster (questions about a person, photographs of
-             a home, models of a family), since ten that belong together are no ten samples
+    unit     what is drawn anew, with replacement: a row, or all rows of a cluster (questions about a person, photographs
+             of a home, models of a family), since ten that belong together are no ten samples
     limits   the (1 - level) / 2 quantile of the draws and its counterpart (percentile interval)
 
 Draws come from a seed of their own: the same data gives the same interval, and torch's generator does not move.

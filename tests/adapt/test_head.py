@@ -29,7 +29,8 @@ def grouped(count: int = 48, classes: int = 4, seed: int = 0) -> Examples:
     """Pictures of a few classes in groups of different size; half of the smallest calls what it shows something else."""
     labels = [n % classes for n in range(count)]
     regions = [REGIONS[0 if n % 6 < 3 else 1 if n % 6 < 5 else 2] for n in range(count)]
-    shown = [y if region != "west" or n % 4 < 2 else (y + 1) % classes for n, (y, region) in enumerate(zip(labels, regions, strict=True))]
+    odd = [region == "west" and n % 4 >= 2 for n, region in enumerate(regions)]
+    shown = [(y + 1) % classes if other else y for y, other in zip(labels, odd, strict=True)]
     made = pictures(shown, seed=seed, region=regions, home=[f"home {n // 2}" for n in range(count)])
     items = [{**item, "labels": torch.tensor(y)} for item, y in zip(made.items, labels, strict=True)]
     return replace(made, items=items, rows=[{**row, "label": y} for row, y in zip(made.rows, labels, strict=True)])
@@ -126,7 +127,7 @@ def test_a_weight_of_two_is_a_row_twice() -> None:
     twice = np.r_[np.arange(30), np.arange(10)]
     weights = np.ones(30)
     weights[:10] = 2
-    doubled = replace(part.select(np.arange(30)), features=part.features[twice], right=part.right[twice], weights=np.ones(40))
+    doubled = replace(part, features=part.features[twice], right=part.right[twice], weights=np.ones(40))
     weighted = replace(part, weights=weights * 30 / 40)  # of mean 1
     mean, scale = part.features.mean(axis=0), part.features.std(axis=0)
     ones = [replace(each, features=(each.features - mean) / scale) for each in (doubled, weighted)]
@@ -273,5 +274,5 @@ def test_labels_that_are_no_classes_and_models_that_do_not_classify_are_refused(
 
 
 def test_all_verbs_with_methods_are_offered() -> None:
-    assert oh.adapt.head is head and "adapt" in dir(oh)
+    assert vars(oh.adapt)["head"] is head and "adapt" in dir(oh)
     assert encode_images([{"image": [[0.0]], "label": [2, 0]}]).items[0]["label_set"].tolist() == [2, 0]

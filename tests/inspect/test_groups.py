@@ -135,7 +135,7 @@ def test_intervals_of_groups_are_binomial_and_wider_where_rows_belong_together()
     draw = np.random.default_rng(1)
     right = np.repeat(draw.random(200) < 0.7, 5)[None]
     some = Hits(right, {"a": np.arange(500), "b": np.arange(500, 1000)}, None)
-    alone, together = (some.drawn(units, 0, 400) for units in (range(1000), np.arange(1000) // 5))
+    alone, together = (some.drawn([n // size for n in range(1000)], 0, 400) for size in (1, 5))
     assert alone.shape == (400, 1, 2)
     p = float(some.accuracy[0, 0])
     assert float(alone[:, 0, 0].std()) == pytest.approx((p * (1 - p) / 500) ** 0.5, rel=0.15)
@@ -263,7 +263,9 @@ def test_plan_refuses_a_group_that_is_too_small(tmp_path: Path) -> None:
     import json
 
     known = some_models(tmp_path, 1)
-    lines = [{"image": item["pixel_values"][0].tolist(), **row} for item, row in zip(rows().items, rows().rows, strict=True)]
+    lines = [
+        {"image": item["pixel_values"][0].tolist(), **row} for item, row in zip(rows().items, rows().rows, strict=True)
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     recipe = {
         "model": str(known[0].folder),

@@ -1,9 +1,9 @@
-"""Claim of arXiv:2307.13136: larger models do not close the gap between groups, and a last layer refitted on balanced data does.
+"""Claim of arXiv:2307.13136: larger models do not close the gap between groups, a last layer refitted on balanced data does.
 
-The paper's photographs from four continents, at the size of a laptop: handwritten digits in four "regions", turned by 0, 15, 30
-and 45 degrees.
+The paper's photographs from several continents, at the size of a laptop: handwritten digits in four "regions", turned by 0,
+15, 30 and 45 degrees.
 
-1. Five networks of two convolutions, 2 to 32 filters wide, are trained on a stream of 837 digits of which 96% are not turned.
+1. Five networks of two convolutions, 2 to 32 filters wide, are trained on a stream of 837 digits, 96% of them not turned.
 2. The last layer of each is refitted by `adapt.head` on 600 other digits, 150 of each region.
 3. Accuracy by region is measured on 360 held-out digits, each in all four regions.
 4. Null controls: the refit on the same 600 digits in the proportions of the stream; and on these with the weights of groups
@@ -133,8 +133,8 @@ CLAIM = Claim(
     slug="geographic-generalization",
     paper="2307.13136",
     title="Does Progress On Object Recognition Benchmarks Improve Real-World Generalization?",
-    statement="A larger model is better on average and leaves the gap between groups as it is; refitting the last layer alone on "
-    "a small balanced set closes most of it.",
+    statement="A larger model is better on average and leaves the gap between groups as it is; refitting the last layer "
+    "alone on a small balanced set closes most of it.",
     checks=(
         Check(
             "there is something to repair: before the refit max - min is at least 0.2 at every width",
@@ -142,9 +142,11 @@ CLAIM = Claim(
         ),
         Check(
             "larger models do not close the gap: it does not fall from width 8 to 16 and again to 32 by 0.05 each",
-            lambda n: not (
-                n["width 8, before: max - min"] - n["width 16, before: max - min"] >= 0.05
-                and n["width 16, before: max - min"] - n["width 32, before: max - min"] >= 0.05
+            lambda n: (
+                not (
+                    n["width 8, before: max - min"] - n["width 16, before: max - min"] >= 0.05
+                    and n["width 16, before: max - min"] - n["width 32, before: max - min"] >= 0.05
+                )
             ),
         ),
         Check(

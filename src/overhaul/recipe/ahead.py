@@ -201,8 +201,8 @@ def _check_said(role: str, examples: Examples, width: int | None, name: str, jud
     if width and (wrong := wrong_label(examples, width)):
         place, label = wrong
         raise RequestError(
-            f"The material {role!r} has the label {label} (example {place + 1}), but {name} tells {width} classes apart, 0 to "
-            f"{width - 1}. Correct the labels, or leave such rows out."
+            f"The material {role!r} has the label {label} (example {place + 1}), but {name} tells {width} classes apart, 0 "
+            f"to {width - 1}. Correct the labels, or leave such rows out."
         )
 
 

@@ -23,7 +23,7 @@ How it differs from the paper and its code:
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -99,7 +99,9 @@ def head(
         if examples is not None and not len(examples):
             raise RequestError(f"adapt.head: the role `{name}` is empty.")
     groups = {} if by is None else groups_of("adapt.head: the role `curated`", curated.rows, by, least=2)
-    judged = {} if by is None or held_out is None else groups_of("adapt.head: the role `held_out`", held_out.rows, by, 1)
+    judged = (
+        {} if by is None or held_out is None else groups_of("adapt.head: the role `held_out`", held_out.rows, by, 1)
+    )
     units = units_of(curated, apart)
     found = head_of(model, curated)
     whole = Part.of(*_seen(found, curated), groups, cells(curated, groups, balance))
@@ -129,7 +131,9 @@ def head(
     _compare(made, test, test.accuracies(before), scores[best])
     tried = zip(values, scores, layers, strict=True)
     rows = [(c, average, min(each), test.loss(layer)) for c, (average, each), layer in tried]
-    made.tables["what each C gives on rows held out"] = Table(("C", "average", "worst group", "loss, nats"), tuple(rows))
+    made.tables["what each C gives on rows held out"] = Table(
+        ("C", "average", "worst group", "loss, nats"), tuple(rows)
+    )
     return made
 
 

@@ -2,9 +2,9 @@
 
     minimise  sum_i w_i l_i / n + |W|^2 / (2 C n),   l_i = -log sum_{k in S_i} p_k,   p = softmax(W phi_i + b)
 
-With sets of one class it is what scikit-learn's `LogisticRegression(C=C)` minimises for weights w, divided by C n, and convex:
-every start ends at the same loss. Sets of several classes make it a difference of convex functions, where the start matters.
-It is solved in float64 by L-BFGS on features of mean 0 and variance 1, in which the penalty is meant too.
+With sets of one class it is what scikit-learn's `LogisticRegression(C=C)` minimises for weights w, divided by C n. It is
+convex: every start ends at the same loss. Sets of several classes make it a difference of convex functions, where the start
+matters. It is solved in float64 by L-BFGS on features of mean 0 and variance 1, in which the penalty is meant too.
 """
 
 from __future__ import annotations
@@ -62,7 +62,11 @@ class Part:
 
     @classmethod
     def of(
-        cls, features: np.ndarray, right: np.ndarray, groups: Mapping[str, Sequence[int]], cells: np.ndarray | None = None
+        cls,
+        features: np.ndarray,
+        right: np.ndarray,
+        groups: Mapping[str, Sequence[int]],
+        cells: np.ndarray | None = None,
     ) -> Part:
         """All rows; of equal weight where no cells are to be balanced."""
         every = np.arange(len(features))
@@ -100,7 +104,7 @@ class Part:
     @cached_property
     def seen(self) -> np.ndarray:
         """Which classes a row has, [classes]."""
-        return self.right.any(axis=0)
+        return np.asarray(self.right.any(axis=0))
 
 
 def fitted(part: Part, grid: Sequence[float], start: Linear) -> list[Linear]:
@@ -158,5 +162,7 @@ def _solved(part: Part, c: float, start: Linear) -> Linear:
     options = {"maxiter": ITERATIONS, "maxfun": 2 * ITERATIONS, "ftol": 1e-15, "gtol": 1e-7, "maxcor": 20}
     ended = minimize(objective, first, jac=True, method="L-BFGS-B", options=options)
     if not ended.success or not np.isfinite(ended.fun):
-        raise RunError(f"adapt.head: for C={c:g} the regression did not converge ({ended.message}). Leave it out of `grid`.")
+        raise RunError(
+            f"adapt.head: for C={c:g} the regression did not converge ({ended.message}). Leave it out of `grid`."
+        )
     return unpacked(ended.x)

@@ -40,10 +40,11 @@ def validity(scores: Sequence[float], left: Sequence[float], seed: int = 0) -> V
     """Compare scores of patterns with what is left of each; `seed` is that of the bootstrap."""
     score, end = numpy.asarray(scores, float), numpy.asarray(left, float)
     tau, p = kendall(score, end)
-    low, high = interval(lambda drawn: anomaly_ratio(*numpy.array(drawn).T), (list(zip(score, end)), range(len(score))), seed=seed)
+    pairs = list(zip(score, end, strict=True))
+    low, high = interval(lambda drawn: anomaly_ratio(*numpy.array(drawn).T), (pairs, range(len(pairs))), seed=seed)
     wrong = (numpy.subtract.outer(score, score) < 0) & (numpy.subtract.outer(end, end) < 0)
-    pairs = max(1, math.comb(len(score), 2))
-    return Validity(tau, p, anomaly_ratio(score, end), float(low), float(high), float(wrong.sum()) / pairs)
+    count = max(1, math.comb(len(score), 2))
+    return Validity(tau, p, anomaly_ratio(score, end), low, high, float(wrong.sum()) / count)
 
 
 def kendall(

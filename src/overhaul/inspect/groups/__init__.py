@@ -14,8 +14,8 @@ Ibrahim, arXiv:2307.13136.
 
 How it differs from the paper and its code:
 
-1. The code reports accuracies by group alone; disparity, slopes and gap follow the paper's words. Its keys for top 5 by income
-   overwrite those of top 1; here they are two tables.
+1. The code reports accuracies by group alone; disparity, slopes and gap follow the paper's words. Its top 5 by income
+   overwrites its top 1; here they are two tables.
 2. Intervals are percentile bootstraps: over the rows of each group (or what belongs together, such as a household) for
    accuracies, over families of models for slopes, since near copies are no independent models.
 3. Accuracies saturate, so every slope also stands on the probit (or logit) scale. The two may order benchmarks differently.
@@ -72,7 +72,7 @@ def groups(
         standard: other benchmarks of robustness, whose slopes the data's is compared with.
         by: the column of `data` whose values are the groups, or several columns, whose combinations are.
         pair: two groups: the gap of the first over the second is reported besides the best over the worst.
-        top: how many of the most probable classes count for the second table of accuracies; none where there are no more.
+        top: how many of the most probable classes count for the second table of accuracies; left out where all is right.
         least: rows that a group needs; a smaller one is refused, with its number.
         apart: a column of `data` whose rows are drawn together for intervals, such as the household of a photograph.
         benchmark: a column of `standard` that tells several benchmarks apart; one if not given.
@@ -80,11 +80,11 @@ def groups(
         scale: on which slopes are taken besides accuracy itself.
 
     Returns:
-        No model. Facts: rows, groups, and means over the models of average accuracy, worst group (and which is it most often),
-        max - min with what chance makes of it and class-adjusted, pair gap; with a reference the progress rate, the
-        slope of max - min (and of the pair gap), and with `standard` the progress gap and ratio. Tables: accuracy by model and
-        group as heat maps, disparities by model with intervals, groups with intervals, slopes, and every model and
-        group against the reference.
+        No model. Facts: rows, groups, and means over the models of average accuracy, worst group (and which is it most
+        often), max - min with what chance makes of it and class-adjusted, pair gap; with a reference the progress rate, the
+        slope of max - min (and of the pair gap), and with `standard` the progress gap and ratio. Tables: accuracy by model
+        and group as heat maps, disparities by model with intervals, groups with intervals, slopes, and groups and
+        disparities against the reference.
 
     Raises:
         RequestError: the models differ in their classes or in how they read data, the column is missing or has one value, a
@@ -96,7 +96,9 @@ def groups(
     given = {role: examples for role, examples in roles.items() if examples is not None}
     (classified, *others) = (check_kind(role, examples) for role, examples in given.items())
     if any(other != classified for other in others):
-        raise RequestError("inspect.groups: of `data`, `reference` and `standard` some have classes and some have answers.")
+        raise RequestError(
+            "inspect.groups: of `data`, `reference` and `standard` some have classes and some have answers."
+        )
     names = names_of(models)
     places = groups_of("inspect.groups: the role `data`", data.rows, by, least)
     _check_knobs(models, given, places, pair, apart, benchmark, families)
@@ -108,7 +110,7 @@ def groups(
     labels = np.array([int(item["labels"]) for item in data.items]) if classified else None
     first, more = measured["data"]
     right = Hits(first, inside, labels)
-    within = Hits(more, inside, labels) if more is not None and top < len(models[0].config.get("id2label") or range(2)) else None
+    within = Hits(more, inside, labels) if more is not None and not more.all() else None
     units = range(len(data)) if apart is None else [str(row[apart]) for row in data.rows]
     seed = torch.initial_seed() % 2**63
     made = Outcome(facts={"models": len(models), "rows": len(data), "groups": len(places)})
@@ -153,7 +155,9 @@ def _check_knobs(
             hint = did_you_mean(column, rows[0]) if rows else " There is no such role."
             raise RequestError(f"inspect.groups: `{knob}: {column}` names no column of every row of `{role}`.{hint}")
     if families is not None and len(families) != len(models):
-        raise RequestError(f"inspect.groups: `families` has {len(families)} names for {len(models)} models; write one for each.")
+        raise RequestError(
+            f"inspect.groups: `families` has {len(families)} names for {len(models)} models; write one for each."
+        )
     if "standard" in given and "reference" not in given:
         raise RequestError("inspect.groups: `standard` is compared by its slope on `reference`, which is not given.")
     if "reference" in given and len(models) < 2:

@@ -39,8 +39,8 @@ def check_kind(role: str, examples: Examples) -> bool:
     kind = kind_of(examples)
     if kind == "text" or (kind == "prompts" and not all("answer" in row or "verify" in row for row in examples.rows)):
         raise RequestError(
-            f"inspect.groups: the role `{role}` holds {kind}, of which nothing is right or wrong. Give images or texts with a "
-            "class, or questions with answers."
+            f"inspect.groups: the role `{role}` holds {kind}, of which nothing is right or wrong. Give images or texts with "
+            "a class, or questions with answers."
         )
     if kind != "images":
         check_rows(examples.rows)
@@ -57,8 +57,8 @@ def check_classes(models: Sequence[Checkpoint], names: Sequence[str], data: Mapp
     for known, name, space in zip(models, names, spaces, strict=True):
         if space is None:
             raise RequestError(
-                f"inspect.groups: {name} ({known.architecture}) has no classes by its config, but the rows have. Give models "
-                "that classify, or questions with answers."
+                f"inspect.groups: {name} ({known.architecture}) has no classes by its config, but the rows have. Give "
+                "models that classify, or questions with answers."
             )
         first = spaces[0]
         assert first is not None
@@ -92,8 +92,8 @@ def check_read_alike(models: Sequence[Checkpoint], names: Sequence[str], data: M
         other = load_processor(known)
         if other is not None and _mark(other) != _mark(own):
             raise RequestError(
-                f"inspect.groups: {name} reads its data by another {type(other).__name__} than the rows were encoded with (of "
-                "the recipe's `model:`, or the processor given in Python), so it would be measured on what it does not "
+                f"inspect.groups: {name} reads its data by another {type(other).__name__} than the rows were encoded with "
+                "(of the recipe's `model:`, or the processor given in Python), so it would be measured on what it does not "
                 "know. Compare models that share one."
             )
 

@@ -71,7 +71,9 @@ class Rates:
     def gap(self, one: str, other: str) -> tuple[float | None, float | None, float | None]:
         """The difference of two slopes, with its interval."""
         a, b = (list(self.names).index(name) for name in (one, other))
-        return _told(self.values[a] - self.values[b], None if self.drawn is None else self.drawn[:, a] - self.drawn[:, b])
+        return _told(
+            self.values[a] - self.values[b], None if self.drawn is None else self.drawn[:, a] - self.drawn[:, b]
+        )
 
     def ratio(self, one: str, other: str) -> tuple[float | None, float | None, float | None]:
         """One slope as a multiple of another; nothing where the other may as well be 0 or less."""

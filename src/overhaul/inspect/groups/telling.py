@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def disparity_tables(
     listed = list(right.groups)
     adjusted = right.adjusted
     columns = ["model", "average", "worst group", "its accuracy", "max - min", "2.5%", "97.5%", "max - min by chance"]
-    series: list[Sequence[Cell]] = [
+    series: list[Any] = [
         names, right.average, [listed[n] for n in worst], right.accuracy.min(axis=1), max_min(right.accuracy), *spread,
         right.chance,
     ]  # fmt: skip
@@ -76,7 +77,7 @@ def disparity_tables(
         made.facts["pair_gap"] = float((right.accuracy[:, a] - right.accuracy[:, b]).mean())
 
 
-def _plain(values: Sequence[Cell]) -> list[Cell]:
+def _plain(values: Any) -> list[Cell]:
     return values.tolist() if isinstance(values, np.ndarray) else list(values)
 
 
@@ -132,7 +133,10 @@ def progress_tables(
     x = reference.mean(axis=1)
     series = {"data": right.average, **{f"group {g}": right.accuracy[:, n] for n, g in enumerate(right.groups)}}
     series |= {f"benchmark {name}": own.mean(axis=1) for name, own in beside.items()}
-    rows = {"data": right.right.shape[1], **{f"group {g}": size for g, size in zip(right.groups, right.sizes, strict=True)}}
+    rows = {
+        "data": right.right.shape[1],
+        **{f"group {g}": size for g, size in zip(right.groups, right.sizes, strict=True)},
+    }
     rows |= {f"benchmark {name}": own.shape[1] for name, own in beside.items()}
     other = {name: stretched(values, rows[name], scale) for name, values in series.items()}
     for each in (series, other):
@@ -168,7 +172,8 @@ def progress_tables(
     made.tables["accuracy of each group, a dot for each model and their mean, against the reference"] = Table.points(
         dots, x=across, y="accuracy in the group", unit="share"
     )
-    spread = [(name, float(x[m]), float(each)) for m, (name, each) in enumerate(zip(names, series["max - min of the groups"]))]
+    gaps = series["max - min of the groups"]
+    spread = [(name, float(a), float(b)) for name, a, b in zip(names, x, gaps, strict=True)]
     made.tables["best minus worst group of each model, against the reference"] = Table.points(
         spread, x=across, y="max - min", unit="share"
     )

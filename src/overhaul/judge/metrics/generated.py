@@ -31,7 +31,9 @@ def accuracy(role: Evidence) -> Value:
     """
     if role.kind == "images":
         several = any(LABEL_SET in item for item in role.examples.items)
-        return mean([float(rank == 0) for rank in role.ranks] if several else [float(one.hits[0]) for one in role.scored])
+        return mean(
+            [float(rank == 0) for rank in role.ranks] if several else [float(one.hits[0]) for one in role.scored]
+        )
     return mean(list(map(float, right_answers(role).values())))
 
 
