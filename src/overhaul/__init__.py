@@ -11,6 +11,7 @@ from overhaul import _auto
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from overhaul import adapt as adapt
     from overhaul import align as align
     from overhaul import forget as forget
     from overhaul import groups as groups

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from overhaul.data.examples import IGNORED, Batch, Examples, collate
@@ -236,6 +236,12 @@ def cross_entropy_sum(logits: Tensor, batch: Batch) -> Tensor:
     if labels.ndim == 1:
         return F.cross_entropy(logits.float(), labels, reduction="sum")
     return token_nll(logits, labels).sum()
+
+
+def set_nll(logits: Float[Tensor, "b classes"], right: Bool[Tensor, "b classes"]) -> Float[Tensor, " b"]:
+    """-log of the probability that one of the right classes is said, in nats, float32."""
+    logits = logits.float()
+    return logits.logsumexp(dim=1) - logits.masked_fill(~right, -torch.inf).logsumexp(dim=1)
 
 
 def units(batch: Batch) -> int:

@@ -403,7 +403,7 @@ def test_one_number_is_one_class(tmp_path: Path) -> None:
         load(tmp_path, labels=DEFAULT)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, True, None, "", [1], np.array([1, 2]), 1.5])
+@pytest.mark.parametrize("value", [math.nan, math.inf, True, None, "", [1, None], np.array([1, 2]), 1.5])
 def test_what_is_no_class_is_refused(value: Any, tmp_path: Path) -> None:
     spec = Source.model_validate({"from": "rows", "as": "classified"})
     with pytest.raises(RequestError, match="rows, row 1: 'label' is .*the name or the number of a class is needed"):

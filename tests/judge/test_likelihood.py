@@ -23,7 +23,6 @@ from overhaul.judge.likelihood import (
     batches_within,
     exact_memorisation,
     extraction_strength,
-    interval,
     loss_score,
     min_k,
     min_k_plus_plus,
@@ -163,30 +162,6 @@ def test_true_positives_are_counted_where_false_ones_are_few_enough() -> None:
     assert tpr_at_fpr(members, others, 0.9) == 1.0
     assert tpr_at_fpr(others, others, 0.01) == pytest.approx(0.01)
     assert tpr_at_fpr([0.0], [1.0], 0.01) == 0.0
-
-
-def test_an_interval_is_drawn_over_clusters() -> None:
-    draw = torch.Generator().manual_seed(5)
-    values = torch.randn(30, generator=draw).tolist()
-
-    def mean(sample: list[float]) -> float:
-        return sum(sample) / len(sample)
-
-    low, high = interval(mean, (values, range(30)))
-    error = torch.tensor(values).std(correction=0).item() / 30**0.5
-    assert (high - low) / (2 * 1.96 * error) == pytest.approx(1.0, abs=0.1)
-    # ten questions about each person, all alike, say no more than one
-    repeated, people = values * 10, [*range(30)] * 10
-    assert interval(mean, (repeated, people)) == pytest.approx((low, high))
-    naive = interval(mean, (repeated, range(300)))
-    assert naive[1] - naive[0] < (high - low) / 2
-    assert interval(mean, (values, range(30)), level=0.5)[0] > low
-
-
-def test_an_interval_of_two_samples_draws_each_from_itself() -> None:
-    assert interval(auc, ([2.0, 3.0], "ab"), ([0.0, 1.0], "cd")) == (1.0, 1.0)
-    with pytest.raises(RequestError, match="at least two"):
-        interval(auc, ([2.0, 3.0], "aa"), ([0.0, 1.0], "cd"))
 
 
 def by_hand(model: nn.Module, examples: Examples, i: int) -> tuple[Tensor, Tensor, Tensor]:

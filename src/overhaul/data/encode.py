@@ -12,7 +12,7 @@ from torch import Tensor
 
 from overhaul.data.boundary import Found, backend_of, closed, find, joined, learnable
 from overhaul.data.chats import Writer, tools_of, turns_of
-from overhaul.data.examples import CLOSING, PROMPT_OVERLAP, Encoded, Examples
+from overhaul.data.examples import CLOSING, LABEL_SET, PROMPT_OVERLAP, Encoded, Examples
 from overhaul.data.lazy import TextFile
 from overhaul.data.prompts import QUESTION, Prompt
 from overhaul.errors import RequestError, RowError, shifted
@@ -334,7 +334,7 @@ def encode_chat(rows: Rows, tokenizer: Any, column: str = "messages") -> Example
 
 
 def encode_images(rows: Rows, processor: Any = None, image: str = "image", label: str | None = "label") -> Examples:
-    """Images as float tensors [c, h, w] with an integer label, or none where `label` is None.
+    """Images as float tensors [c, h, w] with an integer label, or several, or none where `label` is None.
 
     Arrays of two dimensions become one channel. A processor, if given, turns PIL images into pixel values; arrays are
     taken as they are.
@@ -342,9 +342,23 @@ def encode_images(rows: Rows, processor: Any = None, image: str = "image", label
     items: list[Encoded] = []
     for row in rows:
         item = {"pixel_values": pixels(row[image], processor)}
-        items.append(item if label is None else {**item, "labels": torch.tensor(int(row[label]))})
+        items.append(item if label is None else {**item, **encoded_class(row[label])})
     kept = [{k: v for k, v in row.items() if k != image} for row in rows]
     return Examples(items, kept, processor)
+
+
+def encoded_class(value: Any) -> Encoded:
+    """The number of a class as `labels` []; of several that all are right, `labels` is the first and `label_set` [k] all.
+
+    Raises:
+        RequestError: the list is empty.
+    """
+    if not isinstance(value, list | tuple):
+        return {"labels": torch.tensor(int(value))}
+    if not value:
+        raise RequestError("A row lists no class at all, so nothing would be right for it. Leave such rows out.")
+    numbers = torch.tensor([int(one) for one in value])
+    return {"labels": numbers[0], LABEL_SET: numbers}
 
 
 def pixels(value: Any, processor: Any) -> Tensor:

@@ -1,7 +1,8 @@
 """Examples: encoded data in one role, with the rows it was made from.
 
 A language example is `input_ids` and `labels` of one length; a label of -100 carries no loss, so a prompt is read and
-only its answer is learnt. A text with a class has one `labels` integer instead. A pair is two of them, the second under
+only its answer is learnt. A text with a class has one `labels` integer instead; where any of several classes is right,
+`label_set` holds them all and `labels` the first. A pair is two of them, the second under
 names that begin with `other_`. An image example is `pixel_values`, and one `labels` integer where it has a class.
 """
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from overhaul.data.lazy import View, chained, sha
-from overhaul.errors import RequestError
+from overhaul.errors import RequestError, did_you_mean
 from overhaul.files import contents
 
 IGNORED = -100
@@ -34,6 +35,9 @@ TOLD_FROM = 100
 PROMPT_OVERLAP = "prompt_overlap"
 """The column of a row with the characters of its prompt that the answer's first token holds, where there are some."""
 
+LABEL_SET = "label_set"
+"""The column of an example with all classes that count as right, where its row lists several."""
+
 Kind = Literal["tokens", "pairs", "images", "image_text", "rows", "tensors"]
 """What a model can read of examples: token sequences, two of them each, images, both, nothing (raw rows), or what else
 their columns hold."""
@@ -44,7 +48,7 @@ Rows = Sequence[Row]
 """Raw rows of a role, as the file has them."""
 Batch = dict[str, Tensor]
 
-PADDING: Mapping[str, int] = {"labels": IGNORED, "other_labels": IGNORED}
+PADDING: Mapping[str, int] = {"labels": IGNORED, "other_labels": IGNORED, LABEL_SET: IGNORED}
 """What fills a column up where it is not 0."""
 
 SEQUENCES: Mapping[str, str] = {"": "input_ids", "other_": "other_input_ids"}
@@ -219,6 +223,75 @@ def length(item: Encoded) -> int:
     return sum(item[ids].shape[0] for ids in SEQUENCES.values() if ids in item) or 1
 
 
+def wrong_label(examples: Examples, count: int) -> tuple[int, int] | None:
+    """A label that is none of `count` classes, with the place of its example; None where all are."""
+    for place, item in enumerate(examples.items):
+        if "labels" in item and not item["labels"].ndim:
+            labels = item.get(LABEL_SET, item["labels"][None])
+            if bool((wrong := labels[(labels < 0) | (labels >= count)]).numel()):
+                return place, int(wrong[0])
+    return None
+
+
+def right_classes(batch: Batch, count: int) -> Tensor:
+    """Which of `count` classes are right for each example of a batch, [b, count], from `label_set` or else `labels`.
+
+    Raises:
+        RequestError: a label is no class of so many.
+    """
+    labels = batch[LABEL_SET] if LABEL_SET in batch else batch["labels"][:, None]
+    known = labels != IGNORED
+    if bool((wrong := labels[known & ((labels < 0) | (labels >= count))]).numel()):
+        raise RequestError(
+            f"The data has the label {int(wrong[0])}, but the model tells {count} classes apart, 0 to {count - 1}. Correct "
+            "the labels, or leave such rows out."
+        )
+    right = torch.zeros(len(labels), count + 1, dtype=torch.bool, device=labels.device)
+    return right.scatter_(1, labels.masked_fill(~known, count), True)[:, :count]
+
+
+def places_by(rows: Sequence[Mapping[str, Any]], columns: str | Sequence[str]) -> dict[str, list[int]]:
+    """The places of the rows that have one value in a column, or in several ("Africa, low"), in the order of its name."""
+    columns = [columns] if isinstance(columns, str) else columns
+    found: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        found.setdefault(", ".join(str(row[column]) for column in columns), []).append(place)
+    return {name: found[name] for name in sorted(found)}
+
+
+def groups_of(
+    where: str, rows: Sequence[Mapping[str, Any]], columns: str | Sequence[str], least: int
+) -> dict[str, list[int]]:
+    """`places_by` where groups are to be compared.
+
+    Args:
+        where: whose rows they are, for messages ("inspect.groups: the role `data`").
+        rows: the rows.
+        columns: one or several.
+        least: rows that a group needs.
+
+    Raises:
+        RequestError: a row has nothing in a column, there is one group, or one is too small.
+    """
+    for column in [columns] if isinstance(columns, str) else columns:
+        for place, row in enumerate(rows, 1):
+            if row.get(column) is None or row[column] == "":
+                hint = "" if column in row else did_you_mean(column, row)
+                raise RequestError(f"{where} has nothing in the column {column!r} of row {place}, the group.{hint}")
+    found = places_by(rows, columns)
+    said = columns if isinstance(columns, str) else ", ".join(columns)
+    if len(found) < 2:
+        raise RequestError(f"{where} is of one group, {said} {next(iter(found), '')!r}; there is nothing to compare.")
+    small = {name: len(places) for name, places in found.items() if len(places) < least}
+    if small:
+        listed = ", ".join(f"{name!r} ({count} row{'s' * (count > 1)})" for name, count in list(small.items())[:5])
+        raise RequestError(
+            f"{where} has groups of fewer than {least} rows by {said}: {listed}. They say next to nothing: leave them out "
+            f"(`unless: {{COLUMN: VALUE}}` in the material), or join them with others."
+        )
+    return found
+
+
 def join(parts: Sequence[Examples]) -> Examples:
     """All examples of several parts, in order. Only what is of one kind can be joined."""
     parts = [part for part in parts if len(part)]
@@ -252,10 +325,12 @@ def collate(items: Sequence[Encoded]) -> Batch:
     """Stack examples, padding sequences on the right.
 
     Sequences get an `attention_mask` [b, t], the second ones of pairs an `other_attention_mask` [b, u]. Columns as long as
-    their sequence are padded along their first dimension, with the value in `PADDING` (0 if not named there), others that
-    differ in length (what is known of answer tokens alone) with 0.
+    their sequence are padded along their first dimension, and so are others that differ in length (what is known of answer
+    tokens alone), with the value in `PADDING`, 0 if not named there.
     """
     batch: Batch = {}
+    if any(LABEL_SET in item for item in items):  # one class is a set too
+        items = [item if LABEL_SET in item else {**item, LABEL_SET: item["labels"][None]} for item in items]
     for prefix, ids in SEQUENCES.items():
         if ids in items[0]:
             batch |= _padded(items, prefix, ids)
@@ -263,7 +338,8 @@ def collate(items: Sequence[Encoded]) -> Batch:
         if name not in batch:
             values = [item[name] for item in items]
             ragged = len({value.shape for value in values}) > 1  # a value for each position that carries loss
-            batch[name] = pad_sequence(values, batch_first=True) if ragged else torch.stack(values)
+            fill = PADDING.get(name, 0)
+            batch[name] = pad_sequence(values, True, fill) if ragged else torch.stack(values)
     return batch
 
 

@@ -340,7 +340,7 @@ def encode(rows: Sequence[Row], spec: Source, processor: Any) -> Examples:
             made = form.encode(rows, spec, processor) if spec.limit is None else join([*parts()])
             return _with_verifier(made[: spec.limit], spec)
     options = spec.model_dump_json(exclude={"from_", "split", "where", "unless", "verify"})
-    key = sha(source, form.name, options, version_of(__name__), _written(processor), repr(processor))
+    key = sha(source, form.name, options, version_of(__name__), written(processor), repr(processor))
     path = cache_folder() / f"{key}.arrow"
     if not path.exists():
         with _naming(rows, spec):
@@ -369,7 +369,7 @@ def _naming(rows: Sequence[Row], spec: Source) -> Iterator[None]:
         raise RequestError(f"{where}: {error.problem}") from None
 
 
-def _written(tokenizer: Any) -> str:
+def written(tokenizer: Any) -> str:
     """All that a tokenizer is, as text: its chat template too."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()

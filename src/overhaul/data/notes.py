@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from overhaul.data.examples import CLOSING, PROMPT_OVERLAP, Examples
+from overhaul.data.examples import CLOSING, LABEL_SET, PROMPT_OVERLAP, Examples
 from overhaul.data.forms import find_form, told_from
 from overhaul.data.values import place_of
 from overhaul.data.verifiers import find_verifier
@@ -45,8 +45,8 @@ def notes(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples, used: Co
         made: what became of the rows, or of the first of them.
         used: columns that something beside the material reads.
     """
-    of_tokens = (_inside, _alike, _endless)
-    return [*_unread(rows, spec, used), *(note for look in of_tokens for note in look(rows, spec, made))]
+    of_examples = (_inside, _alike, _endless, _several)
+    return [*_unread(rows, spec, used), *(note for look in of_examples for note in look(rows, spec, made))]
 
 
 def _unread(rows: Sequence[Mapping[str, Any]], spec: Any, used: Collection[str]) -> list[str]:
@@ -136,6 +136,18 @@ def _endless(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples) -> li
         f"{spec.from_}: the tokenizer has no EOS, so an answer that is learnt has no end, and one that is generated goes on "
         "to its limit unless generation_config.json names a token that ends it. Name one in tokenizer_config.json "
         "(`eos_token`)."
+    ]
+
+
+def _several(rows: Sequence[Mapping[str, Any]], spec: Any, made: Examples) -> list[str]:
+    """Rows with several classes, of which a training learns one."""
+    first = list(itertools.islice(made.items, LOOKED_AT))
+    places = [n for n, item in enumerate(first) if LABEL_SET in item and len(item[LABEL_SET]) > 1]
+    if not places:
+        return []
+    return [
+        f"{spec.from_}: {len(places)} of {_of(rows, first)} rows list several classes. Accuracies, `inspect.groups` and "
+        "`adapt.head` take any of them as right; everything else reads the first alone."
     ]
 
 

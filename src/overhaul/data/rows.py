@@ -87,8 +87,8 @@ class Reader:
         numbers = classes.numbers if classes else {}
         if "label" in form.columns:
             column = options.column("label")
-            names = {row[column] for row in rows if isinstance(row.get(column), str)} if classes is None else set()
-            names = {name for name in names if name.strip()}
+            given = (each for row in rows for each in _listed(row.get(column))) if classes is None else ()
+            names = {name for name in given if isinstance(name, str) and name.strip()}
             if not all(map(is_number, names)):
                 classes = Classes.named(names)
             if classes is not None:
@@ -137,7 +137,10 @@ class Reader:
             elif name == "image":
                 changed[file], frames = opened(value, place)
             elif name == "label":
-                changed[file] = number_of(value, self.numbers, self.labels, place, file)
+                numbers = [number_of(each, self.numbers, self.labels, place, file) for each in _listed(value)]
+                if not numbers:
+                    raise RequestError(f"{place}: {file!r} lists no class, so nothing is right. Leave such rows out.")
+                changed[file] = numbers if isinstance(value, list | tuple) else numbers[0]
                 if isinstance(value, str):
                     changed["class"] = value
             else:
@@ -195,6 +198,11 @@ class Reader:
             elif name not in self.form.columns and (self.form.kind == "rows" or name in self.read_too):
                 found[name] = row[file]
         return found
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    """The classes of a row: several where any of them is right."""
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _refuse_both(classes: Classes, labels: Labels | None, rows: Sequence[Row], column: str, source: str) -> None:

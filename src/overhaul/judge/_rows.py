@@ -14,9 +14,10 @@ from torch import nn
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
 from overhaul.generation import generates
+from overhaul.intervals import interval
 from overhaul.judge.evidence import Evidence, truth_ratios
 from overhaul.judge.generation import rouge_l
-from overhaul.judge.likelihood import auc, exact_memorisation, extraction_strength, interval, tpr_at_fpr
+from overhaul.judge.likelihood import auc, exact_memorisation, extraction_strength, tpr_at_fpr
 from overhaul.judge.metrics.membership import by_loss, by_min_k, by_min_k_plus_plus, by_zlib
 from overhaul.judge.representation import lens
 from overhaul.judge.robustness import Attacks, Relearnt, attack

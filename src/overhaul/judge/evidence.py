@@ -23,7 +23,7 @@ from overhaul.data.encode import encode_qa
 from overhaul.data.examples import IGNORED, PROMPT_OVERLAP, Examples, answers_alone, turn_ends
 from overhaul.errors import RequestError
 from overhaul.generation import generate, stop_tokens
-from overhaul.judge.likelihood import Scored, loss_score, score
+from overhaul.judge.likelihood import Scored, loss_score, ranks, score
 from overhaul.judge.standards import distances, outputs
 from overhaul.references import Reference
 
@@ -143,6 +143,14 @@ class Evidence:
             whole, places = self._whole
             return [whole.scored[place] for place in places]
         return score(self.model, self.examples)
+
+    @cached_property
+    def ranks(self) -> list[int]:
+        """How many classes are found more probable than the right one (`likelihood.ranks`), for every example."""
+        if self._whole is not None:
+            whole, places = self._whole
+            return [whole.ranks[place] for place in places]
+        return ranks(self.model, self.examples)
 
     @cached_property
     def texts(self) -> list[str]:

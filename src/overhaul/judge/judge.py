@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from overhaul.data.examples import Examples
+from overhaul.data.examples import Examples, places_by
 from overhaul.errors import RequestError
 from overhaul.generation import generates
 from overhaul.judge import harness
@@ -181,13 +181,10 @@ def _value(request: Request, evidence: Mapping[str, Evidence], anchored: Mapping
 def _groups(request: Request, evidence: Mapping[str, Evidence], anchored: Mapping[str, Evidence]) -> dict[str, Value]:
     """The metric on each group of the first role; groups in which nothing was asked are left out."""
     first = next(iter(request.roles))
-    places: dict[str, list[int]] = {}
-    for place, row in enumerate(evidence[first].examples.rows):
-        places.setdefault(str(row[request.by or ""]), []).append(place)
     found: dict[str, Value] = {}
-    for name in sorted(places):
+    for name, places in places_by(evidence[first].examples.rows, request.by or "").items():
         ours, theirs = (
-            {role: one.part(places[name]) if role == first else one for role, one in each.items()}
+            {role: one.part(places) if role == first else one for role, one in each.items()}
             for each in (evidence, anchored)
         )
         value, n = _value(request, ours, theirs)

@@ -19,9 +19,8 @@ arXiv:2310.16789) and Min-K++ (Zhang et al., arXiv:2404.02936). How it differs f
 from __future__ import annotations
 
 import math
-import random
 import zlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +29,11 @@ from torch import Tensor, nn
 
 from overhaul import session
 from overhaul._batching import same
-from overhaul.data.examples import IGNORED, Batch, Encoded, Examples, collate
+from overhaul.data.examples import IGNORED, Batch, Encoded, Examples, collate, right_classes
 from overhaul.errors import RequestError, RunError
 from overhaul.forward import forward
 from overhaul.modes import at_rest
-from overhaul.objectives import check_positions
+from overhaul.objectives import check_positions, one_class
 from overhaul.references import head_only_at, output_head
 
 BATCH_TOKENS, CPU_BATCH_TOKENS = 4096, 1024
@@ -114,6 +113,34 @@ def score(model: nn.Module, examples: Examples, batch_tokens: int | None = None)
         for i, part, target in zip(places, parts, targets, strict=True):
             logp, hits, mean, variance = part
             found[i] = Scored(logp, hits > 0, target, mean, variance)
+    return [found[i] for i in range(len(examples))]
+
+
+def ranks(model: nn.Module, examples: Examples, batch_tokens: int | None = None) -> list[int]:
+    """How many classes a classifier finds more probable than the right one, by example: 0 is right, below 5 in the top 5.
+
+    Where several classes are right (`label_set`), the most probable of them counts. Ties go to the first, as in an argmax.
+
+    Args:
+        model: a classifier; runs in eval mode, its mode is put back.
+        examples: images or texts with a class.
+        batch_tokens: as in `score`.
+
+    Raises:
+        RequestError: a label is no class of the model.
+        RunError: the model's outputs are not finite.
+    """
+    session.begins()
+    found: dict[int, int] = {}
+    for places, batch, logits, _ in answers_of(model, examples, budget(model, batch_tokens)):
+        if not bool(logits.isfinite().all()):
+            raise RunError("The model's outputs are not finite (NaN or infinite), so there is nothing to measure.")
+        if logits.ndim != 2:
+            raise RequestError(one_class(of_data=True))
+        best = logits.masked_fill(~right_classes(batch, logits.shape[1]), -torch.inf).max(dim=1, keepdim=True)
+        earlier = torch.arange(logits.shape[1], device=logits.device) < best.indices
+        before = (logits > best.values) | ((logits == best.values) & earlier)
+        found.update(zip(places, before.sum(dim=1).tolist(), strict=True))
     return [found[i] for i in range(len(examples))]
 
 
@@ -292,37 +319,3 @@ def tpr_at_fpr(members: Sequence[float], others: Sequence[float], fpr: float) ->
     Nothing is interpolated: with fewer than 1 / fpr others, not one of them may lie above.
     """
     return max(true for false, true in roc(members, others) if false <= fpr + 1e-12)
-
-
-def interval(
-    statistic: Callable[..., float],
-    *samples: tuple[Sequence[float], Sequence[Hashable]],
-    draws: int = 1000,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """Bootstrap percentile interval of a statistic, drawn over clusters: ten questions about a person are no ten samples.
-
-    Args:
-        statistic: takes one list of values for each of `samples`, such as `auc`.
-        samples: the values, and the cluster (the row's person) of each.
-        draws: how often the clusters are drawn anew, with replacement, always in the same way.
-        level: the share of the draws that lies within.
-
-    Raises:
-        RequestError: a sample has fewer than two clusters, so nothing can be said about others.
-    """
-    clustered: list[list[list[float]]] = []
-    for values, labels in samples:
-        clusters: dict[Hashable, list[float]] = {}
-        for value, label in zip(values, labels, strict=True):
-            clusters.setdefault(label, []).append(value)
-        if len(clusters) < 2:
-            raise RequestError("An interval over clusters needs at least two of them; give each person a label.")
-        clustered.append(list(clusters.values()))
-    draw = random.Random(0)
-    found = sorted(
-        statistic(*([value for cluster in draw.choices(each, k=len(each)) for value in cluster] for each in clustered))
-        for _ in range(draws)
-    )
-    outside = math.floor((1 - level) / 2 * draws)
-    return found[outside], found[-1 - outside]

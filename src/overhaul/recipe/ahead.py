@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from overhaul import models, session
-from overhaul.data.examples import Examples, collate
+from overhaul.data.examples import Examples, collate, wrong_label
 from overhaul.data.lazy import TextFile
 from overhaul.data.materials import Row, Source, encode
 from overhaul.data.values import FileRow, place_of
@@ -198,12 +198,11 @@ def _check_said(role: str, examples: Examples, width: int | None, name: str, jud
             f"judge measures on {role!r}, but {name} has no output head: it returns hidden states and says nothing. "
             "Leave it out of `judge:`, or open the model as a class with a head (`architectures` in config.json)."
         )
-    labels = [int(item["labels"]) for item in examples.items if "labels" in item and not item["labels"].ndim]
-    wrong = next((label for label in labels if width and not 0 <= label < width), None)
-    if wrong is not None and width:
+    if width and (wrong := wrong_label(examples, width)):
+        place, label = wrong
         raise RequestError(
-            f"The material {role!r} has the label {wrong} (example {labels.index(wrong) + 1}), but {name} tells {width} "
-            f"classes apart, 0 to {width - 1}. Correct the labels, or leave such rows out."
+            f"The material {role!r} has the label {label} (example {place + 1}), but {name} tells {width} classes apart, 0 "
+            f"to {width - 1}. Correct the labels, or leave such rows out."
         )
 
 

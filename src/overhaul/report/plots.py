@@ -155,7 +155,8 @@ def scatter(
     tags: list[tuple[float, float]] = []
     for n, (name, runs) in enumerate(drawn.items(), 1):
         for a, b in runs if len(runs) > 1 else []:
-            parts.append(Markup('<circle class="run" r="1.5" cx="{:.1f}" cy="{:.1f}"/>').format(x(a), y(b)))
+            dot = Markup('<circle class="run s{}" r="1.5" cx="{:.1f}" cy="{:.1f}"/>')
+            parts.append(dot.format((n - 1) % STYLES, x(a), y(b)))
         a, b = (sum(values) / len(runs) for values in zip(*runs, strict=True))
         tags.append(_free(x(a) + 4, y(b) - 4, tags))
         parts.append(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from overhaul.data.boundary import tokenised
+from overhaul.data.encode import encoded_class
 from overhaul.data.examples import Encoded, Examples
 from overhaul.data.forms import Options, Rows, characters, form
 from overhaul.errors import RequestError
@@ -14,7 +15,7 @@ from overhaul.errors import RequestError
 
 @form(columns=("text", "label"), kind="tokens", positions=characters("text"))
 def classified(rows: Rows, options: Options, processor: Any) -> Examples:
-    """The text with the tokenizer's special tokens, and the number of its class, for models that classify sequences.
+    """The text with the tokenizer's special tokens, and its class or the list of them, for models that classify sequences.
 
     A text is never cut: one of more tokens than `length` is refused.
     """
@@ -27,10 +28,10 @@ def classified(rows: Rows, options: Options, processor: Any) -> Examples:
                 "larger length, or leave such texts out; cut, it might lose what its class is told by."
             )
         try:
-            number = int(row[label])
+            number = encoded_class(row[label])
         except (TypeError, ValueError):
             raise RequestError(
                 f"The class of a text must be a number, not {row[label]!r}; see {dict(row)!r}."
             ) from None
-        items.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(number)})
+        items.append({"input_ids": torch.tensor(ids), **number})
     return Examples(items, list(rows), processor)

@@ -19,5 +19,5 @@ def patches(options: Options, row: Row) -> list[int]:
 
 @form(columns=("image", "label"), kind="images", positions=patches, needs="image processor", told=50)
 def image(rows: Rows, options: Options, processor: Any) -> Examples:
-    """Pixel values [c, h, w] and the number of the class."""
+    """Pixel values [c, h, w] and the number of the class, or the list of those that count as right."""
     return encode_images(rows, processor, options.column("image"), options.column("label"))

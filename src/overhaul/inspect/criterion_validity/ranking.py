@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy
 
-BOOTSTRAPS = 1000
+from overhaul.intervals import interval
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,11 @@ def validity(scores: Sequence[float], left: Sequence[float], seed: int = 0) -> V
     """Compare scores of patterns with what is left of each; `seed` is that of the bootstrap."""
     score, end = numpy.asarray(scores, float), numpy.asarray(left, float)
     tau, p = kendall(score, end)
-    draws = numpy.random.default_rng(seed).integers(len(score), size=(BOOTSTRAPS, len(score)))
-    drawn = [anomaly_ratio(score[each], end[each]) for each in draws]
-    low, high = numpy.quantile(drawn, (0.025, 0.975))
+    pairs = list(zip(score, end, strict=True))
+    low, high = interval(lambda drawn: anomaly_ratio(*numpy.array(drawn).T), (pairs, range(len(pairs))), seed=seed)
     wrong = (numpy.subtract.outer(score, score) < 0) & (numpy.subtract.outer(end, end) < 0)
-    pairs = max(1, math.comb(len(score), 2))
-    return Validity(tau, p, anomaly_ratio(score, end), float(low), float(high), float(wrong.sum()) / pairs)
+    count = max(1, math.comb(len(score), 2))
+    return Validity(tau, p, anomaly_ratio(score, end), low, high, float(wrong.sum()) / count)
 
 
 def kendall(

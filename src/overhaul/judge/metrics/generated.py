@@ -9,7 +9,11 @@ How they differ from the released code of MUSE:
 from __future__ import annotations
 
 import re
+from typing import Annotated
 
+from annotated_types import Ge
+
+from overhaul.data.examples import LABEL_SET
 from overhaul.data.verifiers import check_rows, verify
 from overhaul.judge.evidence import Evidence
 from overhaul.judge.generation import repeated_share, rouge_l, rouge_l_f1
@@ -21,11 +25,28 @@ NEXT_QUESTION = re.compile(r"\n\s*\n|\nQuestion|Question:")
 
 @metric("accuracy", "right answers", unit="share", reads=("answers", "images", "prompts"))
 def accuracy(role: Evidence) -> Value:
-    """Share of greedy answers that the task's verifier accepts, or of images whose label is the most probable one."""
+    """Share of greedy answers that the task's verifier accepts, or of images whose label is the most probable one.
+
+    Where a row lists several labels, any of them will do.
+    """
     if role.kind == "images":
-        return mean([float(one.hits[0]) for one in role.scored])
+        several = any(LABEL_SET in item for item in role.examples.items)
+        return mean(
+            [float(rank == 0) for rank in role.ranks] if several else [float(one.hits[0]) for one in role.scored]
+        )
+    return mean(list(map(float, right_answers(role).values())))
+
+
+def right_answers(role: Evidence) -> dict[int, bool]:
+    """Whether the verifier accepts the greedy answer, by the place of the example, for as many as are generated."""
     check_rows(role.examples.rows)
-    return mean([float(verify(role.examples.rows[one.place], one.text)) for one in role.answered])
+    return {one.place: verify(role.examples.rows[one.place], one.text) for one in role.answered}
+
+
+@metric("top-k accuracy", "right class among the k most probable", unit="share", reads=("images",))
+def top_k_accuracy(role: Evidence, *, k: Annotated[int, Ge(1)] = 5) -> Value:
+    """Share of images, or texts with a class, of which a right class is among the k that the model finds most probable."""
+    return mean([float(rank < k) for rank in role.ranks])
 
 
 @metric("ROUGE-L recall", "words of the right answer that are said, in order", unit="share", reads=("answers", "text"))
