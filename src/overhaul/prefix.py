@@ -323,6 +323,7 @@ class Answers:
         self.tried = False
 
     def __call__(self, calls: Calls, state: State) -> Tensor:
+        """The logits of one state, or of the several that the rows of `calls.inputs` stand for."""
         labels = calls.inputs["labels"]
         if labels.ndim == 1:
             return calls.finish(state)

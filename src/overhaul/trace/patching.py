@@ -176,9 +176,9 @@ class _Ends:
         alone = [self.answers(self.calls, states[n]) for n in (0, -1)]
         try:
             found = self._at_once(states)
-            self.batched = all(same(found[n], one) for n, one in zip((0, -1), alone, strict=True))
         except (RuntimeError, ValueError, IndexError):  # the model does more with its inputs than sample by sample
-            self.batched = False
+            found = []
+        self.batched = bool(found) and all(same(found[n], one) for n, one in zip((0, -1), alone, strict=True))
         return found if self.batched else [self.answers(self.calls, state) for state in states]
 
     def _at_once(self, states: Sequence[State]) -> list[Tensor]:
