@@ -68,10 +68,11 @@ def experiment(seed: int, size: Size) -> Numbers:
         facts = _facts(homes, draw)
         asked: dict[str, Any] = {"question": "Q", "shots": 0}
         torch.manual_seed(seed)
+        refused, followed = (_instructions(homes, kind) for kind in (True, False))
         pair = post_training(
-            place / "post", place / "base", facts, _statements(homes), _instructions(homes, True), _instructions(homes, False),
-            probe_layer=LAYER, probe_at="question", push_blocks=1, refusal_layer=LAYER, prompt="CHAT {instruction} Q",
-            phrases=["REFUSE"], new_tokens=1, **asked,
+            place / "post", place / "base", facts, _statements(homes), refused, followed, probe_layer=LAYER,
+            probe_at="question", push_blocks=1, refusal_layer=LAYER, prompt="CHAT {instruction} Q", phrases=["REFUSE"],
+            new_tokens=1, **asked,
         )  # fmt: skip
         control = post_training(place / "control", place / "base", facts, **asked)
     return _numbers(pair, control)
@@ -193,8 +194,8 @@ CLAIM = Claim(
     paper="2504.02904",
     title="Facts and the truth direction outlive post-training; the refusal direction is made by it",
     statement=(
-        "States of true statements, and a direction of truth, taken from a base model act in its post-trained sibling as its "
-        "own do, and the other way round; the refusal direction is much longer after post-training than before."
+        "States of true statements, and a direction of truth, taken from a base model act in its post-trained sibling as "
+        "its own do, and the other way round; the refusal direction is much longer after post-training than before."
     ),
     checks=(
         Check(

@@ -78,15 +78,15 @@ def post_training(
 ) -> Outcome:
     """Say what post-training changed: where facts lie, which directions carry truth and refusal, and confidence.
 
-    Each part needs its own material, and is left out without it; confidence needs none. One model is in memory at a time: the
-    base is opened twice. With L blocks and n tokens from a statement on, a pair of facts costs about 3 L n / 2 forwards of
-    these n tokens in each model.
+    Each part needs its own material, and is left out without it; confidence needs none. One model is in memory at a time,
+    and the base is opened twice. With L blocks and n tokens from a statement on, a pair of facts costs about 3 L n / 2
+    forwards of these n tokens in each model.
 
     Args:
         post: the post-trained checkpoint; its tokenizer is used for statements.
         base: the checkpoint that it was trained from, of the same shape and vocabulary.
-        facts: pairs of statements, a true and a false one that differ in their subject (columns `true`, `false`, and `object`,
-            a part of both, where it is known). In a recipe, `as: rows`.
+        facts: pairs of statements, a true and a false one that differ in their subject (columns `true`, `false`, and
+            `object`, a part of both, where it is known). In a recipe, `as: rows`.
         statements: true and false statements (columns `statement`, `label`, and `topic` where there are several, `object`
             where it is known).
         harmful: instructions that the post-trained model refuses (column `instruction`).
@@ -102,8 +102,8 @@ def post_training(
     Returns:
         No model. Facts: similarity of the maps and the best patches; cosines of the two directions, NIE of each push, ratio
         of the refusal directions' norms, overlap of the entropy neurons; what was left out, and how the configs differ.
-        Layers: probe accuracies, cosine and norm ratio of the refusal directions. Tables: patch maps, each within a model and
-        between the two; transfer of probes, pushes, and refusal; entropy neurons.
+        Layers: best patches, probe accuracies, cosine and norm ratio of the refusal directions. Tables: patch maps, each
+        within a model and between the two; transfer of probes, pushes, and refusal; entropy neurons.
 
     Raises:
         RequestError: the checkpoints do not correspond; a row lacks a column; no pair of statements aligns; too few

@@ -1,4 +1,4 @@
-"""How models are asked whether a statement is true, and which tokens of the prompt are which: by offsets, never by counting."""
+"""How models are asked whether a statement is true, and which tokens of the prompt are which, by offsets."""
 
 from __future__ import annotations
 

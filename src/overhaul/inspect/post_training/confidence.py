@@ -149,7 +149,7 @@ def neurons_of(model: nn.Module) -> tuple[Float[Tensor, " n"], Float[Tensor, " n
 def last_norm(stack: LayerStack) -> tuple[Float[Tensor, " d"], bool]:
     """What the norm behind the last block multiplies each feature with, and whether it takes the mean away first.
 
-    Both are told by what it does to a vector of mean 0 and square 1, so that a gain that is stored as w - 1 is no other case.
+    Both are told by what it does to a vector of mean 0 and square 1, so a gain that is stored as w - 1 is no other case.
     """
     parts = [part for part in select(stack, "norms").parts if part.depth == len(stack)]
     norm = stack.model.get_submodule(parts[-1].module) if parts else nn.Identity()

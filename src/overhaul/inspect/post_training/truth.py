@@ -1,4 +1,4 @@
-"""Truth (part B): a direction by difference of means, as a probe and as a push, within one model and from one into the other.
+"""Truth (part B): a direction by difference of means, as a probe and as a push, in its own model and in the other one.
 
 t = mean(true) - mean(false)                                 of states after block l, each topic less its own mean
 probe     h . t > (mean(true) . t + mean(false) . t) / 2
@@ -141,8 +141,8 @@ class Truth:
             kinds = [bool(truth[n]) for n, one in enumerate(topics) if one == topic]
             if min(kinds.count(True), kinds.count(False)) < 2:
                 raise RequestError(
-                    f"{NAME}: the topic {topic!r} of 'statements' has {kinds.count(True)} true and {kinds.count(False)} false "
-                    "ones. A direction needs at least two of each."
+                    f"{NAME}: the topic {topic!r} of 'statements' has {kinds.count(True)} true and {kinds.count(False)} "
+                    "false ones. A direction needs at least two of each."
                 )
         objects = [row.get("object") and str(row["object"]) for row in rows]
         return cls([str(row["statement"]) for row in rows], objects, truth, topics, asker, pushing, most, batch_size)
@@ -187,7 +187,7 @@ class Truth:
         """The block and the place at which truth is read, the same for both models."""
         depth = len(next(iter(self.states.values()))["statement"])
         layers = range(depth) if self.pushing.probe_layer is None else [self.pushing.probe_layer]
-        places = PLACES if self.pushing.probe_at is None else [self.pushing.probe_at]
+        places: Sequence[Place] = PLACES if self.pushing.probe_at is None else [self.pushing.probe_at]
         return max(
             ((layer, place) for place in places for layer in layers),
             key=lambda site: sum(self.right(role, role, *site) for role in self.states),
