@@ -22,7 +22,7 @@ from overhaul.inspect.post_training.asking import Asker, Asking, shots_of
 from overhaul.inspect.post_training.confidence import last_norm, neurons_of
 from overhaul.inspect.post_training.knowledge import aligned, binned, pearson, spearman
 from overhaul.inspect.post_training.refusal import REFUSALS, refuses, writing_sites
-from overhaul.inspect.post_training.truth import Probe, nie
+from overhaul.inspect.post_training.truth import Probe, nie, step
 from overhaul.models import save
 from overhaul.stack import LayerStack
 from overhaul.trace import ProjectOut, intervene, measure
@@ -86,6 +86,7 @@ CASE = {
         "new_tokens": (3, 1, {"phrases": ["aa", "bb", "cc", "dd", "ee", "ff", "gg", "hh", "ii", "jj", "kk", "ll", "mm"]}),
     },
     "idle": {"batch_size": "texts that run together do not change the values"},
+    "apart": {"peak": "a plan counts no tokens of rows, and the states of some texts are more than a model of 200 kB"},
 }  # fmt: skip
 
 
@@ -204,10 +205,8 @@ def test_a_probe_is_the_difference_of_means() -> None:
     truth = torch.tensor([True, True, False, False])
     probe = Probe.of(states, truth)
     assert torch.equal(probe.direction, torch.tensor([4.0, 2.0]))
-    # (mean true - mean false) . u u is the whole difference: no part of it is across u
-    unit = probe.direction / probe.direction.norm()
-    step = ((states[truth].mean(0) - states[~truth].mean(0)) @ unit) * unit
-    assert torch.allclose(step, probe.direction)
+    assert torch.allclose(step(probe.direction, 3 * probe.direction), probe.direction)  # all of it lies along itself
+    assert torch.equal(step(probe.direction, torch.tensor([0.0, 2.0])), torch.tensor([0.0, 2.0]))
     assert probe.right(states, truth) == 1 and probe.right(states, ~truth) == 0
 
 

@@ -185,7 +185,7 @@ def _examples(rows: list[dict[str, str]], words: Any) -> Examples:
 
 
 def _learn(model: nn.Module, roles: dict[str, Examples], steps: int) -> None:
-    terms = [cross_entropy(role) for role in roles]
+    terms = [cross_entropy(role, name=role) for role in roles]
     fit(model, terms, roles, steps=steps, batch_size=64, lr=2e-3, warmup=20, schedule="cosine")
 
 

@@ -1,8 +1,9 @@
 """Truth (part B): a direction by difference of means, as a probe and as a push, in its own model and in the other one.
 
-t = mean(true) - mean(false)                                 of states after block l, each topic less its own mean
+t = mean(true) - mean(false)            of states after block l, each topic less its own mean
 probe     h . t > (mean(true) . t + mean(false) . t) / 2
-push      h <- h + c t on false statements, h - c t on true ones,  at some blocks, at the tokens that were read
+push      h <- h + c s on false statements, h - c s on true ones, at some blocks, at the tokens that were read
+          s = (t_own . u) u, the part of the receiving model's own t along the direction u = t / |t| that is tried
 NIE       (p_after - p) / (goal - p),  p = P(TRUE) - P(FALSE),  goal 1 or -1; the mean of both ways
 """
 
@@ -170,16 +171,16 @@ class Truth:
         layer, place = self.site
         width = self.pushing.push_blocks or max(1, round(PAPERS_BAND * len(LayerStack.of(model))))
         blocks = range(max(0, layer - width + 1), layer + 1)
-        directions: dict[str | None, Tensor | None] = {None: None}
-        directions |= {source: self.probe(source, layer, place).direction for source in self.states}
-        own = directions[role]
-        assert own is not None
+        own = self.probe(role, layer, place).direction
+        units = {source: self.probe(source, layer, place).direction for source in self.states}
+        pushes: dict[str | None, Tensor | None] = {None: None}
+        pushes |= {source: step(own, unit) for source, unit in units.items()}
         noise = torch.randn(own.shape, generator=generator(0))
-        directions[RANDOM] = noise * own.norm() / noise.norm()
+        pushes[RANDOM] = noise * own.norm() / noise.norm()
         for truth in (True, False):
             prompts = self._prompts(truth)
-            for source, direction in directions.items():
-                push = None if direction is None else (-1 if truth else 1) * self.pushing.strength * direction
+            for source, whole in pushes.items():
+                push = None if whole is None else (-1 if truth else 1) * self.pushing.strength * whole
                 self.p[source, role, truth] = _chance(model, prompts, push, blocks, place, self.batch_size)
 
     @property
@@ -337,6 +338,11 @@ def _chance(
 
 def _answers(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     return logits[:, :-1][batch["labels"][:, 1:] != IGNORED].float()
+
+
+def step(own: Float[Tensor, " d"], along: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    """The part of a model's own difference of means that lies along a direction; all of it along its own."""
+    return (own @ along) / (along @ along).clamp_min(torch.finfo(along.dtype).tiny) * along
 
 
 def nie(after: float, before: float, goal: float) -> float | None:
