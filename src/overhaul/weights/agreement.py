@@ -156,21 +156,28 @@ def check_words(indexes: Sequence[TensorIndex], needed: Sequence[TensorFacts]) -
     if first.folder is None or not any(tensor.shape[:1] == (rows,) and not tensor.rows for tensor in needed):
         return
     for other in others:
-        if other.folder is None or _same_file(first.folder, other.folder):
+        if other.folder is None or same_tokenizer_file(first.folder, other.folder):
             continue
-        ours, theirs = words(first.folder), words(other.folder)
-        differing = [number for number in sorted(ours.keys() & theirs.keys()) if ours[number] != theirs[number]]
-        if differing:
-            number = differing[0]
+        if differing := differing_words(words(first.folder), words(other.folder)):
             raise RequestError(
-                f"The tokenizers of {first.source} and {other.source} number {len(differing)} words differently: {number} "
-                f"is {ours[number]!r} in one and {theirs[number]!r} in the other, so their embeddings do not correspond. "
+                f"The tokenizers of {first.source} and {other.source} number {len(differing)} words differently: "
+                f"{differing[0]}, so their embeddings do not correspond. "
                 "In a merge, write tokenizer: base (or union), which goes by the words. In functions of `weights`, leave "
                 "these tensors as the first model has them (`only=lambda t: 0 <= t.depth < t.blocks`), or write "
                 "`any_words=True`."
             )
 
 
-def _same_file(one: Path, other: Path) -> bool:
+def differing_words(ours: Mapping[int, str], theirs: Mapping[int, str]) -> list[str]:
+    """Each number that two tokenizers give to different words, with these words. Words that one of them lacks are none."""
+    return [
+        f"{number} is {ours[number]!r} in one and {theirs[number]!r} in the other"
+        for number in sorted(ours.keys() & theirs.keys())
+        if ours[number] != theirs[number]
+    ]
+
+
+def same_tokenizer_file(one: Path, other: Path) -> bool:
+    """Whether both folders hold the same tokenizer.json, so that nothing needs to be compared."""
     files = [folder / "tokenizer.json" for folder in (one, other)]
     return all(file.exists() for file in files) and files[0].read_bytes() == files[1].read_bytes()
