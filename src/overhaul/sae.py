@@ -4,8 +4,8 @@
 
 Gao et al., "Scaling and evaluating sparse autoencoders", arXiv:2406.04093.
 
-1. TopK keeps what is at least the k-th largest value, then ReLU: ties keep more than k, negative values fewer. Without a k it
-   is ReLU alone.
+1. TopK keeps what is at least the k-th largest value, then ReLU: ties keep more than k, negative values fewer. Without a k
+   it is ReLU alone.
 2. The columns of W_d have length 1 after every step; W_e starts as its transpose, b_pre as the mean of the states.
 3. The loss is a share of the variance (1 - explained variance), so that rates do not depend on a layer's scale.
 4. Latents that died are counted and not revived: there is no auxiliary loss.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 from annotated_types import Ge, Gt
@@ -129,10 +129,10 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def explained_variance(self, states: Float[Tensor, "n d"]) -> float:
         """1 - sum |x - x'|^2 / sum |x - mean x|^2."""
-        left = sum(
+        unexplained = sum(
             float((rows - self(rows)).double().square().sum()) for rows in states.to(self.pre_bias).split(ROWS_AT_ONCE)
         )
-        return 1 - left / variance(states)
+        return 1 - unexplained / variance(states)
 
     def tensors(self) -> dict[str, Tensor]:
         """What `of_tensors` reads, k included."""
@@ -158,7 +158,7 @@ class SparseAutoencoder(nn.Module):
         if layout is None or more:
             known = "; ".join(f"{name}: {', '.join(names)}" for name, names in LAYOUTS.items())
             raise RequestError(
-                f"These tensors are no autoencoder that can be read: {', '.join(sorted(more or tensors))}. Known are {known}."
+                f"These tensors are no autoencoder that can be read: {', '.join(sorted(more or tensors))}. Known: {known}."
             )
         said = {
             ours.rstrip("'"): tensors[name].T if ours[-1] == "'" else tensors[name] for name, ours in layout.items()
@@ -233,7 +233,7 @@ def normalised(make: OptimizerFactory) -> OptimizerFactory:
 
     def build(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         made = make(model, trained)
-        made.register_step_post_hook(lambda *_: model.normalise())
+        made.register_step_post_hook(lambda *_: cast(SparseAutoencoder, model).normalise())
         return made
 
     return build
