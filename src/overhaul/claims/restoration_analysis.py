@@ -41,7 +41,7 @@ ALPHAS = [1.0, 5.0]
 class Size:
     """How much is trained; the defaults are the experiment, a test takes less."""
 
-    training_steps: int = 900
+    training_steps: int = 600
     unlearning_steps: int = 150
     unlearning_rate: float = 3e-4
     autoencoder_steps: int = 600
