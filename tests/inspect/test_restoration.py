@@ -111,9 +111,14 @@ CASE = Case(
 
 def found(outcome: Outcome, layer: int, alpha: float | None, arm: str) -> tuple[Any, Any, Any]:
     """Accuracy, probability and rate of an arm."""
-    rows = outcome.tables["the group under every arm"].rows
-    ((*_, accuracy, probability, restored),) = [row for row in rows if row[:3] == (layer, alpha, arm)]
-    return accuracy, probability, restored
+    values: list[Any] = []
+    for measure in ("accuracy", "probability"):
+        table = outcome.tables[f"{measure} on the group"]
+        (row,) = [row for row in table.rows if row[:2] == (arm, alpha)]
+        values.append(row[table.columns.index(f"block {layer}")])
+    table = next(one for name, one in outcome.tables.items() if name.endswith(f"rate at alpha {alpha or 0:g}"))
+    (row,) = [row for row in table.rows if row[0] == arm]
+    return values[0], values[1], row[table.columns.index(str(layer))]
 
 
 def run_on(model: str, original: str = "original", **knobs: Any) -> Outcome:
@@ -357,7 +362,7 @@ def test_head_only_unlearning_is_flagged_steering_moves_nothing_and_the_tail_res
     assert outcome.facts["identical_up_to_layers"] == [1, 3]
     assert outcome.facts["unlearned_on_the_group"] == 0 and outcome.facts["original_on_the_group"] == 1
     for layer in (1, 3):
-        for arm in ("selected features and class token", "class token alone", "random features alone"):
+        for arm in ("features + class token", "class token alone", "random alone"):
             assert found(outcome, layer, 5.0, arm)[2] == 0
         assert found(outcome, layer, None, "tail swap")[2] == 1
     assert (
@@ -378,14 +383,16 @@ def test_where_nothing_was_forgotten_there_is_no_rate() -> None:
     outcome = run_on("original", "moved")
     assert outcome.facts["nothing_to_restore"] is True and outcome.facts["restoration_rate"] is None
     assert "nothing was forgotten" in outcome.facts["reading"]
-    assert all(row[-1] is None for row in outcome.tables["the group under every arm"].rows)
+    assert all(cell is None for row in outcome.tables["restoration rate at alpha 5"].rows for cell in row[1:])
     assert run_on("moved").facts["nothing_to_restore"] is False
 
 
 def test_alpha_zero_is_the_unlearned_model_in_every_table() -> None:
     outcome = run_on("moved", measure="probability")
-    told = [row for row in outcome.tables["the group under every arm"].rows if row[1] == 0]
-    assert len(told) == 10 and all(row[4] == outcome.facts["unlearned_on_the_group"] and row[5] == 0 for row in told)
+    told = [row[2:] for row in outcome.tables["probability on the group"].rows if row[1] == 0]
+    assert told == [(outcome.facts["unlearned_on_the_group"],) * 2] * 5
+    rates = outcome.tables["restoration rate at alpha 0"].rows
+    assert [row[1:] for row in rates[:-1]] == [(0, 0)] * 5 and rates[-1][0] == "tail swap"
     others = outcome.tables["all others, steered as well"].rows
     assert [row[3] == row[2] for row in others if row[1] == 0] == [True, True]
 
@@ -433,9 +440,9 @@ def test_language_models_are_steered_at_the_tokens_of_a_prompt(build: Callable[[
         measure="probability", random_sets=1, **QUICK,
     )  # fmt: skip
     own = outcome.facts["unlearned_on_the_group"]
-    assert found(outcome, 2, 0.0, "selected features and answer positions")[1] == own
-    assert found(outcome, 2, 1.0, "answer positions alone")[1] != own
-    assert found(outcome, 0, 1.0, "selected features alone")[1] != own
+    assert found(outcome, 2, 0.0, "features + answers")[1] == own
+    assert found(outcome, 2, 1.0, "answers alone")[1] != own
+    assert found(outcome, 0, 1.0, "features alone")[1] != own
     assert "others_then_called_the_group" not in outcome.facts
 
 
@@ -446,10 +453,10 @@ def test_a_resnet_is_steered_at_its_pixels(tmp_path: Path) -> None:
         places[1], places[0], images(), images(18, 1), value=0, layers="1,4", alphas=[0.0, 1.0], measure="probability",
         random_sets=1, probe=False, **{**QUICK, "experts": 2},
     )  # fmt: skip
-    arms = {row[2] for row in outcome.tables["the group under every arm"].rows}
-    assert arms == {"selected features", "random features", "tail swap"}
-    assert found(outcome, 4, 0.0, "selected features")[1] == outcome.facts["unlearned_on_the_group"]
-    assert found(outcome, 4, 1.0, "selected features")[1] != outcome.facts["unlearned_on_the_group"]
+    arms = {row[0] for row in outcome.tables["accuracy on the group"].rows}
+    assert arms == {"features", "random", "tail swap"}
+    assert found(outcome, 4, 0.0, "features")[1] == outcome.facts["unlearned_on_the_group"]
+    assert found(outcome, 4, 1.0, "features")[1] != outcome.facts["unlearned_on_the_group"]
 
 
 def test_blocks_before_the_layer_run_as_often_for_one_alpha_as_for_many(monkeypatch: pytest.MonkeyPatch) -> None:

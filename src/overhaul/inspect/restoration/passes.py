@@ -138,7 +138,7 @@ def unlearned_pass(model: nn.Module, data: Material, run: Run, layers: Sequence[
     stack = LayerStack.of(model)
     with at_rest(model):
         before = tokens_before(stack, data.forget, run.class_tokens)
-        read = ("class token" if before else "") if data.forget.kind == "images" else "answer positions"
+        read = ("class token" if before else "") if data.forget.kind == "images" else "answers"
         made = Unlearned(list(layers), before, "" if data.forget.kind == "tokens" and data.forget.classified else read)
         for seen in walk(stack, data.forget, layers, run.batch_size, "unlearned states"):
             made.forget.add(seen.logits, seen.batch)

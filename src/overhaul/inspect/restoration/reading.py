@@ -138,16 +138,15 @@ def _tables(reader: Reader) -> dict[str, Table]:
             across="behind block",
             unit="share restored",
         )
-    rows = [
-        (layer, alpha, arm.name(read), *_said(reader, reader.steered.forget[layer, arm, alpha]))
-        for layer in layers
-        for alpha in reader.run.alphas
-        for arm in reader.arms
-    ]
-    rows += [(layer, None, SWAP, *_said(reader, reader.source.swapped[layer])) for layer in layers]
-    tables["the group under every arm"] = Table(
-        ("behind block", "alpha", "what is steered", "accuracy", "probability", "restoration rate"), tuple(rows)
-    )
+    columns = ("what is steered", "alpha", *(f"block {layer}" for layer in layers))
+    for measure in ("accuracy", "probability"):
+        rows: list[tuple[Any, ...]] = [
+            (arm.name(read), alpha, *(reader.steered.forget[layer, arm, alpha].value(measure) for layer in layers))
+            for arm in reader.arms
+            for alpha in reader.run.alphas
+        ]
+        rows.append((SWAP, None, *(reader.source.swapped[layer].value(measure) for layer in layers)))
+        tables[f"{measure} on the group"] = Table(columns, tuple(rows))
     known = reader.data.forgotten_class is not None
     others = [
         (
@@ -162,10 +161,6 @@ def _tables(reader: Reader) -> dict[str, Table]:
         ("behind block", "alpha", "accuracy before", "accuracy", "called the forgotten class"), tuple(others)
     )
     return tables
-
-
-def _said(reader: Reader, tally: Tally) -> tuple[float, float, float | None]:
-    return tally.value("accuracy"), tally.value("probability"), reader.rate(tally)
 
 
 def reading(reader: Reader) -> str:

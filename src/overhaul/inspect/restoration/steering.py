@@ -39,9 +39,8 @@ class Arm:
 
     def name(self, read: str) -> str:
         """For a reader; `read` is what the head reads directly, "" where there is nothing."""
-        if self.features is None:
-            return f"{read} alone"
-        return f"{self.features} features" + (f" and {read}" if self.read else " alone" if read else "")
+        features = {"selected": "features", "random": "random", None: read}[self.features]
+        return features + (f" + {read}" if self.read and self.features else " alone" if read else "")
 
 
 PAPER, READ, SELECTED = Arm("selected", True), Arm(None, True), Arm("selected", False)
