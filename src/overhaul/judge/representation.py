@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from overhaul.data.examples import IGNORED, Examples
 from overhaul.errors import RequestError
-from overhaul.judge._layers import Products, answers, batches, check, moved, predicting, summaries
+from overhaul.judge._layers import Products, batches, check, moved, predicting, summaries
+from overhaul.judge._layers import answers as answers
 from overhaul.modes import at_rest
 from overhaul.stack import LayerStack
 from overhaul.stack.calls import Calls, State
@@ -171,6 +172,11 @@ def probe(model: nn.Module, train: Examples, test: Examples, by: str | None = No
         majority=asked.count(statistics.mode(taught)) / len(asked),
         shuffled=[statistics.fmean(hits(known, new, [taught[n] for n in order])) for known, new in layers],
     )
+
+
+def check_probe(train: Examples, test: Examples, by: str | None) -> None:
+    """Refuse what `probe` cannot learn, before anything is run. Arguments and errors are those of `probe`."""
+    _classes(_labels(train, by), _labels(test, by))
 
 
 def classifier(known: Float[Tensor, "n d"], labels: Sequence[int]) -> Any:
