@@ -30,7 +30,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "judge": ("judge report",),
     "bench": (
         "blockwise prefix fit importance influence adapters rollouts generation",
-        "parties weights trace objectives references selectors groups parts pairs _batching",
+        "parties weights trace objectives references selectors value_vectors groups parts pairs _batching",
     ),
     "data": ("data",),
     "models": (
