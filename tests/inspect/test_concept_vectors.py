@@ -221,7 +221,7 @@ def test_what_a_text_costs_more_is_counted_at_the_words_of_its_concept() -> None
     found = rises(own, {"set": PLACES, "none": []}, {"text": (text, words)}, 2)
     assert found["set"]["text"] == pytest.approx(after - before, abs=1e-5) and after != before
     assert found["none"]["text"] == 0.0
-    with pytest.raises(RequestError, match="no word of `text` carries loss"):
+    with pytest.raises(RequestError, match="of the 0 words of `text` none carries loss"):
         rises(own, {}, {"text": (text, torch.zeros(64, dtype=torch.bool))}, 2)
 
 

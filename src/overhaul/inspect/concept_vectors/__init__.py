@@ -98,7 +98,7 @@ def concept_vectors(
         No model. Facts: how many nats words of the concept and of the others cost more without the vectors, and without
         those of each control; means over the vectors of each measure of the trace, and the trace that is retained. Tables:
         score by block and rank, the vectors with their most likely tokens, what each set of vectors costs where it is
-        zero, and each vector's trace. Layers: best score; trace that is retained. `made["vectors"]` are the places.
+        zero, and each vector's trace. Layers: best score. `made["vectors"]` are the places.
 
     Raises:
         RequestError: nothing says which vectors; one text without the other; no token tells them apart; a place that the
@@ -276,8 +276,8 @@ def _validate(
     if chosen:
         result.facts["concept_nats_without_those_of_others"] = cost["of the others"]["concept"]
     result.tables["what it costs without them"] = Table.grid(
-        [[row[text] for text in measured] for row in cost.values()], list(cost), [f"words of `{one}`" for one in measured],
-        along="vectors that are zero", across="measured on", unit="nats a word more",
+        [[row[text] for text in measured] for row in cost.values()], list(cost), list(measured),
+        along="vectors that are zero", across="words of", unit="nats a word more",
     )  # fmt: skip
 
 
@@ -307,11 +307,6 @@ def _compare(
     result.facts["trace_retained_by_random_vectors"] = statistics.fmean(one.retained for one in control)
     result.facts["chance_cosine"] = statistics.fmean(one.cosine for one in chances)
     result.facts["chance_jaccard"] = statistics.fmean(one.jaccard for one in chances)
-    layers = {one.layer for one in looked.locations}
-    result.layers["trace retained"] = {
-        layer: statistics.fmean(one.retained for one in found if one.location.layer == layer)
-        for layer in sorted(layers)
-    }
     result.tables["traces"] = Table(
         ("layer:index", *SAID),
         tuple((str(one.location), *(getattr(one, name) for name in MEASURES)) for one in found),
@@ -321,6 +316,7 @@ def _compare(
 
 def _points(found: Sequence[Trace], control: Sequence[Trace], chances: Sequence[Chance]) -> Table:
     dots = [(f"{one.location}", one.cosine, one.jaccard) for one in found]
-    dots += [(f"{one.location}, random", one.cosine, one.jaccard) for one in control]
-    dots.append(("chance", statistics.fmean(c.cosine for c in chances), statistics.fmean(c.jaccard for c in chances)))
+    several = {"other vectors, mean": control, "random ones in their place, mean": chances}
+    for name, some in several.items():
+        dots.append((name, statistics.fmean(c.cosine for c in some), statistics.fmean(c.jaccard for c in some)))
     return Table.points(dots, x="cosine before and after", y="Jaccard of tokens")

@@ -90,7 +90,7 @@ def _nats(vectors: ValueVectors, name: str, examples: Examples, words: Words, ba
     total = sum(evaluate(vectors.stack.model, sums, list(examples.batches(batch_size))), torch.zeros(2).double())
     if not total[1]:
         raise RequestError(
-            f"inspect.concept_vectors: no word of `{name}` carries loss, so what it costs cannot be measured. Give text, or "
-            "answers that hold words of the concept."
+            f"inspect.concept_vectors: of the {int(words.sum())} words of `{name}` none carries loss in it, so what they "
+            "cost cannot be measured. Give text, or answers, that hold them; or other `words`."
         )
     return float(total[0] / total[1])
