@@ -30,7 +30,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "judge": ("judge report",),
     "bench": (
         "blockwise prefix fit importance influence adapters rollouts generation",
-        "parties weights trace objectives references heads selectors groups parts intervals pairs sae _batching",
+        "parties weights trace objectives references heads selectors groups parts intervals pairs sae value_vectors _batching",
     ),
     "data": ("data",),
     "models": (

@@ -113,6 +113,7 @@ def unlearn(
     columns: Mapping[str, Tensor] | None = None,
     combine: Combine | None = None,
     optimizer: OptimizerFactory | None = None,
+    trainable: Callable[[str], bool] | None = None,
 ) -> Outcome:
     """Train the model on a forget term, beside a retain term where one is asked for.
 
@@ -127,6 +128,7 @@ def unlearn(
         columns: what else the forget term reads, a value for each example.
         combine: see `Step.backward`.
         optimizer: AdamW if not given.
+        trainable: which parameters to train, by name; all that require gradients if not given.
 
     Raises:
         RequestError: a role is missing or has nothing that carries loss.
@@ -146,6 +148,7 @@ def unlearn(
     loop = fit.Training(
         model, data, steps=total, lr=training.lr, warmup=training.warmup, schedule=training.schedule,
         optimizer=optimizer or adamw(weight_decay=training.weight_decay), name=name,
+        trainable=trainable,
     )  # fmt: skip
     with loop:
         for step in loop:
@@ -177,7 +180,7 @@ def _stop(
     before: float,
 ) -> _Stop:
     """When to end; refused where `forget` costs as much already, `before` nats a token."""
-    limit = _chance(model, forget) if training.stop_at == "chance" else training.stop_at
+    limit = limit_of(model, forget, training)
     if limit is not None and before >= limit:
         raise RunError(
             f"forget.{name}: the answers in `forget` already cost {before:.2f} nats a token, above stop_at = {limit:.2f}: "
@@ -187,6 +190,11 @@ def _stop(
     watched = "retain" if keeping.retain_term == "gdr" else RETAIN_NLL
     per_epoch = math.ceil(len(forget) / training.batch_size)
     return _Stop(limit, kept_before, training.retain_drop, watched, per_epoch)
+
+
+def limit_of(model: nn.Module, forget: Examples, training: Training) -> float | None:
+    """The nats a token at which training ends; None where it does not for that reason."""
+    return _chance(model, forget) if training.stop_at == "chance" else training.stop_at
 
 
 @dataclass(frozen=True)
