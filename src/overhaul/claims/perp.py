@@ -83,7 +83,7 @@ def retrained(dense: nn.Module, text: Examples, judged: Examples, seed: int, siz
     """Loss in nats per token after 70% by magnitude, and after a part was trained again ("70%, norms")."""
     torch.manual_seed(seed)
     model = copy.deepcopy(dense)
-    masks = prune(model, criterion="magnitude", blocks=size.blocks, **HARD).made["masks"]
+    masks = prune(model, criterion="magnitude", **HARD).made["masks"]
     found: Numbers = {"70%, dense": loss(dense, judged), "70%, pruned": loss(model, judged)}
     whole = sum(parameter.numel() for parameter in model.parameters())
     for name, read in {**dict.fromkeys(RATES, text), "norms, shuffled": shuffled(text, seed)}.items():
@@ -156,8 +156,8 @@ CLAIM = Claim(
     title="Pruning by inputs, and making up for what goes, costs less than pruning by magnitude",
     statement=(
         "Pruning a language model to half of its weights at once raises perplexity least with SparseGPT, then Wanda, then "
-        "magnitude; the gaps widen with a 2:4 pattern and with more zeros. Training well under 1% of the parameters makes up "
-        "for much of it, masked adapters for nearly as much as training all, and they merge without loss."
+        "magnitude; the gaps widen with a 2:4 pattern and with more zeros. Training well under 1% of the parameters makes "
+        "up for much of it, masked adapters for nearly as much as training all, and they merge without loss."
     ),
     checks=(
         Check(
