@@ -20,9 +20,6 @@ How it differs from the paper and its code:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import nn
 
 from overhaul.data.examples import Examples, Tensors
@@ -35,14 +32,8 @@ from overhaul.shrink._zeros import Chosen, Parts, as_made, share_of_zeros, train
 PAPER = Regime(steps=1000, batch_size=2, lr=5e-4, warmup=0.1, schedule="linear")
 
 
-def of_parts(knobs: Mapping[str, Any]) -> int | None:
-    """What `overhaul plan` asks: the rank, where no whole matrices train."""
-    return None if "weights" in knobs["trains"] else knobs["rank"]
-
-
-@method(
-    verb="shrink", paper="2312.15230", changes="weights", memory="training", makes={"masks": "tensors"}, rank=of_parts
-)
+# adapters hold no moments of whole matrices, but two effective ones of each while a gradient is taken
+@method(verb="shrink", paper="2312.15230", changes="weights", memory="training", makes={"masks": "tensors"})
 def retrain(
     model: nn.Module,
     text: Examples,
