@@ -333,7 +333,7 @@ what was planned: a second copy of the model, or of what its training keeps, wou
 
 
 def wide(value: Any) -> Any:
-    """The same network with more weights, where its config says how wide it is."""
+    """The same network with more weights, where its config says how wide it is, and as many zeros as it has."""
     config: Any = getattr(value, "config", None)
     if not isinstance(value, nn.Module) or not {"hidden_size", "intermediate_size"} <= set(vars(config or object)):
         return value
@@ -341,7 +341,12 @@ def wide(value: Any) -> Any:
     if getattr(config, "head_dim", None):
         sizes["head_dim"] = WIDTH // config.num_attention_heads
     make: Any = type(value)
-    return make(type(config)(**{**config.to_dict(), **sizes})).eval()
+    wider = make(type(config)(**{**config.to_dict(), **sizes})).eval()
+    with torch.no_grad():
+        for name, parameter in wider.named_parameters():
+            if parameter.ndim == 2:
+                parameter[: int((value.get_parameter(name) == 0).float().mean() * len(parameter))] = 0
+    return wider
 
 
 PLANNED = [

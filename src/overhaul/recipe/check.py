@@ -294,9 +294,10 @@ def _check_kind(
         "checkpoint": ("model", "checkpoint"),
         "examples": ("data", "examples", "rows"),
         "rows": ("data", "rows"),
+        "tensors": ("tensors",),
     }
     if kind not in allowed[material.kind]:
-        needs = "a model" if material.is_model else "data"
+        needs = {"tensors": "tensors that a step made"}.get(material.kind, "a model" if material.is_model else "data")
         raise RequestError(f"{where}: {material.name} reads {needs}, but the material {name!r} is {_named(kind)}.")
 
 
