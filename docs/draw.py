@@ -29,7 +29,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "method": ("listing method signatures",),
     "judge": ("judge report",),
     "bench": (
-        "blockwise prefix fit importance influence adapters rollouts generation",
+        "blockwise prefix fit masked reconstruction importance influence adapters rollouts generation",
         "parties weights trace objectives references heads selectors groups parts intervals pairs sae value_vectors _batching",
     ),
     "data": ("data",),
