@@ -29,8 +29,8 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "method": ("listing method signatures",),
     "judge": ("judge report",),
     "bench": (
-        "blockwise prefix fit masked reconstruction importance influence adapters rollouts generation",
-        "parties weights trace objectives references heads selectors groups parts intervals pairs sae value_vectors _batching",
+        "blockwise prefix fit masked reconstruction importance influence adapters rollouts generation sae",
+        "parties weights trace objectives references heads selectors groups parts intervals pairs value_vectors _batching",
     ),
     "data": ("data",),
     "models": (
