@@ -94,10 +94,11 @@ def mergekit(python: str, recipe: str, out: Path) -> Program:
     return Program([*command, "--async-write", "--out-shard-size", "500M"], out, plain=True)
 
 
-def asked() -> tuple[str | None, int | None]:
-    """The values of --mergekit, a Python that has it, and --times; `rounds` reads the rest of the command line."""
+def asked() -> argparse.Namespace:
+    """What `rounds`, which reads the rest of the command line, does not know: mergekit, times and parameters."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--mergekit", help="a Python interpreter that has mergekit")
     parser.add_argument("--times", type=int, help="how often each side runs")
+    parser.add_argument("--parameters", type=float, help="of a model")
     options, sys.argv[1:] = parser.parse_known_args()
-    return options.mergekit, options.times
+    return options

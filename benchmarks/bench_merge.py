@@ -109,18 +109,19 @@ MERGES = {
 
 def main() -> None:
     """Make the models, and measure the merges that are named, or all."""
-    python, times = asked()
+    options = asked()
     only = [sys.argv.pop(n) for n in reversed(range(1, len(sys.argv))) if sys.argv[n] in MERGES]
     quick = "--quick" in sys.argv
-    times = rounds(times or 3, quick=1)
-    parameters, shards = (5_000_000, 3) if quick else (1_100_000_000, 5)
+    times = rounds(options.times or 3, quick=1)
+    parameters = int(options.parameters or (5e6 if quick else 1.1e9))
+    shards = 3 if quick else 5
     with tempfile.TemporaryDirectory() as place:
         names = ("first", "second", "third")
         models = {name: make_llama(Path(place) / name, parameters, shards, n) for n, name in enumerate(names)}
         console = Console(width=120)
         console.print(f"[bold]Merges of Llamas of {parameters:.3g} parameters, bfloat16, {shards} shards[/]\n")
         for name in reversed(only) if only else MERGES:
-            against(console, MERGES[name], models, python, times, quick)
+            against(console, MERGES[name], models, options.mergekit, times, quick)
 
 
 def against(

@@ -148,11 +148,11 @@ def test_a_recipe_merges_folders_and_gives_what_the_call_gives(tmp_path: Path) -
     (record,) = done.report["steps"]
     assert record["facts"]["alpha"] == pytest.approx(called.facts["alpha"])
     # random models are no base of each other: the report says so at its head, and the terminal once
-    (note,) = (one for one in done.report["warnings"] if "may not be the base" in one)
+    (note,) = (one for one in done.report["warnings"] if "may not have come from the base" in one)
     assert note == f"Step 1, merge.lines: {record['facts']['advice']}"
     console = Console(width=100, file=io.StringIO())
     print_table(done.report, console)
-    assert " ".join(console.file.getvalue().split()).count("may not be the base") == len(tuned)  # pyright: ignore[reportAttributeAccessIssue]
+    assert " ".join(console.file.getvalue().split()).count("may not have come from the base") == len(tuned)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 # the choice on held-out data

@@ -166,9 +166,9 @@ def test_every_character_of_the_starter_is_one_token_of_a_real_vocabulary() -> N
 
 def test_a_strange_base_is_said_and_a_soups_copy_is_planned(tmp_path: Path) -> None:
     model, base = pair(tmp_path)
-    with pytest.warns(MaterialWarning, match="may not be the base of the model"):
+    with pytest.warns(MaterialWarning, match="the model may not have come from the base"):
         done = restore_layers(model, base, requests(), layers="1", soups=0)
-    assert done.facts["far_share"] == [1.0] and "may not be the base" in done.facts["advice"]
+    assert done.facts["far_share"] == [1.0] and "may not have come from the base" in done.facts["advice"]
     near = base.open()
     with torch.no_grad():
         for weight in near.parameters():

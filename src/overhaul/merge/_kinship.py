@@ -44,13 +44,12 @@ class Kinship:
             known = self._sums.get(name)
             self._sums[name] = is_matrix, sums if known is None else known[1] + sums
 
-    def facts(self, method: str, base: str, tuned: Sequence[str]) -> dict[str, Any]:
+    def facts(self, method: str, tuned: Sequence[str]) -> dict[str, Any]:
         """How far each model is, the share of far matrices, and a warning for each that is the base, or no child of it.
 
         Args:
             method: for the warning.
-            base: what it is called.
-            tuned: what the models are called.
+            tuned: what the models are called; facts name no folder, and are the same wherever these lie.
         """
         matrices = [sums for is_matrix, sums in self._sums.values() if is_matrix and sums[-1]]
         total = torch.stack([sums for _, sums in self._sums.values()]).sum(0)
@@ -61,13 +60,13 @@ class Kinship:
             changes.append(math.sqrt(sum(float(sums[n]) for sums in matrices)) / size if matrices else None)
             far.append(sum(one >= FAR for one in ratios) / len(ratios) if ratios else None)
             if not total[n]:
-                said.append(f"{name} is the base, {base}, number for number, and has no change to add.")
+                said.append(f"{name} is the base, number for number, and has no change to add.")
             elif far[n] is not None and far[n] >= MOST:
                 said.append(
-                    f"{base} may not be the base of {name}: what lies between them is {changes[n]:.2f} times as long as the "
-                    f"base's weights, and {far[n]:.0%} of the matrices differ by more than {FAR:g} times. Fine-tuning moves "
-                    "them by less than 0.3; models that have nothing in common differ by 1.4. Name the checkpoint that it "
-                    "was tuned from, or the sum of such changes means nothing."
+                    f"{name} may not have come from the base: what lies between them is {changes[n]:.2f} times as long as "
+                    f"the base's weights, and {far[n]:.0%} of the matrices differ by more than {FAR:g} times. Fine-tuning "
+                    "moves them by about 0.1 to 0.3; models that have nothing in common differ by 1.4. Name the checkpoint "
+                    "that it was tuned from, or the sum of such changes means nothing."
                 )
         for one in said:
             warnings.warn(f"{method}: {one}", MaterialWarning, stacklevel=2)

@@ -68,7 +68,8 @@ def written(
         )
     index = TensorIndex.of(base)
     numbers = sum(tensor.dtype.is_floating_point for tensor in index.tensors.values())
-    kin = kinship.facts(method, base.source, [one.source for one in tuned])
+    names = [f"tuned checkpoint {n + 1}" for n in range(len(tuned))] if len(tuned) > 1 else ["the tuned checkpoint"]
+    kin = kinship.facts(method, names)
     return {
         "tensors": numbers, "tensors_changed": len(moved), **kin, "differences": weights.differences([base, *tuned])
     }  # fmt: skip

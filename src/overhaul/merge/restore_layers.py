@@ -101,7 +101,7 @@ def restore_layers(
     theirs = LayerStack.of(opened)
     if network is None:
         _check(stack, theirs, base)
-    kin = _kinship(stack, theirs, base)
+    kin = _kinship(stack, theirs)
     scores = {part: _along(stack, theirs, [(), *runs], examples, batch_size) for part, examples in parts.items()}
     chosen_on, stated_on = scores.values()
     allowed = [run for run in runs if layers or chosen_on[run].validity >= floor * chosen_on[()].validity]
@@ -170,14 +170,14 @@ def _check(stack: LayerStack, theirs: LayerStack, base: Checkpoint) -> None:
         )
 
 
-def _kinship(stack: LayerStack, theirs: LayerStack, base: Checkpoint) -> dict[str, Any]:
+def _kinship(stack: LayerStack, theirs: LayerStack) -> dict[str, Any]:
     """How far the blocks are from those of the base, with a warning where they can hardly have come from it."""
     kinship = Kinship()
     for place, blocks in enumerate(zip(stack.blocks, theirs.blocks, strict=True)):
         own, other = (dict(block.named_parameters()) for block in blocks)
         for name, value in other.items():
             kinship.note(f"{place}.{name}", value.ndim > 1, value.detach().float(), own[name].detach().float())
-    return kinship.facts(NAME, base.source, ["the model"])
+    return kinship.facts(NAME, ["the model"])
 
 
 def _parts(prompts: Examples, held_out: float) -> dict[str, _Requests]:
