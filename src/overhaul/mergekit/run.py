@@ -174,21 +174,15 @@ def _known(document: Document, trusted: bool) -> dict[str, Checkpoint]:
     known: dict[str, Checkpoint] = {}
     for named in document.named():
         model, adapter = (named, None) if Path(named).is_dir() else model_and_adapter(named)
-        one = facts(_place(document, model), trust_remote_code=trusted)
+        one = facts(document.place(model), trust_remote_code=trusted)
         if adapter is not None:
-            one = replace(facts(_place(document, adapter), trust_remote_code=trusted, base=one), source=named)
+            one = replace(facts(document.place(adapter), trust_remote_code=trusted, base=one), source=named)
             if not one.is_adapter:
                 raise RequestError(f"{document.called}: {adapter} in {named!r} is no adapter.")
         if one.is_new:
             raise RequestError(f"{document.called}: {named} has no weights that could be merged.")
         known[named] = one
     return known
-
-
-def _place(document: Document, named: str) -> str:
-    """A model's folder beside the file, where there is none of that name in the working folder; else the name itself."""
-    beside = document.base / named
-    return str(beside) if not Path(named).is_dir() and beside.is_dir() else named
 
 
 def _plain_facts(known: Mapping[str, Checkpoint]) -> list[Checkpoint]:
