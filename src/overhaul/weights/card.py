@@ -52,8 +52,8 @@ def describe(folder: Path, sources: Sequence[Source], name: str, knobs: Mapping[
     lines += [f"{n}. {code(one.source)}" for n, one in enumerate(known, 1)]
     lines += [
         "",
-        "Config and tokenizer are the first one's, where nothing else is said. It loads with `from_pretrained`; nothing else "
-        "is needed.",
+        "Config and tokenizer are the first one's, where nothing else is said. It loads with `from_pretrained`; nothing "
+        "else is needed.",
         "",
     ]
     long = {key: value for key, value in told.items() if "\n" in str(value)}
