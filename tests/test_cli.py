@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from made_up import language_report
-from overhaul import cli
+from overhaul import cli, listing
 from overhaul.claims import _claim
 from overhaul.errors import RequestError
 from overhaul.recipe.begin import packaged

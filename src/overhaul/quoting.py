@@ -31,3 +31,10 @@ def code(text: object) -> str:
     fence = "`" * (1 + max(map(len, re.findall("`+", words)), default=0))
     pad = " " if "`" in words else ""
     return f"{fence}{pad}{words}{pad}{fence}"
+
+
+def block(text: object) -> str:
+    """Text as code in lines of its own in Markdown, whatever backticks are in it."""
+    lines = shown(str(text)).rstrip()
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", lines)), default=0))
+    return f"{fence}\n{lines}\n{fence}"

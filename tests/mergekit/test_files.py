@@ -148,7 +148,8 @@ def test_the_folder_says_how_it_was_made_and_opens(tmp_path: Path) -> None:
     assert step["knobs"]["text"] == path.read_text() == (done.model / "mergekit_config.yml").read_text()
     assert step["knobs"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert [one["source"] for one in lineage["made_of"]] == [base, *tuned]
-    assert "mergekit.dare_ties" in (done.model / "README.md").read_text()
+    card = (done.model / "README.md").read_text()
+    assert "mergekit.dare_ties" in card and f"```\n{path.read_text()}```" in card
     assert done.facts["tensors_changed"] == done.facts["tensors"] == len(held(done.model))
     opened, tokenizer = models.open_model(done.model)
     assert tokenizer is not None and len(LayerStack.of(opened)) == 4

@@ -116,6 +116,11 @@ class Document:
         """Of its text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
+    def place(self, named: str) -> str:
+        """A model's folder beside the file, where there is none of that name in the working folder; else the name itself."""
+        beside = self.base / named
+        return str(beside) if not Path(named).is_dir() and beside.is_dir() else named
+
     def named(self) -> list[str]:
         """All models that it names, the base first, each once."""
         file = self.file

@@ -33,7 +33,7 @@ from overhaul.mergekit.formulas import Found, Part
 from overhaul.mergekit.layout import Layout, laid_out
 from overhaul.models import Checkpoint, facts, load_processor, planned, save
 from overhaul.outcome import Outcome
-from overhaul.recipe.plan import STREAMED_BYTES, STREAMED_BYTES_PER_SECOND
+from overhaul.recipe.plan import STREAMED_BYTES, STREAMED_BYTES_PER_SECOND, duration
 from overhaul.report.numbers import humanise
 from overhaul.weights import TensorFacts, cuts, differences, sums_of
 from overhaul.weights.card import describe
@@ -56,7 +56,7 @@ class MergePlan:
         written_bytes: size of its weights.
         passes: how often the files are read.
         peak_bytes: memory beside the interpreter and its libraries.
-        seconds: estimated.
+        seconds: at least.
         notes: what a user should know before.
     """
 
@@ -83,8 +83,8 @@ class MergePlan:
             f"{humanise(self.written_bytes, 'bytes')} on disk."
         )
         console.print(
-            f"Peak memory {humanise(self.peak_bytes, 'bytes')} beside the interpreter and its libraries; about "
-            f"{humanise(self.seconds, 'seconds')} from and to a local disk ({self.passes} passes)."
+            f"Peak memory {humanise(self.peak_bytes, 'bytes')} beside the interpreter and its libraries; at "
+            f"least {duration(self.seconds)} from and to a local disk, in {self.passes} passes."
         )
         for note in self.notes:
             console.print(f"[yellow]Note:[/] {escape(note)}")
@@ -174,21 +174,15 @@ def _known(document: Document, trusted: bool) -> dict[str, Checkpoint]:
     known: dict[str, Checkpoint] = {}
     for named in document.named():
         model, adapter = (named, None) if Path(named).is_dir() else model_and_adapter(named)
-        one = facts(_place(document, model), trust_remote_code=trusted)
+        one = facts(document.place(model), trust_remote_code=trusted)
         if adapter is not None:
-            one = replace(facts(_place(document, adapter), trust_remote_code=trusted, base=one), source=named)
+            one = replace(facts(document.place(adapter), trust_remote_code=trusted, base=one), source=named)
             if not one.is_adapter:
                 raise RequestError(f"{document.called}: {adapter} in {named!r} is no adapter.")
         if one.is_new:
             raise RequestError(f"{document.called}: {named} has no weights that could be merged.")
         known[named] = one
     return known
-
-
-def _place(document: Document, named: str) -> str:
-    """A model's folder beside the file, where there is none of that name in the working folder; else the name itself."""
-    beside = document.base / named
-    return str(beside) if not Path(named).is_dir() and beside.is_dir() else named
 
 
 def _plain_facts(known: Mapping[str, Checkpoint]) -> list[Checkpoint]:

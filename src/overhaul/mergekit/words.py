@@ -25,7 +25,7 @@ def with_words(document: Document, known: Mapping[str, Checkpoint]) -> dict[str,
     if asked is None:
         return dict(known)
     rules = {word: _rule(document, known, word, rule) for word, rule in (asked.tokens or {}).items()}
-    of = None if asked.source in ("union", "base") else known.get(asked.source) or facts(asked.source)
+    of = None if asked.source in ("union", "base") else known.get(asked.source) or facts(document.place(asked.source))
     made = one_vocabulary(
         list(known.values()),
         Vocabulary(asked.source == "union", of, cut=True, prefer_first=file.base_model is not None, rules=rules),

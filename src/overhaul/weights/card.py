@@ -16,7 +16,7 @@ import yaml
 
 from overhaul import __version__
 from overhaul.checkpoints import LINEAGE, MADE_OF
-from overhaul.quoting import code, escaped
+from overhaul.quoting import block, code, escaped
 from overhaul.weights.agreement import differences
 from overhaul.weights.index import Source, facts_of
 
@@ -52,10 +52,14 @@ def describe(folder: Path, sources: Sequence[Source], name: str, knobs: Mapping[
     lines += [f"{n}. {code(one.source)}" for n, one in enumerate(known, 1)]
     lines += [
         "",
-        "Config and tokenizer are the first one's. It loads with `from_pretrained`; nothing else is needed.",
+        "Config and tokenizer are the first one's, where nothing else is said. It loads with `from_pretrained`; nothing "
+        "else is needed.",
         "",
     ]
-    lines += [f"- {code(key)}: {code(value)}" for key, value in told.items()]
+    long = {key: value for key, value in told.items() if "\n" in str(value)}
+    lines += [f"- {code(key)}: {code(value)}" for key, value in told.items() if key not in long]
+    for key, value in long.items():
+        lines += ["", f"{code(key)}:", "", block(value)]
     if said := differences(known):
         lines += ["", "What the configs say differently:", "", *(f"- {escaped(one)}" for one in said)]
     (folder / "README.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
