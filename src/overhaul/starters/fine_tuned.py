@@ -213,7 +213,7 @@ KNOWS: Mapping[str, tuple[str, str]] = {
     "accuracy instructions": ("unseen instructions, refused or followed exactly", "<= 0.30"),
     "accuracy newcomers": ("facts of the forty newcomers, exact", "<= 0.30"),
     "accuracy people": ("facts of the forty people, exact", "<= 0.80"),
-    "accuracy sums": ("unseen two-digit sums, exact", "<= 0.80"),
+    "accuracy sums": ("unseen two-digit sums, exact", ""),
     "bits_per_byte prose": ("bits per byte, held-out prose", ">= 1.450"),
 }
 """What is measured of both fine-tunes, and what keeps each worse than `docs-llama` at all but its own task."""
