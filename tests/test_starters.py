@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from overhaul import models
+from overhaul.adapter_folders import low_rank_scales
 from overhaul.errors import RequestError
+from overhaul.merge.loras.pool import read_pool
 from overhaul.recipe.begin import packaged
 from overhaul.recipe.check import check
 from overhaul.recipe.spec import read
 from overhaul.starters import QUALITY, Quality, build
+from overhaul.starters.adapters import BASE, LORAS, PREFIX
 
 
 def holds(value: float, bar: str) -> bool:
@@ -29,7 +32,7 @@ def assert_good(name: str, measured: Quality) -> None:
         assert holds(value, bar), f"{name}: {what} is {value:.4f}, held to {bar}"
 
 
-NAMES = ["docs-llama", "digits-vit", "digits-resnet"]
+NAMES = ["docs-llama", "digits-vit", "digits-resnet", *(f"{PREFIX}{name}" for name in LORAS)]
 
 
 @pytest.mark.smoke
@@ -54,6 +57,27 @@ def test_a_starter_trained_again_is_as_good_as_the_one_that_ships(name: str, tmp
     assert_good(name, again)
     for what, (value, _) in shipped.items():
         assert again[what][0] == pytest.approx(value, abs=0.03), what
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_what_an_adapter_is_measured_on_it_has_not_seen(name: str) -> None:
+    train, held = (LORAS[name].rows(split) for split in ("train", "validation"))
+    assert len(train) > len(held) > 20
+    assert not {str(row.get("question", row.get("text"))) for row in train} & {
+        str(row.get("question", row.get("text"))) for row in held
+    }
+
+
+def test_the_adapters_are_a_small_pool_of_several_hands_that_a_recipe_can_name() -> None:
+    known = [models.facts(f"starter:{PREFIX}{name}") for name in LORAS]
+    assert all(one.base is not None and one.base.source == BASE for one in known)
+    sizes = [sum(path.stat().st_size for path in one.folder.iterdir()) for one in known]
+    assert max(sizes) < 200_000 and sum(sizes) < 1_000_000
+    base = models.open_model(BASE)[0]
+    scales = [low_rank_scales(one, base) for one in known]
+    assert len({frozenset(each) for each in scales}) > 1, "not all adapt the same layers"
+    assert len({value for each in scales for value in each.values()}) > 1
+    read_pool(known, scales, "cpu")
 
 
 def test_the_demo_recipe_is_in_order() -> None:
