@@ -12,12 +12,15 @@ from overhaul import models
 from overhaul.checkpoints import STARTERS
 from overhaul.data.encode import encode_chat
 from overhaul.data.instructions import instructions
+from overhaul.adapter_folders import low_rank_scales
 from overhaul.errors import RequestError
+from overhaul.merge.loras.pool import read_pool
 from overhaul.recipe.begin import packaged
 from overhaul.recipe.check import check
 from overhaul.recipe.spec import read
 from overhaul.starters import QUALITY, Quality, build
 from overhaul.starters.fine_tuned import as_chat
+from overhaul.starters.adapters import BASE, LORAS, PREFIX
 
 
 def holds(value: float, bar: str) -> bool:
@@ -34,7 +37,7 @@ def assert_good(name: str, measured: Quality) -> None:
 
 
 FINE_TUNED = ["docs-llama-chat", "docs-llama-instructions", "docs-llama-newcomers"]
-NAMES = ["docs-llama", *FINE_TUNED, "digits-vit", "digits-resnet"]
+NAMES = ["docs-llama", *FINE_TUNED, "digits-vit", "digits-resnet", *(f"{PREFIX}{name}" for name in LORAS)]
 
 
 @pytest.mark.smoke
@@ -83,6 +86,27 @@ def test_what_the_chat_template_writes_is_the_prompt_that_is_named_for_other_dat
 
 def test_all_starters_together_are_small() -> None:
     assert sum(path.stat().st_size for path in STARTERS.rglob("*") if path.is_file()) <= 32e6
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_what_an_adapter_is_measured_on_it_has_not_seen(name: str) -> None:
+    train, held = (LORAS[name].rows(split) for split in ("train", "validation"))
+    assert len(train) > len(held) > 20
+    assert not {str(row.get("question", row.get("text"))) for row in train} & {
+        str(row.get("question", row.get("text"))) for row in held
+    }
+
+
+def test_the_adapters_are_a_small_pool_of_several_hands_that_a_recipe_can_name() -> None:
+    known = [models.facts(f"starter:{PREFIX}{name}") for name in LORAS]
+    assert all(one.base is not None and one.base.source == BASE for one in known)
+    sizes = [sum(path.stat().st_size for path in one.folder.iterdir()) for one in known]
+    assert max(sizes) < 200_000 and sum(sizes) < 1_000_000
+    base = models.open_model(BASE)[0]
+    scales = [low_rank_scales(one, base) for one in known]
+    assert len({frozenset(each) for each in scales}) > 1, "not all adapt the same layers"
+    assert len({value for each in scales for value in each.values()}) > 1
+    read_pool(known, scales, "cpu")
 
 
 def test_the_demo_recipe_is_in_order() -> None:

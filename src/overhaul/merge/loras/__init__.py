@@ -20,9 +20,9 @@ How it differs from the paper and its code:
    and never on `valid`; whoever gives `test` has the table measured on what nothing was chosen by.
 2. s is right for rsLoRA and for patterns of rank and alpha; the code mixes with alpha / r. DoRA and whatever else is more
    than a product is refused by name. An adapted head is merged like any layer.
-3. "search" takes COBYLA of scipy; LoraHub takes Nevergrad. `rule: separate` is LoraHub's sum of A's times sum of B's, with
-   its cross terms, s spread evenly over both; "exact" adds the changes. LoraHub divides its mean loss by the number of
-   examples besides, which makes its penalty weigh more.
+3. "search" takes COBYLA of scipy on `train` and `valid` together; LoraHub takes Nevergrad. `rule: separate` is LoraHub's
+   sum of A's times sum of B's, with its cross terms, s spread evenly over both; "exact" adds the changes. LoraHub divides
+   its mean loss by the number of examples besides, which makes its penalty weigh more.
 4. "ties" is the mean of TIES. The code multiplies the running sum by each next weight, so that early adapters vanish.
 5. Absent adapters have no share of a softmax, in a mixture or in Arrow's routing. Arrow is measured and not trained;
    it depends on the token, so it cannot be part of the weights.
@@ -46,8 +46,8 @@ from overhaul.fit import Regime
 from overhaul.merge.loras.choosing import Choice, worth
 from overhaul.merge.loras.controls import redrawn, routed
 from overhaul.merge.loras.how import How
-from overhaul.merge.loras.layers import Adapter, exchanged, fold
-from overhaul.merge.loras.learning import Lesson, fresh
+from overhaul.merge.loras.layers import Adapter, changed_by, exchanged, fold
+from overhaul.merge.loras.learning import Lesson, fresh, keys_of
 from overhaul.merge.loras.pool import check_pool, other_base, read_pool
 from overhaul.merge.loras.trial import Merge, Trial
 from overhaul.method import Outcome, Table, method
@@ -130,6 +130,7 @@ def loras(
     session.begins()
     pool = read_pool(adapters, scales, next(model.parameters()).device)
     advice = other_base(adapters, pool, model)
+    keys_of(model, changed_by(pool), how.per)  # refuses what has no such parts, before anything trains
     full = Lesson(train, valid, training, every)
     lesser = replace(full, training=replace(training, steps=min(control_steps or training.steps, training.steps)))
     trial = Trial(model, how, valid if test is None else test, torch.Generator().manual_seed(torch.initial_seed()))

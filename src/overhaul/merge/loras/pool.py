@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -32,12 +33,12 @@ def check_pool(adapters: Sequence[Checkpoint], model: nn.Module) -> list[dict[st
     for n, one in enumerate(adapters):
         if folders[n] in folders[:n]:
             raise RequestError(f"merge.loras: the adapter {one.source} is given twice. Name each once.")
-    scales: list[dict[str, float]] = []
+    seen: set[Path] = set()
     for one in adapters:
-        if one.base is not None:
+        if one.base is not None and one.base.folder not in seen:
             _check_base(one, one.base, model)
-        scales.append(low_rank_scales(one, model))
-    return scales
+            seen.add(one.base.folder)
+    return [low_rank_scales(one, model) for one in adapters]
 
 
 def _check_base(one: Checkpoint, base: Checkpoint, model: nn.Module) -> None:
