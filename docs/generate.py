@@ -148,6 +148,8 @@ def _cell(text: str) -> str:
 
 
 NEEDED: dict[str, dict[str, Any]] = {
+    "adapt.head": {"by": "region"},
+    "inspect.groups": {"by": "region"},
     "merge.lines": {"beta": 0.5},
     "merge.stack": {"slices": [{"model": 0, "blocks": "0-5"}, {"model": 0, "blocks": "2-7"}]},
 }

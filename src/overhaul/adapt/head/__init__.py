@@ -87,8 +87,8 @@ def head(
     Returns:
         The model, changed in place. Facts: the layer, its features, C, the loss on all curated rows in nats, classes
         without a row; and on what was held out, before and after: average accuracy, that of the worst group, and the
-        difference between the best and the worst. Tables: accuracy by group before and after, and what each C gave.
-        Curves: those of a training.
+        difference between the best and the worst (after: of the head that had not seen these rows). Tables: accuracy by
+        group before and after, and what each C gave. Curves: those of a training.
 
     Raises:
         RequestError: the model is no classifier or ends in no linear layer, a label is no class of it, a group has one row
