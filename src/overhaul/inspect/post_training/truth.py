@@ -2,8 +2,7 @@
 
 t = mean(true) - mean(false)            of states after block l, each topic less its own mean
 probe     h . t > (mean(true) . t + mean(false) . t) / 2
-push      h <- h + c s on false statements, h - c s on true ones, at some blocks, at the tokens that were read
-          s = (t_own . u) u, the part of the receiving model's own t along the direction u = t / |t| that is tried
+push      h <- h + c t on false statements, h - c t on true ones, at some blocks, at the tokens that were read
 NIE       (p_after - p) / (goal - p),  p = P(TRUE) - P(FALSE),  goal 1 or -1; the mean of both ways
 """
 
@@ -49,6 +48,9 @@ class Pushing:
             right more often.
         push_blocks: at how many blocks up to that one the push is given; the paper's 5 of 32 if None.
         strength: of the push, in differences of means.
+        push_length: whose difference of means that is: of the model that the direction is from (the "source", as in the
+            paper), or the "receiver": the part of its own difference that lies along the direction, so that a model with
+            larger states is not pushed less for that.
         test_topic: the topic whose statements are pushed, and from which no direction is made; the last one if None.
     """
 
@@ -56,6 +58,7 @@ class Pushing:
     probe_at: Place | None = None
     push_blocks: Annotated[int, Ge(1)] | None = None
     strength: Annotated[float, Gt(0)] = 1.0
+    push_length: Literal["source", "receiver"] = "source"
     test_topic: str | None = None
 
 
@@ -167,16 +170,20 @@ class Truth:
         self.states[role] = {place: last_states(stack, texts[place], "leaving", self.batch_size) for place in PLACES}
 
     def act(self, role: str, model: nn.Module) -> None:
-        """Push statements of the test topic along each model's direction, and along a random one as long as its own."""
+        """Push statements of the test topic along each model's direction, and along a random one as long as the longest."""
         layer, place = self.site
         width = self.pushing.push_blocks or max(1, round(PAPERS_BAND * len(LayerStack.of(model))))
         blocks = range(max(0, layer - width + 1), layer + 1)
         own = self.probe(role, layer, place).direction
-        units = {source: self.probe(source, layer, place).direction for source in self.states}
         pushes: dict[str | None, Tensor | None] = {None: None}
-        pushes |= {source: step(own, unit) for source, unit in units.items()}
-        noise = torch.randn(own.shape, generator=generator(0))
-        pushes[RANDOM] = noise * own.norm() / noise.norm()
+        for source in self.states:
+            along = self.probe(source, layer, place).direction
+            pushes[source] = step(own, along) if self.pushing.push_length == "receiver" else along
+        noise, longest = (
+            torch.randn(own.shape, generator=generator(0)),
+            max(float(p.norm()) for p in pushes.values() if p is not None),
+        )
+        pushes[RANDOM] = noise * longest / noise.norm()
         for truth in (True, False):
             prompts = self._prompts(truth)
             for source, whole in pushes.items():
