@@ -43,7 +43,8 @@ class Pushing:
     """How truth is read, and pushed.
 
     Attributes:
-        probe_layer: the block after which it is read; the one whose probes are right most often on held-out topics, if None.
+        probe_layer: the block after which it is read; if None, the one whose probes are right most often on held-out topics,
+            the last block apart.
         probe_at: whether it is read at the last token of the "statement" or of the "question"; if None, where probes are
             right more often.
         push_blocks: at how many blocks up to that one the push is given; the paper's 5 of 32 if None.
@@ -128,6 +129,11 @@ class Truth:
             raise RequestError(
                 f"{NAME}: probe_layer={pushing.probe_layer}, and the models have the blocks 0 to {depth - 1}."
             )
+        if pushing.probe_at == "statement" and depth - 1 in (0, pushing.probe_layer):
+            raise RequestError(
+                f"{NAME}: behind the last block a push at the statement's end reaches nothing. Take a smaller "
+                "`probe_layer`, or probe_at: question."
+            )
         topics = [str(row.get("topic") or "all") for row in rows]
         named = list(dict.fromkeys(topics))
         if pushing.test_topic is not None and pushing.test_topic not in named:
@@ -179,10 +185,8 @@ class Truth:
         for source in self.states:
             along = self.probe(source, layer, place).direction
             pushes[source] = step(own, along) if self.pushing.push_length == "receiver" else along
-        noise, longest = (
-            torch.randn(own.shape, generator=generator(0)),
-            max(float(p.norm()) for p in pushes.values() if p is not None),
-        )
+        longest = max(float(push.norm()) for push in pushes.values() if push is not None)
+        noise = torch.randn(own.shape, generator=generator(0))
         pushes[RANDOM] = noise * longest / noise.norm()
         for truth in (True, False):
             prompts = self._prompts(truth)
@@ -194,10 +198,16 @@ class Truth:
     def site(self) -> tuple[int, Place]:
         """The block and the place at which truth is read, the same for both models."""
         depth = len(next(iter(self.states.values()))["statement"])
-        layers = range(depth) if self.pushing.probe_layer is None else [self.pushing.probe_layer]
+        chosen = self.pushing.probe_layer
+        layers = range(max(1, depth - 1)) if chosen is None else [chosen]
         places: Sequence[Place] = PLACES if self.pushing.probe_at is None else [self.pushing.probe_at]
         return max(
-            ((layer, place) for place in places for layer in layers),
+            (
+                (layer, place)
+                for place in places
+                for layer in layers
+                if place == "question" or layer < depth - 1  # behind the last block only the last token is read
+            ),
             key=lambda site: sum(self.right(role, role, *site) for role in self.states),
         )
 
