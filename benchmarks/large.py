@@ -90,10 +90,10 @@ def patches(first: Path, second: Path, out: Path) -> str:
     labels = torch.full_like(ids, IGNORED)
     labels[-1] = ids[-1]
     true, false = ids.clone(), ids.clone()
-    false[16:19] += 1000
+    false[26:29] += 1000
     batches = [collate([{"input_ids": one, "labels": labels}]) for one in (true, false)]
     chosen = torch.zeros(1, len(ids), dtype=torch.bool)
-    chosen[0, 18] = True
+    chosen[0, 28] = True
     pair = corresponding("patches", {"first": first, "second": second})
     with pair["first"].opened("stored") as model:
         kept = [state[chosen].clone() for state in states_of(LayerStack.of(model), batches[0]).states]

@@ -74,12 +74,13 @@ CASE = {
     "materials": lambda: {"post": models.facts(folder(2)), "base": models.facts(folder(1)), **asked()},
     "knobs": {
         **QUICK, "true_word": "TRUE", "false_word": "FALSE", "probe_layer": 1, "probe_at": "question", "push_blocks": 1,
-        "strength": 1.0, "test_topic": "two", "prompt": "{instruction}", "refusal_layer": 1, "addition": 5.0,
-        "phrases": list("abcdefghijklm"), "loudest": 0.25, "most": 100, "dtype": "float32",
+        "strength": 1.0, "push_length": "source", "test_topic": "two", "prompt": "{instruction}", "refusal_layer": 1,
+        "addition": 5.0, "phrases": list("abcdefghijklm"), "loudest": 0.25, "most": 100, "dtype": "float32",
     },
     "varied": {
         "question": ("q:", "so:"), "true_word": ("TRUE", "yes"), "false_word": ("FALSE", "no"), "shots": (2, 0),
         "probe_layer": (1, 2), "probe_at": ("question", "statement"), "push_blocks": (1, 2), "strength": (1.0, 3.0),
+        "push_length": ("source", "receiver"),
         "test_topic": ("two", "one"), "prompt": ("{instruction}", "do {instruction} so"), "refusal_layer": (1, 2),
         "addition": (5.0, 0.01), "phrases": (list("abcdefghijklm"), list(" .:0123456789\"'")), "held_out": (0.25, 0.5),
         "neurons": (3, 5), "loudest": (0.25, 0.9), "most": (100, 1), "dtype": ("float32", "bfloat16"),
@@ -326,6 +327,7 @@ def test_rows_that_cannot_be_used_are_refused_in_words(role: str, rows: Rows, sa
     ("knobs", "said"),
     [
         ({"probe_layer": 3}, "probe_layer=3, and the models have the blocks 0 to 2"),
+        ({"probe_layer": 2, "probe_at": "statement"}, "reaches nothing"),
         ({"refusal_layer": 3}, "refusal_layer=3, and the models have the blocks 0 to 2"),
         ({"test_topic": "three"}, "is no topic of 'statements': one, two"),
         ({"prompt": "say it"}, "has no {instruction} in it"),

@@ -69,13 +69,17 @@ def experiment(seed: int, size: Size) -> Numbers:
         asked: dict[str, Any] = {"question": "Q", "shots": 0}
         torch.manual_seed(seed)
         refused, followed = (_instructions(homes, kind) for kind in (True, False))
+        read: dict[str, Any] = {"probe_layer": LAYER, "probe_at": "question", "push_blocks": 1, **asked}
         pair = post_training(
-            place / "post", place / "base", facts, _statements(homes), refused, followed, probe_layer=LAYER,
-            probe_at="question", push_blocks=1, refusal_layer=LAYER, prompt="CHAT {instruction} Q", phrases=["REFUSE"],
-            new_tokens=1, **asked,
+            place / "post", place / "base", facts, _statements(homes), refused, followed, refusal_layer=LAYER,
+            prompt="CHAT {instruction} Q", phrases=["REFUSE"], new_tokens=1, **read,
         )  # fmt: skip
+        alike = post_training(place / "post", place / "base", None, _statements(homes), push_length="receiver", **read)
         control = post_training(place / "control", place / "base", facts, **asked)
-    return _numbers(pair, control)
+    return _numbers(pair, control) | {
+        f"NIE at the receiver's length, {source} in {role}": alike.facts[f"truth_nie_{source}_in_{role}"]
+        for source, role in (("post", "base"), ("base", "post"))
+    }
 
 
 def _numbers(pair: Any, control: Any) -> Numbers:
@@ -230,4 +234,5 @@ CLAIM = Claim(
         ),
     ),
     run=run,
+    remarks="",
 )

@@ -2,8 +2,7 @@
 
 t = mean(true) - mean(false)            of states after block l, each topic less its own mean
 probe     h . t > (mean(true) . t + mean(false) . t) / 2
-push      h <- h + c s on false statements, h - c s on true ones, at some blocks, at the tokens that were read
-          s = (t_own . u) u, the part of the receiving model's own t along the direction u = t / |t| that is tried
+push      h <- h + c t on false statements, h - c t on true ones, at some blocks, at the tokens that were read
 NIE       (p_after - p) / (goal - p),  p = P(TRUE) - P(FALSE),  goal 1 or -1; the mean of both ways
 """
 
@@ -44,11 +43,15 @@ class Pushing:
     """How truth is read, and pushed.
 
     Attributes:
-        probe_layer: the block after which it is read; the one whose probes are right most often on held-out topics, if None.
+        probe_layer: the block after which it is read; if None, the one whose probes are right most often on held-out topics,
+            the last block apart.
         probe_at: whether it is read at the last token of the "statement" or of the "question"; if None, where probes are
             right more often.
         push_blocks: at how many blocks up to that one the push is given; the paper's 5 of 32 if None.
         strength: of the push, in differences of means.
+        push_length: whose difference of means that is: of the model that the direction is from (the "source", as in the
+            paper), or the "receiver": the part of its own difference that lies along the direction, so that a model with
+            larger states is not pushed less for that.
         test_topic: the topic whose statements are pushed, and from which no direction is made; the last one if None.
     """
 
@@ -56,6 +59,7 @@ class Pushing:
     probe_at: Place | None = None
     push_blocks: Annotated[int, Ge(1)] | None = None
     strength: Annotated[float, Gt(0)] = 1.0
+    push_length: Literal["source", "receiver"] = "source"
     test_topic: str | None = None
 
 
@@ -125,6 +129,11 @@ class Truth:
             raise RequestError(
                 f"{NAME}: probe_layer={pushing.probe_layer}, and the models have the blocks 0 to {depth - 1}."
             )
+        if pushing.probe_at == "statement" and depth - 1 in (0, pushing.probe_layer):
+            raise RequestError(
+                f"{NAME}: behind the last block a push at the statement's end reaches nothing. Take a smaller "
+                "`probe_layer`, or probe_at: question."
+            )
         topics = [str(row.get("topic") or "all") for row in rows]
         named = list(dict.fromkeys(topics))
         if pushing.test_topic is not None and pushing.test_topic not in named:
@@ -167,16 +176,18 @@ class Truth:
         self.states[role] = {place: last_states(stack, texts[place], "leaving", self.batch_size) for place in PLACES}
 
     def act(self, role: str, model: nn.Module) -> None:
-        """Push statements of the test topic along each model's direction, and along a random one as long as its own."""
+        """Push statements of the test topic along each model's direction, and along a random one as long as the longest."""
         layer, place = self.site
         width = self.pushing.push_blocks or max(1, round(PAPERS_BAND * len(LayerStack.of(model))))
         blocks = range(max(0, layer - width + 1), layer + 1)
         own = self.probe(role, layer, place).direction
-        units = {source: self.probe(source, layer, place).direction for source in self.states}
         pushes: dict[str | None, Tensor | None] = {None: None}
-        pushes |= {source: step(own, unit) for source, unit in units.items()}
+        for source in self.states:
+            along = self.probe(source, layer, place).direction
+            pushes[source] = step(own, along) if self.pushing.push_length == "receiver" else along
+        longest = max(float(push.norm()) for push in pushes.values() if push is not None)
         noise = torch.randn(own.shape, generator=generator(0))
-        pushes[RANDOM] = noise * own.norm() / noise.norm()
+        pushes[RANDOM] = noise * longest / noise.norm()
         for truth in (True, False):
             prompts = self._prompts(truth)
             for source, whole in pushes.items():
@@ -187,10 +198,16 @@ class Truth:
     def site(self) -> tuple[int, Place]:
         """The block and the place at which truth is read, the same for both models."""
         depth = len(next(iter(self.states.values()))["statement"])
-        layers = range(depth) if self.pushing.probe_layer is None else [self.pushing.probe_layer]
+        chosen = self.pushing.probe_layer
+        layers = range(max(1, depth - 1)) if chosen is None else [chosen]
         places: Sequence[Place] = PLACES if self.pushing.probe_at is None else [self.pushing.probe_at]
         return max(
-            ((layer, place) for place in places for layer in layers),
+            (
+                (layer, place)
+                for place in places
+                for layer in layers
+                if place == "question" or layer < depth - 1  # behind the last block only the last token is read
+            ),
             key=lambda site: sum(self.right(role, role, *site) for role in self.states),
         )
 
