@@ -302,7 +302,7 @@ def test_a_pair_that_does_not_correspond_is_refused(tmp_path: Path) -> None:
         concept_vectors(tiny_vit(), Examples([], []), Examples([], []))
 
 
-@pytest.mark.slow
+@pytest.mark.smoke
 def test_a_recipe_finds_vectors_edits_them_and_compares(tmp_path: Path) -> None:
     recipe = as_recipe(Case(**CASE), tmp_path)
     del recipe["materials"]["after"]
