@@ -32,7 +32,8 @@ def test_the_checks_ask_for_a_behaviour_that_goes_and_a_trace_that_stays() -> No
     }  # fmt: skip
     assert all(check.passes(found) for check in CLAIM.checks)
     worse = {
-        "gradient difference, mass of the concept": 0.1, "gradient difference, cosine of the best": 0.98, "gradient difference, jaccard of the best": 0.6,
+        "gradient difference, mass of the concept": 0.1,
+        "gradient difference, cosine of the best": 0.98, "gradient difference, jaccard of the best": 0.6,
         "chance, jaccard": 0.4,
         "gradient difference, retained by random vectors": 0.5, "noise, retained": 0.9,
         "trained on the rest, mass of the concept": 0.1, "planted, found first": 0.0,

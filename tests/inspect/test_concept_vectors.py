@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import examples_for, tiny_gpt2, tiny_llama, tiny_tokenizer, tiny_vit
-from contract import Held, some_facts
+from contract import Case, Held, as_recipe, some_facts
 from families import FAMILIES
 from overhaul.checkpoints import facts
 from overhaul.data.encode import encode_text
@@ -24,6 +24,7 @@ from overhaul.inspect.concept_vectors.ablation import ablated, matched, rises
 from overhaul.inspect.concept_vectors.traces import Trace, jaccard, normalised, traces
 from overhaul.models import save
 from overhaul.objectives import token_nll
+from overhaul.recipe.run import run
 from overhaul.value_vectors import Location, ValueVectors
 
 PLACES = [Location(0, 3), Location(2, 17), Location(3, 40)]
@@ -299,3 +300,17 @@ def test_a_pair_that_does_not_correspond_is_refused(tmp_path: Path) -> None:
         concept_vectors(tiny_llama(), some_facts(0, 4), some_facts(4, 4), before=other)
     with pytest.raises(RequestError, match="reads no tokens"):
         concept_vectors(tiny_vit(), Examples([], []), Examples([], []))
+
+
+@pytest.mark.smoke
+def test_a_recipe_finds_vectors_edits_them_and_compares(tmp_path: Path) -> None:
+    recipe = as_recipe(Case(**CASE), tmp_path)
+    del recipe["materials"]["after"]
+    recipe["materials"] |= {"found": {"made": "1", "name": "vectors"}, "original": {"after": "start"}}
+    compared = {"inspect.concept_vectors": {"k": 8, "contrast": 1.05, "vectors": "found", "before": "original"}}
+    recipe["steps"] += [{"forget.needle": {"vectors": "found", "edit": "zero"}}, compared]
+    steps = run(recipe, tmp_path / "run").report["steps"]
+    assert steps[1]["facts"]["numbers_changed"] == 4 * 32
+    assert steps[2]["facts"]["trace_retained"] == 0.0 and steps[2]["facts"]["trace_relative"] == pytest.approx(1.0)
+    assert steps[2]["facts"]["trace_retained_by_random_vectors"] == pytest.approx(1.0)
+    assert "<table" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")

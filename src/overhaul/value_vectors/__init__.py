@@ -33,7 +33,7 @@ from overhaul.trace.sites import Orientation, sites
 from overhaul.weights import TensorIndex, mapped
 from overhaul.weights.depths import built_names
 
-LOGITS = 2**26
+LOGITS = 2**24
 """Logits that are held at once, when many vectors are projected."""
 
 

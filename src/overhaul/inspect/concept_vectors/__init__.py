@@ -153,7 +153,8 @@ class _Texts:
             return None
         size = vectors.unembedding().words
         ours = concept_words(concept, others, size, contrast, words, NAME)
-        return cls(concept, others, ours, concept_words(others, concept, size, contrast, "", NAME) & ~ours)
+        theirs = concept_words(others, concept, size, contrast, "", NAME, roles=("others", "concept"))
+        return cls(concept, others, ours, theirs & ~ours)
 
 
 @dataclass(frozen=True)
