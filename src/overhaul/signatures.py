@@ -13,12 +13,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, create_model
 from torch import nn
 
-from overhaul.data.examples import Examples, Rows
+from overhaul.data.examples import Examples, Rows, Tensors
 from overhaul.models import Checkpoint
 
-Kind = Literal["model", "checkpoint", "examples", "rows"]
+Kind = Literal["model", "checkpoint", "examples", "rows", "tensors"]
 
-KINDS: Mapping[Any, Kind] = {nn.Module: "model", Checkpoint: "checkpoint", Examples: "examples"}
+KINDS: Mapping[Any, Kind] = {
+    nn.Module: "model", Checkpoint: "checkpoint", Examples: "examples", Rows: "rows", Tensors: "tensors"
+}  # fmt: skip
 OUT = "out"
 """The name of the one argument that is neither a material nor a knob: the folder that a method writes."""
 
@@ -29,7 +31,8 @@ class Material:
 
     Attributes:
         name: of the role.
-        kind: an opened "model", a "checkpoint" (a folder with its facts), encoded "examples", or raw "rows".
+        kind: an opened "model", a "checkpoint" (a folder with its facts), encoded "examples", raw "rows", or
+            "tensors" by name.
         many: a sequence of such.
         required: whether there must be one.
         doc: its description.
@@ -127,9 +130,9 @@ def _material(method: str, name: str, hint: Any, required: bool, doc: str) -> Ma
     many = wanted != Rows and typing.get_origin(wanted) is Sequence
     if many:
         (wanted,) = typing.get_args(wanted)
-    kind = "rows" if wanted == Rows else KINDS.get(wanted)
+    kind = KINDS.get(wanted)
     if kind is None:
-        known = "nn.Module, Checkpoint, Examples, Rows, a Sequence of one of these"
+        known = "nn.Module, Checkpoint, Examples, Rows, Tensors, a Sequence of one of these"
         raise TypeError(
             f"{method}: the material {name!r} is {hint}, which no recipe can give; it must be {known}, or None"
         )

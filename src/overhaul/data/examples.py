@@ -42,6 +42,8 @@ Encoded = dict[str, Tensor]
 Row = dict[str, Any]
 Rows = Sequence[Row]
 """Raw rows of a role, as the file has them."""
+Tensors = Mapping[str, Tensor]
+"""Tensors by name: a safetensors file, or what a step made."""
 Batch = dict[str, Tensor]
 
 PADDING: Mapping[str, int] = {"labels": IGNORED, "other_labels": IGNORED}
