@@ -18,7 +18,9 @@ from overhaul.models import Checkpoint
 
 Kind = Literal["model", "checkpoint", "examples", "rows", "tensors"]
 
-KINDS: Mapping[Any, Kind] = {nn.Module: "model", Checkpoint: "checkpoint", Examples: "examples"}
+KINDS: Mapping[Any, Kind] = {
+    nn.Module: "model", Checkpoint: "checkpoint", Examples: "examples", Rows: "rows", Tensors: "tensors"
+}  # fmt: skip
 OUT = "out"
 """The name of the one argument that is neither a material nor a knob: the folder that a method writes."""
 
@@ -29,8 +31,8 @@ class Material:
 
     Attributes:
         name: of the role.
-        kind: an opened "model", a "checkpoint" (a folder with its facts), encoded "examples", raw "rows", or "tensors" by
-            name that a step made.
+        kind: an opened "model", a "checkpoint" (a folder with its facts), encoded "examples", raw "rows", or
+            "tensors" by name.
         many: a sequence of such.
         required: whether there must be one.
         doc: its description.
@@ -128,7 +130,7 @@ def _material(method: str, name: str, hint: Any, required: bool, doc: str) -> Ma
     many = wanted != Rows and typing.get_origin(wanted) is Sequence
     if many:
         (wanted,) = typing.get_args(wanted)
-    kind = "rows" if wanted == Rows else "tensors" if wanted == Tensors else KINDS.get(wanted)
+    kind = KINDS.get(wanted)
     if kind is None:
         known = "nn.Module, Checkpoint, Examples, Rows, Tensors, a Sequence of one of these"
         raise TypeError(

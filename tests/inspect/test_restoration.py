@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from conftest import FAMILIES, examples_for, tiny_llama, tiny_tokenizer, tiny_vit
@@ -39,7 +41,8 @@ from overhaul.inspect.restoration.steering import (
 )
 from overhaul.method import Outcome
 from overhaul.models import save
-from overhaul.recipe.plan import planned
+from overhaul.recipe.plan import Plan, planned
+from overhaul.recipe.run import run
 from overhaul.sae import Dictionary, SparseAutoencoder
 from overhaul.selectors import select
 from overhaul.stack import LayerStack
@@ -428,6 +431,40 @@ def test_what_it_makes_is_read_again() -> None:
     assert set(outcome.made["experts"]) == {"1", "3"} and len(set(outcome.made["experts"]["3"])) == 4
 
 
+def test_autoencoders_that_were_made_are_used_again_and_give_the_same() -> None:
+    def again(**knobs: Any) -> Outcome:
+        settings = {
+            **QUICK,
+            "value": 0,
+            "alphas": [0.0, 5.0],
+            "random_sets": 1,
+            "probe": False,
+            "measure": "probability",
+        }
+        return restoration(folder("moved"), folder("original"), images(), images(18, 1), **{**settings, **knobs})
+
+    first = again(layers="1,3")
+    second = again(autoencoders=first.made["autoencoders"], autoencoder_steps=1)
+    # what counts as dead is told from all states now, and not from nine tenths of them
+    assert first.tables["probability on the group"].columns == second.tables["probability on the group"].columns
+    for name in ("0.0", "5.0"):
+        assert found(first, 1, float(name), "class token alone") == found(second, 1, float(name), "class token alone")
+    assert (
+        first.layers["variance explained by the autoencoder"] == second.layers["variance explained by the autoencoder"]
+    )
+    assert first.made["experts"] == second.made["experts"]
+    assert found(first, 3, 5.0, "features alone") == found(second, 3, 5.0, "features alone")
+    alone = {name.removeprefix("3."): one for name, one in first.made["autoencoders"].items() if name.startswith("3.")}
+    third = again(autoencoders=alone, layers="3")
+    assert found(third, 3, 5.0, "features alone") == found(second, 3, 5.0, "features alone")
+    with pytest.raises(RequestError, match="names no layer"):
+        again(autoencoders=alone)
+    with pytest.raises(RequestError, match=r"none for the layer 2, only for \[1, 3\]"):
+        again(autoencoders=first.made["autoencoders"], layers="1-3")
+    with pytest.raises(RequestError, match="layer 3 is for 8 features, and its stream has 32"):
+        again(autoencoders=SparseAutoencoder(8, 16, 4).tensors(), layers="3")
+
+
 @pytest.mark.parametrize("build", [tiny_llama, FAMILIES["gpt2"]])
 def test_language_models_are_steered_at_the_tokens_of_a_prompt(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     model = build()
@@ -549,23 +586,56 @@ def test_a_text_without_a_prompt_is_refused() -> None:
         restoration(folder("moved"), folder("original"), text, text, value=0)
 
 
-def test_a_plan_finds_what_is_wrong_before_a_weight_is_read(tmp_path: Path) -> None:
-    import json
-
+def recipe_in(place: Path, steps: list[Any], **materials: Any) -> dict[str, Any]:
+    """A recipe on files."""
     for name, examples in (("train", images()), ("test", images(18, 1))):
-        rows = [
-            {**row, "image": item["pixel_values"].tolist()}
-            for row, item in zip(examples.rows, examples.items, strict=True)
-        ]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        pairs = zip(examples.rows, examples.items, strict=True)
+        rows = [{**row, "image": item["pixel_values"].tolist()} for row, item in pairs]
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = {name: {"from": str(place / f"{name}.jsonl")} for name in ("train", "test")}
+    materials = {"original": {"model": str(folder("original"))}, **sources, **materials}
+    return {"model": str(folder("moved")), "materials": materials, "steps": steps}
 
-    def recipe(**knobs: Any) -> dict[str, Any]:
-        sources = {name: {"from": str(tmp_path / f"{name}.jsonl")} for name in ("train", "test")}
-        materials = {"original": {"model": str(folder("original"))}, **sources}
-        return {"model": str(folder("moved")), "materials": materials, "steps": [{"inspect.restoration": knobs}]}
 
-    assert planned(recipe(value=0)).steps[0].name == "inspect.restoration"
+def plan(place: Path, materials: Any = None, **knobs: Any) -> Plan:
+    return planned(recipe_in(place, [{"inspect.restoration": knobs}], **(materials or {})))
+
+
+def test_a_plan_finds_what_is_wrong_before_a_weight_is_read(tmp_path: Path) -> None:
+    assert plan(tmp_path, value=0).steps[0].name == "inspect.restoration"
     with pytest.raises(RequestError, match="none of its 30 rows has 8"):
-        planned(recipe(value=8))
+        plan(tmp_path, value=8)
     with pytest.raises(RequestError, match="there is no block 4"):
-        planned(recipe(value=0, layers="4"))
+        plan(tmp_path, value=0, layers="4")
+
+
+def test_a_plan_reads_files_of_tensors(tmp_path: Path) -> None:
+    save_file({"9.W": torch.zeros(2)}, tmp_path / "odd.safetensors")
+    with pytest.raises(RequestError, match="no autoencoder that can be read: W"):
+        plan(tmp_path, {"autoencoders": {"tensors": str(tmp_path / "odd.safetensors")}}, value=0)
+    with pytest.raises(RequestError, match="'autoencoders', tensors: .*train.jsonl is no safetensors file"):
+        plan(tmp_path, {"autoencoders": {"tensors": str(tmp_path / "train.jsonl")}}, value=0)
+    with pytest.raises(RequestError, match="autoencoders reads tensors, but the material 'autoencoders' is a model"):
+        plan(tmp_path, {"autoencoders": {"model": str(folder("moved"))}}, value=0)
+    save_file({"a": torch.zeros(2)}, tmp_path / "odd.safetensors")
+    with pytest.raises(RequestError, match="original reads a model, but the material 'original' is tensors"):
+        plan(tmp_path, {"original": {"tensors": str(tmp_path / "odd.safetensors")}}, value=0)
+
+
+@pytest.mark.smoke
+def test_a_later_step_reads_the_autoencoders_of_an_earlier_one_or_of_a_file(tmp_path: Path) -> None:
+    first = {"value": 0, "layers": "1", "alphas": [5.0], "probe": False, "measure": "probability", **QUICK}
+    again = {"inspect.restoration": {**first, "autoencoder_steps": 1, "autoencoders": "kept"}}
+    kept = {"made": "inspect.restoration", "name": "autoencoders"}
+    done = run(recipe_in(tmp_path, [{"inspect.restoration": first}, again], kept=kept), tmp_path / "run")
+    one, two = (step["tables"]["probability on the group"] for step in done.report["steps"])
+    assert one == two
+    file = min((tmp_path / "run").rglob("autoencoders.safetensors"))
+    (tmp_path / "own.safetensors").write_bytes(file.read_bytes())
+    recipe = recipe_in(tmp_path, [again], kept={"tensors": str(tmp_path / "own.safetensors")})
+    read = run(recipe, tmp_path / "second").report["steps"][0]
+    assert read["tables"]["probability on the group"] == one
+    mixed = {name: value.flip(0) if value.ndim == 2 else value for name, value in load_file(file).items()}
+    save_file(mixed, tmp_path / "own.safetensors")
+    changed = run(recipe, tmp_path / "second").report["steps"][0]  # the file is another: the step runs again
+    assert changed["tables"]["probability on the group"] != one

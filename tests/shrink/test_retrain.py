@@ -132,7 +132,7 @@ def test_masks_that_a_step_made_are_read_by_the_next(folder: Path, tmp_path: Pat
     done = run(recipe, tmp_path / "out")
     facts = done.report["steps"][-1]["facts"]
     assert facts["zeros_before"] == facts["zeros_after"] == pytest.approx(0.3, abs=0.01)
-    with pytest.raises(RequestError, match="masks reads tensors that a step made, but the material 'masks' is data"):
+    with pytest.raises(RequestError, match="masks reads tensors, but the material 'masks' is data"):
         run({**recipe, "materials": {**materials, "masks": materials["text"]}}, tmp_path / "bad")
     with pytest.raises(RequestError, match="text reads data, but the material 'masks' is tensors"):
         run({**recipe, "steps": [prunes, {"shrink.retrain": {"text": "masks"}}]}, tmp_path / "bad")

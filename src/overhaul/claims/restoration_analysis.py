@@ -42,10 +42,10 @@ ALPHAS = [1.0, 5.0]
 class Size:
     """How much is trained; the defaults are the experiment, a test takes less."""
 
-    training_steps: int = 600
+    training_steps: int = 450
     unlearning_steps: int = 150
     unlearning_rate: float = 3e-4
-    autoencoder_steps: int = 600
+    autoencoder_steps: int = 400
 
 
 def run(seed: int) -> Numbers:

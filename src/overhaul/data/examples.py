@@ -47,7 +47,7 @@ Row = dict[str, Any]
 Rows = Sequence[Row]
 """Raw rows of a role, as the file has them."""
 Tensors = Mapping[str, Tensor]
-"""Tensors by name that an earlier step made: masks, directions, a dictionary of features."""
+"""Tensors by name: a safetensors file, or what a step made."""
 Batch = dict[str, Tensor]
 
 PADDING: Mapping[str, int] = {"labels": IGNORED, "other_labels": IGNORED, LABEL_SET: IGNORED}

@@ -35,6 +35,7 @@ from overhaul.judge import harness
 from overhaul.judge import judge as judging
 from overhaul.method import Material
 from overhaul.modes import at_rest
+from overhaul.recipe import products
 from overhaul.recipe.check import Checked, Step
 from overhaul.recipe.encoded import affordable, check_encoded, encoded
 from overhaul.recipe.stand_ins import DRAWN, Networks, NotYet, lacks_numbers, told
@@ -268,6 +269,8 @@ class _Stages:
             )
         if "made" in reference:
             return NotYet()
+        if "tensors" in reference:
+            return products.read("tensors", Path(reference["tensors"]))
         if "model" in reference:
             known = models.facts(reference["model"])
             found = known if role.kind == "checkpoint" else self.made.of(known)

@@ -284,11 +284,13 @@ def _names(where: str, material: methods.Material, wanted: Any, materials: Mater
 def _check_kind(
     where: str, material: methods.Material, name: str, materials: Materials, before: Sequence[Step]
 ) -> None:
-    """Whether a material is what the role reads: a model, or data."""
+    """Whether a material is what the role reads: a model, data, or tensors."""
     reference = materials.references.get(name, {})
     kind = "model" if reference else "data"
     if "made" in reference:
         kind = product_of(where, name, reference, before)
+    elif "tensors" in reference:
+        kind = "tensors"
     allowed = {
         "model": ("model", "checkpoint"),
         "checkpoint": ("model", "checkpoint"),
@@ -297,7 +299,7 @@ def _check_kind(
         "tensors": ("tensors",),
     }
     if kind not in allowed[material.kind]:
-        needs = {"tensors": "tensors that a step made"}.get(material.kind, "a model" if material.is_model else "data")
+        needs = "a model" if material.is_model else "tensors" if material.kind == "tensors" else "data"
         raise RequestError(f"{where}: {material.name} reads {needs}, but the material {name!r} is {_named(kind)}.")
 
 

@@ -55,6 +55,7 @@ def remember(root: Path, checked: Checked) -> None:
         while known is not None:
             places.append(known.folder)
             known = known.base
+    places += [Path(one["tensors"]) for one in checked.references.values() if "tensors" in one]
     for parts in checked.rows.values():
         for spec, _ in parts:
             if spec.from_.startswith("starter:"):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 
 from overhaul import models
 from overhaul.data.classes import Labels
@@ -15,11 +17,13 @@ from overhaul.errors import SEE, RequestError, did_you_mean, reading
 from overhaul.recipe.spec import Document, Recipe
 
 Reference = dict[str, Any]
-"""A material that no file of rows holds: {"after": STEP}, {"model": SOURCE} or {"made": STEP, "name": PRODUCT, ...}."""
+"""A material that no file of rows holds: {"after": STEP}, {"model": SOURCE}, {"tensors": FILE}, or what a step made:
+{"made": STEP, "name": PRODUCT, ...}."""
 
 REFERENCES: Mapping[str, frozenset[str]] = {
     "after": frozenset({"after"}),
     "model": frozenset({"model"}),
+    "tensors": frozenset({"tensors"}),
     "made": frozenset(
         {"made", "name", "as", "where", "unless", "limit", "length", "prompt", "chat_template", "columns", "answers"}
     ),
@@ -101,10 +105,24 @@ def _reference(role: str, value: Reference, document: Document) -> Reference:
         )
     if kind == "model":
         return {"model": models.facts(relative(value["model"], document)).source}
+    if kind == "tensors":
+        return {"tensors": str(_tensors(role, document.base / Path(value["tensors"]).expanduser()))}
     if kind == "made" and "chat_template" in value:
         spec = source_of(role, {"from": "rows", "chat_template": value["chat_template"]})
         return {**value, "chat_template": with_files(spec, document.base).chat_template}
     return dict(value)
+
+
+def _tensors(role: str, path: Path) -> Path:
+    """A safetensors file, if it is one."""
+    try:
+        with safe_open(path, framework="pt"):
+            return path.absolute()
+    except (OSError, SafetensorError) as error:
+        raise RequestError(
+            f"The material {role!r}, tensors: {path} is no safetensors file that can be read ({error}). Name one, or what a "
+            "step makes: `{made: STEP, name: PRODUCT}`."
+        ) from None
 
 
 def _listed(role: str, value: Sequence[Any], references: dict[str, Reference], document: Document) -> list[str]:

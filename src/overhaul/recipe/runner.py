@@ -38,7 +38,7 @@ from overhaul.recipe.check import Checked, Step, check, encode_made, maker_of
 from overhaul.recipe.materials import Reference
 from overhaul.recipe.plan import disk_bytes
 from overhaul.recipe.spec import Document
-from overhaul.recipe.store import RunFolder, Stage, key_of, model_key
+from overhaul.recipe.store import RunFolder, Stage, key_of, key_outside, model_key
 from overhaul.recipe.track import track
 from overhaul.report.html import write_html
 from overhaul.versions import libraries, version_of
@@ -175,11 +175,9 @@ class Runner:
     def reference_key(self, name: str, stages: list[Stage]) -> str:
         """The key of a model or product that a step only reads."""
         reference = self.checked.references[name]
-        if "model" in reference:
-            return model_key(models.facts(reference["model"]))
         if "made" in reference:
             return key_of(self.maker(reference, stages).step_key, reference)
-        return self.after(reference["after"], stages).key
+        return self.after(reference["after"], stages).key if "after" in reference else key_outside(reference)
 
     def after(self, name: str, stages: list[Stage]) -> Stage:
         """The stage a recipe calls `after: NAME`."""
@@ -196,9 +194,9 @@ class Runner:
     def reference_facts(self, name: str, stages: list[Stage]) -> models.Checkpoint:
         """The checkpoint of a model that a step only reads."""
         reference = self.checked.references[name]
-        if "model" in reference:
-            return models.facts(reference["model"])
-        return self.after(reference["after"], stages).facts
+        return (
+            models.facts(reference["model"]) if "model" in reference else self.after(reference["after"], stages).facts
+        )
 
     def material(self, role: Material, name: str, stages: list[Stage]) -> Any:
         """One material, as the method's role wants it."""
@@ -219,6 +217,8 @@ class Runner:
             if kind == "rows" and role.kind == "examples":
                 return encode_made(name, reference, value, self.checked.processor)
             return self.opened(value) if role.kind == "model" else value
+        if "tensors" in reference:
+            return products.read("tensors", Path(reference["tensors"]))
         facts = self.reference_facts(name, stages)
         return self.opened(facts) if role.kind == "model" else facts
 

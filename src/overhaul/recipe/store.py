@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from overhaul import processes, session
+from overhaul.data.lazy import file_digest
 from overhaul.errors import RequestError, writing
 from overhaul.files import contents, read_json, remove, write_json, write_text
-from overhaul.models import Checkpoint
+from overhaul.models import Checkpoint, facts
 from overhaul.report.numbers import humanise
 
 WRITTEN = {".safetensors", ".json"}
@@ -46,6 +47,13 @@ def model_key(known: Checkpoint) -> str:
         if path.suffix in {".json", ".txt", ".model", ".jinja"} and path.name not in {"config.json", "lineage.json"}
     }
     return key_of(known.digest(), beside, *([model_key(known.base)] if known.base else []))
+
+
+def key_outside(reference: Mapping[str, Any]) -> str:
+    """Of a material that comes from outside the run and is no data: a model, or a file of tensors."""
+    if "model" in reference:
+        return model_key(facts(reference["model"]))
+    return file_digest(Path(reference["tensors"]))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ How it differs from the paper and its code:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -35,16 +35,16 @@ from annotated_types import Ge, Gt, Le
 from torch import nn
 
 from overhaul import session
-from overhaul.data.examples import Examples, join
+from overhaul.data.examples import Examples, Tensors, join
 from overhaul.errors import RequestError
-from overhaul.inspect.restoration.passes import Material, Run, original_pass, steering_pass, unlearned_pass
+from overhaul.inspect.restoration.passes import Material, Run, by_layer, original_pass, steering_pass, unlearned_pass
 from overhaul.inspect.restoration.reading import outcome
 from overhaul.inspect.restoration.states import NAME, check_kind, parts
 from overhaul.judge.representation import check_probe
 from overhaul.method import Outcome, method
 from overhaul.models import Checkpoint, planned
 from overhaul.pairs import corresponding
-from overhaul.sae import Dictionary
+from overhaul.sae import Dictionary, SparseAutoencoder
 from overhaul.selectors import blocks_of
 from overhaul.stack import LayerStack
 
@@ -62,6 +62,7 @@ def restoration(
     original: Checkpoint,
     train: Examples,
     test: Examples,
+    autoencoders: Tensors | None = None,
     *,
     value: str | int,
     column: str = "label",
@@ -89,9 +90,11 @@ def restoration(
         original: the model before unlearning, of the same class and size (in a recipe: `{after: start}`).
         train: examples of the forgotten group and of others: autoencoders, features and probes are made from them.
         test: other examples of both, on which rates are measured.
+        autoencoders: of the original's layers, in place of those that are trained here: what this method made, or files in
+            the official layout, sparsify's or sae-lens's, by "LAYER.NAME"; without a layer where `layers` is one.
         value: what the forgotten group has in `column`.
         column: the column of the rows that tells groups apart.
-        layers: places of the blocks behind which it is steered ("8-10"); all if not given.
+        layers: places of the blocks behind which it is steered ("8-10"); if not given, all, or those of `autoencoders`.
         alphas: how far it is steered; beyond 1, past the original. 1, 5 and 10 if not given.
         experts: features that are steered.
         experts_by: what a feature is selected by: its mean on the group minus its mean elsewhere, or the AUROC of telling
@@ -103,7 +106,7 @@ def restoration(
         class_tokens: positions before the patches of an image; as its config says if not given.
         probe: whether linear probes are trained on the states of both models; they tell the values of `column` apart.
         same_basis: correlation of both models' features below which a layer is flagged as another basis.
-        dictionary: the autoencoders.
+        dictionary: the autoencoders that are trained; of those that are given, `k` where their tensors do not say.
         batch_size: examples in one forward; does not change the values beyond rounding.
 
     Returns:
@@ -127,8 +130,9 @@ def restoration(
         except RequestError as error:
             raise RequestError(f"{NAME}: {error} Or leave the probes out: `probe: false`.") from None
     pair = corresponding(NAME, {"model": model, "original": original})
+    given = None if autoencoders is None else by_layer(autoencoders, layers, dictionary.k)
     network = planned(model)
-    places = None if network is None else _layers(network, layers)
+    places = None if network is None else _layers(network, layers, given)
     session.begins()
     seed = torch.initial_seed()
     data = Material(join(groups["train"]), len(groups["train"][0]), *groups["test"])
@@ -136,11 +140,11 @@ def restoration(
         alphas=list(dict.fromkeys(alphas if alphas is not None else (1.0, 5.0, 10.0))),
         experts=experts, experts_by=experts_by, codes=codes, form=form, random_sets=random_sets,
         class_tokens=class_tokens, dictionary=dictionary, batch_size=batch_size, seed=seed,
-        column=column if probe else None,
+        column=column if probe else None, given=given,
     )  # fmt: skip
     with torch.random.fork_rng():
         with pair["model"].opened() as opened:
-            places = _layers(opened, layers) if places is None else places
+            places = _layers(opened, layers, given) if places is None else places
             unlearned = unlearned_pass(opened, data, run, places)
         with pair["original"].opened() as opened:
             source = original_pass(opened, data, run, unlearned)
@@ -149,6 +153,14 @@ def restoration(
     return outcome(data, run, unlearned, source, steered, measure=measure, value=value, same_basis=same_basis)
 
 
-def _layers(model: nn.Module, layers: str | Sequence[int] | None) -> list[int]:
-    stack = LayerStack.of(model)
-    return blocks_of(stack, "all" if layers is None else layers, "layers")
+def _layers(model: nn.Module, layers: str | None, given: Mapping[int, SparseAutoencoder] | None) -> list[int]:
+    """The places of the chosen blocks.
+
+    Raises:
+        RequestError: there is no such block, or no autoencoder for one of them.
+    """
+    wanted = sorted(given) if layers is None and given is not None else layers
+    places = blocks_of(LayerStack.of(model), "all" if wanted is None else wanted, "layers")
+    if given is not None and (lacking := [place for place in places if place not in given]):
+        raise RequestError(f"{NAME}: `autoencoders` has none for the layer {lacking[0]}, only for {sorted(given)}.")
+    return places

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from overhaul.data.examples import Examples, join
+from overhaul.data.examples import Examples, Tensors, join
 from overhaul.errors import RequestError
 from overhaul.inspect.restoration.states import NAME, Places, Sample, Tally, sampled, tokens_before, walk
 from overhaul.inspect.restoration.steering import PAPER, SELECTED, Arm, Codes, Features, Form, arms, random_sets
@@ -52,7 +52,7 @@ class Material:
 
 @dataclass(frozen=True)
 class Run:
-    """The knobs of one call; `column` is None where no probe is trained."""
+    """The knobs of one call; `column` is None where no probe is trained, `given` where autoencoders are."""
 
     alphas: Sequence[float]
     experts: int
@@ -65,6 +65,7 @@ class Run:
     batch_size: int
     seed: int
     column: str | None
+    given: Mapping[int, SparseAutoencoder] | None = None
 
 
 @dataclass
@@ -144,7 +145,7 @@ def unlearned_pass(model: nn.Module, data: Material, run: Run, layers: Sequence[
             made.forget.add(seen.logits, seen.batch)
             for layer in layers:
                 if layer not in made.states:
-                    _check_size(seen.rows(layer).shape[2], run)
+                    _check_size(seen.rows(layer).shape[2], run, layer)
                 made.states[layer].append(seen.rows(layer).cpu())
         for seen in walk(stack, data.retain, (), run.batch_size, "unlearned model on the others"):
             made.retain.add(seen.logits, seen.batch)
@@ -152,7 +153,13 @@ def unlearned_pass(model: nn.Module, data: Material, run: Run, layers: Sequence[
     return made
 
 
-def _check_size(width: int, run: Run) -> None:
+def _check_size(width: int, run: Run, layer: int) -> None:
+    if run.given is not None:
+        if width != (known := len(run.given[layer].pre_bias)):
+            raise RequestError(
+                f"{NAME}: the autoencoder for layer {layer} is for {known} features, and its stream has {width}."
+            )
+        return
     latents = run.dictionary.expansion * width
     if run.dictionary.k > latents or 2 * run.experts > latents:
         raise RequestError(
@@ -197,7 +204,11 @@ def features(sample: Sample, members: int, run: Run, layer: int) -> tuple[Featur
     torch.manual_seed(run.seed)
     order = torch.randperm(len(sample.rows))
     kept = max(1, len(order) // 10)
-    made = learn(sample.rows[order[kept:]], run.dictionary, f"autoencoder of layer {layer}")
+    if run.given is None:
+        made = learn(sample.rows[order[kept:]], run.dictionary, f"autoencoder of layer {layer}")
+    else:
+        made = run.given[layer]
+        made.count(sample.rows)
     score = specificity(made, sample.rows, sample.owner < members, run.experts_by)
     score[made.neuron_activity == 0] = -torch.inf
     selected = score.topk(min(run.experts, len(score))).indices.tolist()
@@ -267,6 +278,26 @@ class Compared:
 
 def _probe(model: nn.Module, data: Material, run: Run) -> Probe | None:
     return None if run.column is None else probe(model, data.train, join([data.forget, data.retain]), run.column)
+
+
+def by_layer(given: Tensors, layers: str | None, k: int) -> dict[int, SparseAutoencoder]:
+    """Autoencoders from "LAYER.NAME"; without a layer, of the only one that `layers` names.
+
+    Raises:
+        RequestError: there are none, or they cannot be read.
+    """
+    if not len(given):
+        raise RequestError(f"{NAME}: `autoencoders` holds no tensors.")
+    found: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for name, value in given.items():
+        layer, _, rest = name.partition(".")
+        if not layer.isdecimal() and not str(layers).isdecimal():
+            raise RequestError(
+                f'{NAME}: `autoencoders` has {name!r}, which names no layer. Call it "LAYER.{name}", or say in `layers` '
+                "which single one it is for."
+            )
+        found[int(layer if layer.isdecimal() else str(layers))][rest if layer.isdecimal() else name] = value
+    return {layer: SparseAutoencoder.of_tensors(one, k) for layer, one in found.items()}
 
 
 def tensors(autoencoders: dict[int, SparseAutoencoder]) -> dict[str, Tensor]:
