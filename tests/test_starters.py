@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from overhaul import models
+from overhaul.adapter_folders import low_rank_scales
 from overhaul.checkpoints import STARTERS
 from overhaul.data.encode import encode_chat
 from overhaul.data.instructions import instructions
-from overhaul.adapter_folders import low_rank_scales
 from overhaul.errors import RequestError
 from overhaul.merge.loras.pool import read_pool
 from overhaul.recipe.begin import packaged
 from overhaul.recipe.check import check
 from overhaul.recipe.spec import read
 from overhaul.starters import QUALITY, Quality, build
-from overhaul.starters.fine_tuned import as_chat
 from overhaul.starters.adapters import BASE, LORAS, PREFIX
+from overhaul.starters.fine_tuned import as_chat
 
 
 def holds(value: float, bar: str) -> bool:
