@@ -271,7 +271,7 @@ CLAIM = Claim(
     remarks=(
         "Direction and tokens say different things here. The ascent moves the vectors by 5 to 9 percent of their length, so "
         "cosines stay above 0.99; but it moves them along what the concept's ten words have in common in the output head, "
-        "and among 108 words that is enough to push them out of the ten most likely. Noise of twice a vector's length, "
+        "and among 108 words that is enough to push them out of the ten most likely. Noise longer than a vector, "
         "which has no such direction, leaves more of the tokens of the best vector. So at this size, where the concept is "
         "a tenth of the vocabulary, Jaccard is no measure of how much was changed, and the concept's vectors keep less of "
         "their trace (0.66 to 0.71) than others of their blocks and lengths (0.94 to 0.96): the null control that they "
