@@ -148,7 +148,7 @@ def test_a_recipe_merges_folders_and_gives_what_the_call_gives(tmp_path: Path) -
     assert same_bits(tensors(done.folder / "model"), tensors(called.model))
     (record,) = done.report["steps"]
     assert record["facts"]["alpha"] == pytest.approx(called.facts["alpha"])
-    # random models are no base of each other: the report says so at its head, and the terminal once
+    # random models are no base of each other: the report and the terminal say so
     (note,) = (one for one in done.report["warnings"] if "may not have come from the base" in one)
     assert note == f"Step 1, merge.lines: {record['facts']['advice']}"
     console = Console(width=100, file=io.StringIO())
