@@ -21,6 +21,7 @@ from overhaul.judge import judge as judging
 from overhaul.merge.lines import choice, lines
 from overhaul.merge.soup import soup
 from overhaul.merge.task_arithmetic import task_arithmetic
+from overhaul.outcome import Table
 from overhaul.recipe.run import run
 from overhaul.report.terminal import print_table
 from tiny_checkpoints import depth_of, make, same_bits, tensors, two_llamas
@@ -147,7 +148,7 @@ def test_a_recipe_merges_folders_and_gives_what_the_call_gives(tmp_path: Path) -
     assert same_bits(tensors(done.folder / "model"), tensors(called.model))
     (record,) = done.report["steps"]
     assert record["facts"]["alpha"] == pytest.approx(called.facts["alpha"])
-    # random models are no base of each other: the report says so at its head, and the terminal once
+    # random models are no base of each other: the report and the terminal say so
     (note,) = (one for one in done.report["warnings"] if "may not have come from the base" in one)
     assert note == f"Step 1, merge.lines: {record['facts']['advice']}"
     console = Console(width=100, file=io.StringIO())
@@ -163,6 +164,11 @@ def worth(folder: Path, examples: Any) -> float:
     value = judging.judge(models.open_model(folder)[0], requests, {"x": examples}).measures[0].value
     assert value is not None
     return value
+
+
+def best_of(table: Table) -> Any:
+    rows: list[Any] = list(table.rows)
+    return max(rows, key=lambda row: row[1])[0]
 
 
 MEASURED: dict[str, Any] = {"choice": "measured", "metric": "answer_probability"}
@@ -184,7 +190,7 @@ def test_alpha_of_one_model_is_the_best_by_the_papers_score(tmp_path: Path, monk
     (table,) = done.tables.values()
     assert table.columns == ("alpha", "score", "target 1", "control 1", "control 2")
     assert [row[0] for row in table.rows] == [1.0, 0.3, 0.0]
-    assert done.facts["alpha"] == max(table.rows, key=lambda row: row[1])[0]  # pyright: ignore[reportArgumentType]
+    assert done.facts["alpha"] == best_of(table)
     assert done.facts["beta"] == 1.0 - done.facts["alpha"]
     # by hand for one candidate: lines itself, measured
     again = lines(base, [tuned], alpha=0.3, out=tmp_path / "again").model
@@ -209,7 +215,7 @@ def test_beta_of_several_is_the_best_by_the_mean_share(
     (table,) = done.tables.values()
     assert [row[0] for row in table.rows] == [0.1, 1.0]
     assert all(row[1] == pytest.approx((row[2] + row[3]) / 2) for row in table.rows)  # pyright: ignore[reportOperatorIssue]
-    assert done.facts["beta"] == max(table.rows, key=lambda row: row[1])[0]  # pyright: ignore[reportArgumentType]
+    assert done.facts["beta"] == best_of(table)
     given = lines(base, tuned, beta=done.facts["beta"], merge=merge, out=tmp_path / "given")
     assert same_bits(tensors(done.model), tensors(given.model)) and done.facts["alpha"] == given.facts["alpha"]
 

@@ -125,7 +125,7 @@ def refused(step: Step, error: OutcomeError, kept: Path, checked: Checked) -> Ru
 
 
 def notes(step: Step, record: Mapping[str, Any], place: Path) -> list[str]:
-    """What a report says at its head of a step that was done: what the method advises, and what is odd about the record."""
+    """What a report notes of a step that was done: what the method advises, and what is odd about the record."""
     advice = record["facts"].get("advice")
     advised = [f"Step {step.number}, {step.name}: {advice}"] if advice else []
     return [*advised, *_done_with_others(step, record.get("libraries") or {}, place)]
