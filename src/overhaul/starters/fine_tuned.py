@@ -133,7 +133,9 @@ def _fine_tuned(folder: Path, rows: Sequence[tasks.Row], steps: int) -> None:
 def judged(model: nn.Module, data: Mapping[str, Examples], **metrics: Any) -> dict[str, float]:
     """Each value by metric and role ("accuracy sums")."""
     requests = judging.check({"kept": metrics}, data)
-    return {f"{m.metric} {m.on}": m.value for m in judging.judge(model, requests, data, limit=200).measures}
+    return {
+        f"{m.metric.split('(')[0]} {m.on}": m.value for m in judging.judge(model, requests, data, limit=200).measures
+    }
 
 
 def chat_quality(folder: Path) -> Quality:
