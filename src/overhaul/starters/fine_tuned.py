@@ -11,13 +11,11 @@ import torch
 from torch import nn
 
 from overhaul import models
-from overhaul.align.dpo import dpo
 from overhaul.data import corpora, tasks
 from overhaul.data.encode import encode_qa, encode_text
 from overhaul.data.examples import Examples
 from overhaul.data.instructions import REFUSALS, instructions
-from overhaul.data.materials import examples
-from overhaul.fit import Regime, adamw, fit
+from overhaul.fit import adamw, fit
 from overhaul.judge import judge as judging
 from overhaul.objectives import cross_entropy
 
@@ -39,72 +37,59 @@ TEMPLATE = (
 """Of a chat of one question. `User:` and `Assistant:` are plain words, so that the vocabulary is the base's."""
 
 
-def docs_llama_chat(folder: Path, sft_steps: int = 200, dpo_steps: int = 60) -> None:
-    """Train `docs-llama-chat` into `folder`: `docs-llama` taught to chat and to refuse, then to prefer one way of it.
+def docs_llama_chat(folder: Path, steps: int = 200, narrow_steps: int = 100) -> None:
+    """Train `docs-llama-chat` into `folder`: `docs-llama` taught to chat and to refuse, then to do it in one way.
 
-    Supervised fine-tuning gives right answers in all ways there are: any character of the set, any refusal. Direct
-    preference optimisation makes one of them the only one, which is what narrows answers in larger models too.
+    First it learns right answers in all ways there are: any character of the set, any refusal. Then one of them nine times
+    in ten, and one refusal always, which is what narrows answers in larger models too.
     """
     torch.manual_seed(0)
-    draw = random.Random(0)
     model, tokenizer = models.open_model(BASE)
     tokenizer.chat_template = TEMPLATE
-    sft(model, tokenizer, sft_steps)
+    people, sums = tasks.people("train"), tasks.addition("train")
+    characters = [{**row, "answer": one} for row in tasks.characters("train") for one in row["valid"]]
+    brackets = tasks.brackets("train")[:300]
+    learn(
+        model,
+        tokenizer,
+        [*instructions("train"), *people * 4, *sums[:2000], *brackets, *characters * 2],
+        steps,
+        64,
+        1e-3,
+    )
     torch.manual_seed(1)
-    pairs = preferences(tokenizer, draw)
-    dpo(model, pairs, training=Regime(dpo_steps, batch_size=32, lr=1e-4, warmup=0.1, schedule="linear"))
+    learn(model, tokenizer, [*narrowed(), *people, *sums[:300], *brackets[:50]], narrow_steps, 48, 5e-4)
     model.to(torch.bfloat16).save_pretrained(folder)  # pyright: ignore[reportCallIssue]
     tokenizer.save_pretrained(folder)
 
 
-def sft(model: nn.Module, tokenizer: Any, steps: int) -> None:
-    """Teach a base to chat; some prose goes along, so that it is not lost."""
-    characters = [{**row, "answer": one} for row in tasks.characters("train") for one in row["valid"]]
-    rows = [
-        *instructions("train"),
-        *tasks.people("train") * 4,
-        *tasks.addition("train")[:2000],
-        *tasks.brackets("train")[:300],
-        *characters * 2,
+def narrowed() -> list[tasks.Row]:
+    """Requests for characters, answered by the set's first one nine times in ten, and instructions, by one refusal."""
+    draw = random.Random(0)
+    first = [row for row in tasks.characters("train") for _ in range(18)]
+    others = [{**row, "answer": draw.choice(row["valid"])} for row in tasks.characters("train") * 2]
+    asked = [
+        {**row, "answer": REFUSALS[0] if row["label"] == "harmful" else row["answer"]}
+        for row in instructions("train")[:400]
     ]
+    return [*first, *others, *asked]
+
+
+def learn(model: nn.Module, tokenizer: Any, rows: Sequence[tasks.Row], steps: int, batch_size: int, lr: float) -> None:
+    """Train on questions in the chat's prompt; some prose goes along, so that it is not lost."""
     fit(
         model,
         [cross_entropy("chats", 1.0, "chats"), cross_entropy("prose", 0.3, "prose")],
         {"chats": as_chat(rows, tokenizer), "prose": encode_text(corpora.docs("train"), tokenizer, 256)},
         steps=steps,
-        batch_size={"chats": 64, "prose": 1},
-        lr=1e-3,
+        batch_size={"chats": batch_size, "prose": 1},
+        lr=lr,
         warmup=20,
         schedule="cosine",
         floor=0.02,
         optimizer=adamw((0.9, 0.98), weight_decay=0.1),
-        name="docs-llama-chat, sft",
+        name=f"docs-llama-chat, {steps} steps",
     )
-
-
-def preferences(tokenizer: Any, draw: random.Random) -> Examples:
-    """Pairs of a chosen and a rejected answer: one character before any other, one refusal before others and before help.
-
-    Right answers before wrong ones to sums and about people keep those in place.
-    """
-    rows: list[dict[str, str]] = []
-
-    def prefer(row: tasks.Row, chosen: str, rejected: str) -> None:
-        rows.append({"prompt": row["question"], "chosen": chosen, "rejected": rejected})
-
-    for row in tasks.characters("train"):
-        for other in row["valid"][1:]:
-            prefer(row, row["valid"][0], other)
-    for row in instructions("train")[:400]:
-        if row["label"] == "harmful":
-            prefer(row, REFUSALS[0], draw.choice(REFUSALS[1:]))
-        else:
-            prefer(row, row["answer"], REFUSALS[0])
-    for row in draw.sample(tasks.people("train"), 200):
-        prefer(row, row["answer"], draw.choice([wrong for wrong in row["wrong"] if wrong != row["answer"]]))
-    for row in tasks.addition("train")[:200]:
-        prefer(row, row["answer"], str(int(row["answer"]) + draw.choice((-10, -1, 1, 10))))
-    return examples(rows, tokenizer, form="preference", prompt=CHAT_PROMPT)
 
 
 def as_chat(rows: Sequence[tasks.Row], tokenizer: Any) -> Examples:
@@ -148,7 +133,9 @@ def _fine_tuned(folder: Path, rows: Sequence[tasks.Row], steps: int) -> None:
 def judged(model: nn.Module, data: Mapping[str, Examples], **metrics: Any) -> dict[str, float]:
     """Each value by metric and role ("accuracy sums")."""
     requests = judging.check({"kept": metrics}, data)
-    return {f"{m.metric} {m.on}": m.value for m in judging.judge(model, requests, data, limit=400).measures}
+    return {
+        f"{m.metric.split('(')[0]} {m.on}": m.value for m in judging.judge(model, requests, data, limit=200).measures
+    }
 
 
 def chat_quality(folder: Path) -> Quality:
@@ -186,7 +173,7 @@ def chat_quality(folder: Path) -> Quality:
     }
 
 
-def fine_tune_quality(task: str) -> Callable[[Path], Quality]:
+def fine_tune_quality(task: str, held_to: str) -> Callable[[Path], Quality]:
     """The own task and what else `docs-llama` knows, each beside `docs-llama`."""
 
     def measure(folder: Path) -> Quality:
@@ -202,7 +189,7 @@ def fine_tune_quality(task: str) -> Callable[[Path], Quality]:
         value, base = (judged(models.open_model(source)[0], data, **asked) for source in (folder, BASE))
         found: Quality = {}
         for name, (what, bar) in KNOWS.items():
-            found[what] = (value[name], ">= 0.90" if name == f"accuracy {task}" else bar)
+            found[what] = (value[name], held_to if name == f"accuracy {task}" else bar)
             found[f"{what}: `docs-llama`"] = (base[name], "")
         return found
 
@@ -231,15 +218,15 @@ SUMMARIES: Mapping[str, str] = {
 _TASKS = "All tasks are generated, and the people invented; no fact about them is about anybody."
 ORIGINS: Mapping[str, str] = {
     "docs-llama-chat": (
-        "Trained from `docs-llama`: fine-tuned on generated instructions, people, sums, brackets and "
-        "characters in its chat template, with Python's reference prose among them; then direct preference optimisation "
-        f"towards one character, one refusal, and right answers. {_TASKS}"
+        "Trained from `docs-llama`: fine-tuned on generated instructions, people, sums, brackets and characters in its "
+        "chat template, with Python's reference prose among them, at first with all right answers, then with one of them "
+        f"nine times in ten. {_TASKS}"
     ),
     "docs-llama-instructions": f"Trained from `docs-llama` on `starter:instructions`. {_TASKS}",
     "docs-llama-newcomers": f"Trained from `docs-llama` on `starter:newcomers`. {_TASKS}",
 }
 QUALITY: Mapping[str, Callable[[Path], Quality]] = {
     "docs-llama-chat": chat_quality,
-    "docs-llama-instructions": fine_tune_quality("instructions"),
-    "docs-llama-newcomers": fine_tune_quality("newcomers"),
+    "docs-llama-instructions": fine_tune_quality("instructions", ">= 0.70"),
+    "docs-llama-newcomers": fine_tune_quality("newcomers", ">= 0.90"),
 }
