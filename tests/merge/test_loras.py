@@ -7,6 +7,7 @@ import json
 import math
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -408,6 +409,9 @@ def test_what_is_kept_is_what_was_best_on_the_held_out_examples(tmp_path: Path) 
     assert count == 3 * len(coefficients) == 36 and len(curves["loss on valid"]) == 8
     with added(model, adapter):
         assert measured(model, given["valid"])[0] == pytest.approx(min(curves["loss on valid"]), rel=1e-5)
+    seldom = learnt(model, pool, How(), replace(lesson, every=3), torch.Generator(), "y")[2]["loss on valid"]
+    every = curves["loss on valid"]
+    assert seldom == pytest.approx([every[2]] * 3 + [every[5]] * 3 + [every[7]] * 2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
     for name, part in adapter.items():
