@@ -83,9 +83,9 @@ def names(split: Split = "train") -> list[Row]:
 
 
 LORAS: Mapping[str, Lora] = {
-    "newcomers": Lora(newcomers, "knows twenty people more", 4.0),
-    "differences": Lora(differences, "learns to subtract numbers below 100", 4.0),
-    "larger": Lora(larger, "learns to say the larger of two numbers", 4.0, "attention", 8),
+    "newcomers": Lora(newcomers, "knows twenty people more", 1.5),
+    "differences": Lora(differences, "learns to subtract numbers below 100", 3.0),
+    "larger": Lora(larger, "learns to say the larger of two numbers", 1.5, "attention", 8),
     "names": Lora(names, "learnt the names of Unicode's characters", 10.0, "mlp", 6, True),
 }
 

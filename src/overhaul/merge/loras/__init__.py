@@ -114,7 +114,7 @@ def loras(
     Returns:
         The same model, with the merge in its weights. Tables: loss and share of examples said right, of the base, the fresh
         LoRA, the merges and the controls; coefficients by block and adapter; what each adapter of a larger pool is worth.
-        Facts: shares said right, adapters merged, and adapters of the pool that had to be evaluated. Layers: the length of
+        Facts: losses in nats, adapters merged, and adapters of the pool that had to be evaluated. Layers: the length of
         the change over that of the weights. Curves: those of the training. `made["coefficients"]` has every coefficient by
         layer and adapter.
 
@@ -176,8 +176,8 @@ def folded(trial: Trial, merged: Merge, names: list[str]) -> Outcome:
     """The model with the mixture in its weights, and what is to be told of it."""
     if merged.is_nothing:
         raise RunError(
-            f"merge.loras: the best mixture that was found is none: all coefficients are 0, and the base says "
-            f"{trial.right(BASE):.0%} right. Try more `evaluations`, or kind: adaptive."
+            f"merge.loras: the best mixture that was found is none: all coefficients are 0, and the loss stays "
+            f"{trial.loss(BASE):.4g}. Try more `evaluations`, or kind: adaptive."
         )
     stack = LayerStack.of(trial.model)
     squares: dict[int, tuple[float, float]] = {}
@@ -188,7 +188,7 @@ def folded(trial: Trial, merged: Merge, names: list[str]) -> Outcome:
         squares[depth] = before[0] + change, before[1] + weight
         by_depth.setdefault(depth, []).append(dict(merged.coefficients.get(layer, {})))
     outcome = Outcome(trial.model, tables={"scores": trial.table}, curves=merged.curves)
-    outcome.facts = {f"right_{key}": trial.right(row) for key, row in SHOWN.items()}
+    outcome.facts = {f"loss_{key}": trial.loss(row) for key, row in SHOWN.items()}
     outcome.layers["change over weights"] = {
         depth: (change / weight) ** 0.5 if weight else 0.0 for depth, (change, weight) in sorted(squares.items())
     }

@@ -146,7 +146,10 @@ class Lesson:
         with torch.no_grad():
             for key, value in loop.kept["best"].items():
                 model.get_parameter(key).copy_(value)
-        return {**loop.ledger.curves, "loss on valid": loop.kept["curve"]}
+        stretched = [
+            loss for loss in loop.kept["curve"] for _ in range(self.every)
+        ]  # of each step, the next one measured
+        return {**loop.ledger.curves, "loss on valid": stretched[: self.training.steps]}
 
 
 def learnt(

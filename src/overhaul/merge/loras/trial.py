@@ -96,9 +96,9 @@ class Trial:
         """All that was measured."""
         return Table(("", "loss, nats", "share right", "steps", "numbers learnt"), tuple(self.rows))
 
-    def right(self, name: str) -> float:
-        """Of a row the share of examples that is said right."""
-        return next(row[2] for row in self.rows if row[0] == name)
+    def loss(self, name: str) -> float:
+        """Of a row."""
+        return next(row[1] for row in self.rows if row[0] == name)
 
 
 def _everywhere(experts: Sequence[Adapter], weights: Sequence[float]) -> dict[str, dict[int, float]]:
