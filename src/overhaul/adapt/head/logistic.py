@@ -107,7 +107,7 @@ class Part:
 
 
 def _log_sums(logits: np.ndarray) -> np.ndarray:
-    """log sum exp of each row, [n, 1]; on small arrays much faster than scipy's."""
+    """Log sum exp of each row, [n, 1]; on small arrays much faster than scipy's."""
     return np.logaddexp.reduce(logits, axis=1, keepdims=True)
 
 
