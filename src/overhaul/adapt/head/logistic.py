@@ -15,7 +15,6 @@ from functools import cached_property
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.special import logsumexp
 
 from overhaul.errors import RunError
 
@@ -88,8 +87,8 @@ class Part:
     def loss(self, layer: Linear) -> float:
         """Weighted mean of -log of the right classes' probability, in nats."""
         logits = layer(self.features)
-        right = logsumexp(np.where(self.right, logits, -np.inf), axis=1)
-        return float(self.weights @ (logsumexp(logits, axis=1) - right) / len(logits))
+        right = _log_sums(np.where(self.right, logits, -np.inf))
+        return float(self.weights @ (_log_sums(logits) - right)[:, 0] / len(logits))
 
     def select(self, places: np.ndarray) -> Part:
         """Some of the rows; groups without any of them are left out."""
@@ -105,6 +104,11 @@ class Part:
     def seen(self) -> np.ndarray:
         """Which classes a row has, [classes]."""
         return np.asarray(self.right.any(axis=0))
+
+
+def _log_sums(logits: np.ndarray) -> np.ndarray:
+    """Log sum exp of each row, [n, 1]; on small arrays much faster than scipy's."""
+    return np.logaddexp.reduce(logits, axis=1, keepdims=True)
 
 
 def fitted(part: Part, grid: Sequence[float], start: Linear) -> list[Linear]:
@@ -152,7 +156,7 @@ def _solved(part: Part, c: float, start: Linear) -> Linear:
         layer = unpacked(flat)
         logits = layer(part.features)
         right = np.where(part.right, logits, -np.inf)
-        every, own = (logsumexp(each, axis=1, keepdims=True) for each in (logits, right))
+        every, own = _log_sums(logits), _log_sums(right)
         value = part.weights @ (every - own)[:, 0] / rows + penalty / 2 * (layer.weight**2).sum()
         slope = (np.exp(logits - every) - np.exp(right - own)) * part.weights[:, None] / rows
         gradient = [(slope.T @ part.features + penalty * layer.weight).ravel()]
