@@ -153,6 +153,15 @@ def test_no_two_models_are_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) ->
     assert len(opened) == 3
 
 
+def test_what_runs_together_does_not_change_a_value() -> None:
+    one, other = (post_training(folder(2), folder(1), **asked(), **QUICK, batch_size=size) for size in (1, 16))
+    for name, table in one.tables.items():
+        for ours, theirs in zip(table.rows, other.tables[name].rows, strict=True):
+            assert list(ours) == [
+                pytest.approx(value, abs=1e-3) if isinstance(value, float) else value for value in theirs
+            ], name
+
+
 # facts
 
 

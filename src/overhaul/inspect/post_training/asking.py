@@ -112,8 +112,7 @@ class Asker:
 
     def statement(self, text: str) -> Tensor:
         """The tokens of a statement alone, up to its end."""
-        ids, offsets = self._encoded(text)
-        return torch.tensor(ids[: _within(offsets, 0, len(text))[-1] + 1])
+        return torch.tensor(self._encoded(text)[0])
 
     def _asked(self, statement: str) -> str:
         return f"{statement} {self.asking.question}" if self.asking.question else statement
@@ -123,7 +122,9 @@ class Asker:
 
     def _encoded(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         found = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
-        return list(found["input_ids"]), list(found["offset_mapping"])
+        offsets = list(found["offset_mapping"])
+        end = _within(offsets, 0, len(text))[-1] + 1  # some tokenizers end every text with a token of no characters
+        return list(found["input_ids"])[:end], offsets[:end]
 
 
 def _within(offsets: Sequence[tuple[int, int]], begin: int, end: int) -> list[int]:

@@ -6,7 +6,7 @@ D[l, i] = logit(TRUE) - logit(FALSE) at the end of a false statement whose state
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy
 import torch
@@ -39,6 +39,7 @@ class Pair:
     true: Prompt
     false: Prompt
     labels: Sequence[str]
+    number: int = 0
 
     @property
     def start(self) -> int:
@@ -106,7 +107,7 @@ class Knowledge:
             if prompts[0].ids == prompts[1].ids:
                 raise RequestError(f"{NAME}: row {n + 1} of 'facts' has the same statement as true and as false.")
             if (pair := aligned(*prompts)) is not None:
-                pairs.append(pair)
+                pairs.append(replace(pair, number=n))
         if not pairs:
             raise RequestError(
                 f"{NAME}: in none of {len(rows)} rows of 'facts' do the true and the false statement have the same number "
@@ -142,7 +143,7 @@ class Knowledge:
             width, length = batch["input_ids"].shape[1], len(group.pairs[0].labels)
             sources = {source: states[number] for source, states in self.states.items()}
             own = _kept(group, states_of(stack, batch).states)
-            sources[RANDOM] = _as_far(own, sources[role], number)
+            sources[RANDOM] = _as_far(own, sources[role], [pair.number for pair in group.pairs])
             masks = [group.mask(offset, width) for offset in range(length)]
             cells = [(layer, offset) for layer in range(len(stack)) for offset in range(length)]
             for source, states in sources.items():
@@ -273,9 +274,10 @@ def _kept(group: Group, states: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.stack([state[n, row] for n, row in enumerate(rows)]).cpu() for state in states])
 
 
-def _as_far(own: Tensor, other: Tensor, tag: int) -> Tensor:
-    """States in a random direction, as far from a model's own as the others are."""
-    noise = torch.randn(own.shape, generator=generator(tag))
+def _as_far(own: Float[Tensor, "L b n d"], other: Float[Tensor, "L b n d"], tags: Sequence[int]) -> Tensor:
+    """States in a random direction, the same for a pair whatever runs with it, as far from a model's own as the others."""
+    shape = own[:, 0].shape
+    noise = torch.stack([torch.randn(shape, generator=generator(tag)) for tag in tags], dim=1)
     size = (other.float() - own.float()).norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
     return (own.float() + size * noise).to(own.dtype)
 
