@@ -74,6 +74,7 @@ class Unlearned:
 
     Attributes:
         layers: the chosen ones.
+        depth: number of blocks.
         before: tokens before the patches of an image.
         read: what the head reads directly, in words; "" for nothing.
         forget: what it says of the group.
@@ -83,6 +84,7 @@ class Unlearned:
     """
 
     layers: list[int]
+    depth: int
     before: int
     read: str
     forget: Tally = field(default_factory=Tally)
@@ -140,7 +142,9 @@ def unlearned_pass(model: nn.Module, data: Material, run: Run, layers: Sequence[
     with at_rest(model):
         before = tokens_before(stack, data.forget, run.class_tokens)
         read = ("class token" if before else "") if data.forget.kind == "images" else "answers"
-        made = Unlearned(list(layers), before, "" if data.forget.kind == "tokens" and data.forget.classified else read)
+        made = Unlearned(
+            list(layers), len(stack), before, "" if data.forget.kind == "tokens" and data.forget.classified else read
+        )
         for seen in walk(stack, data.forget, layers, run.batch_size, "unlearned states"):
             made.forget.add(seen.logits, seen.batch)
             for layer in layers:
