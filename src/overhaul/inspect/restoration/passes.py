@@ -214,7 +214,7 @@ def features(sample: Sample, members: int, run: Run, layer: int) -> tuple[Featur
         made = run.given[layer]
         made.count(sample.rows)
     score = specificity(made, sample.rows, sample.owner < members, run.experts_by)
-    score[made.neuron_activity == 0] = -torch.inf
+    score[(made.neuron_activity == 0).cpu()] = -torch.inf
     selected = score.topk(min(run.experts, len(score))).indices.tolist()
     draw = torch.Generator().manual_seed(run.seed)
     chosen = random_sets(made, selected, run.random_sets, draw)
