@@ -250,7 +250,7 @@ def specificity(
     """
     if bool(members.all()) or not bool(members.any()):
         raise RequestError("Latents of a group are told from those of others; give states of both.")
-    latents = torch.cat([made.encode(part) for part in states.split(ROWS_AT_ONCE)])
+    latents = torch.cat([made.encode(part.to(made.pre_bias)).cpu() for part in states.split(ROWS_AT_ONCE)])
     inside, outside = latents[members], latents[~members]
     if by == "mean_difference":
         return inside.mean(dim=0) - outside.mean(dim=0)

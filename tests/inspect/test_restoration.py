@@ -390,6 +390,13 @@ def test_where_nothing_was_forgotten_there_is_no_rate() -> None:
     assert run_on("moved").facts["nothing_to_restore"] is False
 
 
+def test_no_sentence_is_made_of_the_last_block_where_there_are_others() -> None:
+    assert run_on("moved", layers="3").facts["best_layer"] == 3
+    outcome = run_on("moved", layers="0,3", measure="probability")
+    own, inner = found(outcome, 3, 1.0, "class token alone")[2], found(outcome, 0, 1.0, "class token alone")[2]
+    assert own > inner and outcome.facts["best_layer"] == 0
+
+
 def test_alpha_zero_is_the_unlearned_model_in_every_table() -> None:
     outcome = run_on("moved", measure="probability")
     told = [row[2:] for row in outcome.tables["probability on the group"].rows if row[1] == 0]

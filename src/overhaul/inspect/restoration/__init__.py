@@ -15,7 +15,8 @@ How it differs from the paper and its code:
 1. A state is moved by the difference of codes, so that alpha 0 and no features change nothing. The code replaces it by its
    decoded code, which is another state at any alpha: `form="replace"`.
 2. Controls stand beside the paper's arm, and decide what it means: the class token alone (at alpha 1 it is the original's
-   own), features alone, as many random features that move as far, and the original's tail on the unlearned states.
+   own: behind the last block that tells of the head, so no sentence is made of that layer where there are others),
+   features alone, as many random features that move as far, and the original's tail on the unlearned states.
 3. What steering cannot tell is flagged: models that are identical up to the layer (nothing to steer: the tail swap
    tells), states in another basis, as after training from scratch (nothing can come back), nothing forgotten.
 4. A linear probe reads the group from the unlearned model's own states, which needs no common basis.
@@ -110,7 +111,7 @@ def restoration(
         batch_size: examples in one forward; does not change the values beyond rounding.
 
     Returns:
-        No model. Facts: accuracies before and after, the best layer and alpha of the paper's arm with the controls there,
+        No model. Facts: accuracies before and after, the best inner layer and alpha of the paper's arm with the controls,
         flagged layers, and a sentence on how to read them. Tables: rates by arm and layer for every alpha, all accuracies,
         and what label-free steering does to the others. Layers: how well autoencoders explain states, how far the models
         are apart, and probes. `made["autoencoders"]`: their tensors in the official layout, by "LAYER.NAME";

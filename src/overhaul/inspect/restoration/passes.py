@@ -74,6 +74,7 @@ class Unlearned:
 
     Attributes:
         layers: the chosen ones.
+        depth: number of blocks.
         before: tokens before the patches of an image.
         read: what the head reads directly, in words; "" for nothing.
         forget: what it says of the group.
@@ -83,6 +84,7 @@ class Unlearned:
     """
 
     layers: list[int]
+    depth: int
     before: int
     read: str
     forget: Tally = field(default_factory=Tally)
@@ -140,7 +142,9 @@ def unlearned_pass(model: nn.Module, data: Material, run: Run, layers: Sequence[
     with at_rest(model):
         before = tokens_before(stack, data.forget, run.class_tokens)
         read = ("class token" if before else "") if data.forget.kind == "images" else "answers"
-        made = Unlearned(list(layers), before, "" if data.forget.kind == "tokens" and data.forget.classified else read)
+        made = Unlearned(
+            list(layers), len(stack), before, "" if data.forget.kind == "tokens" and data.forget.classified else read
+        )
         for seen in walk(stack, data.forget, layers, run.batch_size, "unlearned states"):
             made.forget.add(seen.logits, seen.batch)
             for layer in layers:
@@ -210,7 +214,7 @@ def features(sample: Sample, members: int, run: Run, layer: int) -> tuple[Featur
         made = run.given[layer]
         made.count(sample.rows)
     score = specificity(made, sample.rows, sample.owner < members, run.experts_by)
-    score[made.neuron_activity == 0] = -torch.inf
+    score[(made.neuron_activity == 0).cpu()] = -torch.inf
     selected = score.topk(min(run.experts, len(score))).indices.tolist()
     draw = torch.Generator().manual_seed(run.seed)
     chosen = random_sets(made, selected, run.random_sets, draw)

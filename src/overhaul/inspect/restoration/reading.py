@@ -59,8 +59,12 @@ class Reader:
 
     @property
     def best(self) -> tuple[int, float]:
-        """Layer and alpha at which the paper's arm restores most; the first of equals."""
-        places = [(layer, alpha) for layer in self.unlearned.layers for alpha in self.run.alphas]
+        """Layer and alpha at which the paper's arm restores most; the first of equals.
+
+        The last block counts only where it is alone: behind it, the head is handed the original's own state.
+        """
+        inner = [layer for layer in self.unlearned.layers if layer < self.unlearned.depth - 1]
+        places = [(layer, alpha) for layer in inner or self.unlearned.layers for alpha in self.run.alphas]
         return max(places, key=lambda at: self.steered.forget[at[0], self.arms[0], at[1]].value(self.measure))
 
     def recall(self, probe: Probe, layer: int) -> float:
