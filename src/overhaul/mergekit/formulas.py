@@ -181,9 +181,9 @@ class Changes:
         weights = torch.tensor(part.own["weight"], dtype=part.dtype).view(-1, *[1] * base.ndim)
         kept.mul_(weights)
         if self.elect:
-            positive = kept.sum(0) >= 0
-            counts = torch.where(positive, kept > 0, kept < 0)
-            total, divisor = (kept * counts).sum(0), (weights * counts).sum(0)
+            sign = torch.copysign(torch.ones((), dtype=part.dtype), kept.sum(0))
+            total = kept.mul_(sign).relu_().sum(0).mul_(sign)
+            divisor = kept.sign_().mul_(weights).sum(0)  # of those that are left
             divisor[divisor == 0] = 1
         else:
             total, divisor = kept.sum(0), weights.sum(0)
@@ -253,7 +253,7 @@ class Changes:
             mask = cuts[n].inside(sizes, tensor.start)
             if self.keeping == "middling":
                 mask &= ~cuts[len(part.inputs) - 1 + n].inside(sizes, tensor.start)
-        return torch.where(mask, change, 0)
+        return change * mask.to(change.dtype)
 
 
 Combine = Callable[[Part, Found, TensorFacts, list[Tensor]], Tensor]

@@ -137,9 +137,13 @@ class Cut:
             sizes: what was ranked, of the piece.
             start: of the piece in its tensor.
         """
+        left = self.equal - self.before[start]
+        if left <= 0:
+            return sizes > self.least
         same = sizes == self.least
-        earlier = same.flatten().cumsum(0).view(same.shape) + self.before[start]
-        return (sizes > self.least) | (same & (earlier <= self.equal))
+        if int(same.sum()) > left:  # the ranking ends in this piece
+            same &= (same.flatten().cumsum(0) <= left).view(same.shape)
+        return (sizes > self.least) | same
 
 
 def cuts(
