@@ -26,7 +26,19 @@ from overhaul.data.examples import IGNORED, collate
 from overhaul.errors import RequestError, RunError
 from overhaul.fit import Regime
 from overhaul.forward import forward
-from overhaul.merge.loras import BASE, BOTH, FRESH, MERGE, RANDOM, RANDOM_BOTH, RESCALED, ROUTED, formulas, loras
+from overhaul.merge.loras import (
+    BASE,
+    BOTH,
+    FRESH,
+    MERGE,
+    RANDOM,
+    RANDOM_BOTH,
+    RESCALED,
+    ROUTED,
+    formulas,
+    loras,
+    names_of,
+)
 from overhaul.merge.loras.choosing import likeness, product, squared
 from overhaul.merge.loras.controls import Arrow, prototype, redrawn, routed
 from overhaul.merge.loras.how import How
@@ -455,6 +467,15 @@ def test_every_control_is_in_the_table_and_the_map_has_blocks_and_adapters(tmp_p
     assert [row[2] for row in order] == [False, True, True]
     shorter = loras(**_materials(tmp_path / "again"), **SMALL, control_steps=1)
     assert {row[0]: row[3] for row in shorter.tables["scores"].rows}[RANDOM] == 1
+
+
+def test_names_tell_adapters_apart_and_are_short(tmp_path: Path) -> None:
+    def named(*folders: str) -> list[str]:
+        return names_of([replace(_given(*_kept())["adapters"][0], folder=tmp_path / folder) for folder in folders])
+
+    assert named("llama-lora-a", "llama-lora-b") == ["a", "b"]
+    assert named("x/one", "y/one", "y/two") == ["x/one", "y/one", "y/two"]
+    assert named("lora-one") == ["lora-one"] and named("lora", "lora-two") == ["lora", "lora-two"]
 
 
 def test_images_too(tmp_path: Path) -> None:

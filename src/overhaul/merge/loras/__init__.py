@@ -31,6 +31,7 @@ How it differs from the paper and its code:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated
@@ -211,8 +212,11 @@ def _mean(layers: list[dict[int, float]], n: int) -> float | None:
 
 
 def names_of(adapters: Sequence[Checkpoint]) -> list[str]:
-    """What tables call the adapters: their folders, with as much of the path as tells them apart."""
+    """What tables call the adapters: their folders, with as much of the path as tells them apart, without a common start."""
     paths = [one.folder.resolve().parts for one in adapters]
     most = max(map(len, paths))
     depth = next((n for n in range(1, most) if len({path[-n:] for path in paths}) == len(paths)), most)
-    return ["/".join(path[-depth:]) for path in paths]
+    names = ["/".join(path[-depth:]) for path in paths]
+    common = os.path.commonprefix(names) if len(names) > 1 else ""  # noqa: RUF071 (characters are meant)
+    cut = max(common.rfind(mark) for mark in "-_/") + 1
+    return [name[cut:] or name for name in names]
