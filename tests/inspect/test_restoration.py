@@ -569,6 +569,7 @@ def test_passes_leave_models_and_random_numbers_as_they_were() -> None:
             r"`train` needs rows of the forgotten group and others, and none of its 30 rows has 7 .*0, 1, 2",
         ),
         ({"column": "writer"}, r"row 1 of `train` has no column 'writer'.*'hand'"),
+        ({"alphas": []}, r"alphas=\[\] is not possible"),
         ({"layers": "9"}, "has the blocks 0 to 3; there is no block 9"),
         ({"k": 40}, r"32 latents \(1 x 32 features\) has no room for k=40"),
         ({"experts": 20}, "20 experts beside as many random ones"),

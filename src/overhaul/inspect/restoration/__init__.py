@@ -32,7 +32,7 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, MinLen
 from torch import nn
 
 from overhaul import session
@@ -68,7 +68,7 @@ def restoration(
     value: str | int,
     column: str = "label",
     layers: str | None = None,
-    alphas: list[Annotated[float, Ge(0)]] | None = None,
+    alphas: Annotated[list[Annotated[float, Ge(0)]], MinLen(1)] | None = None,
     experts: Annotated[int, Ge(1)] = 10,
     experts_by: Literal["mean_difference", "auroc"] = "mean_difference",
     codes: Literal["linear", "topk"] = "linear",
