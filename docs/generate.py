@@ -155,12 +155,19 @@ NEEDED: dict[str, dict[str, Any]] = {
 
 
 def recipe(method: Method) -> str:
-    """A step with its first two knobs that are set, as a recipe has it."""
+    """What a method must be given, and a step with its first two knobs that are set, as a recipe has it."""
     shown = {knob.name: 1 if knob.required else knob.default for knob in method.knobs}
     usual = [(name, value) for name, value in shown.items() if isinstance(value, str | int | float)][:2]
     chosen = NEEDED.get(method.name, dict(usual))
     knobs = yaml.safe_dump(chosen, default_flow_style=True, sort_keys=False, width=200).strip()
-    return f"steps:\n  - {method.name}: {knobs}"
+    needed = [one for one in method.materials if one.required]
+    begins = bool(needed) and needed[0].is_model and not needed[0].many
+    lines, others = (["model: FOLDER"], needed[1:]) if begins else ([], needed)
+    lines += ["materials:"] if others else []
+    for one in others:
+        text = "{model: FOLDER}" if one.is_model else "{from: FILE}"
+        lines.append(f"  {one.name}: {f'[{text}, {text}]' if one.many else text}")
+    return "\n".join([*lines, "steps:", f"  - {method.name}: {knobs}"])
 
 
 def pages() -> dict[Path, str]:

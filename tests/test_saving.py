@@ -157,6 +157,14 @@ def test_weights_that_were_cast_are_saved_and_it_is_said_that_tables_were_too(tm
     oh.save(opened, None, tmp_path / "again")
 
 
+def test_a_table_that_opening_rounds_with_the_weights_is_no_other_table(tmp_path: Path) -> None:
+    model = MORE["XGLM"].build().to(torch.bfloat16)
+    opened, _ = oh.open(oh.save(model, None, tmp_path / "out"), dtype="bfloat16")
+    table = "model.embed_positions.weights"
+    assert torch.equal(opened.get_buffer(table), model.get_buffer(table))
+    oh.save(opened, None, tmp_path / "again")  # warnings are errors here
+
+
 def test_a_table_that_follows_the_length_of_inputs_is_no_other_model(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
     model: Any = tiny_llama(rope_parameters=rope, max_position_embeddings=16)

@@ -70,13 +70,27 @@ def check_recomputed(model: Any) -> None:
             "says something else; a conversion (overhaul.conversions) is recorded.",
             stacklevel=5,
         )
-    if rounded:
+    if rounded and (rounded := _exact_when_opened(model, rounded)):
         warnings.warn(
             f"{len(rounded)} tables that are not stored, such as {rounded[0]!r}, were rounded with the weights of this "
             "model; its folder opens with exact ones, so outputs differ by that rounding. Open models in the dtype that you "
             "want (`dtype=`) instead of casting them.",
             stacklevel=5,
         )
+
+
+def _exact_when_opened(model: nn.Module, tables: list[str]) -> list[str]:
+    """Those of some rounded tables that opening in the weights' dtype does not round just so (as XGLM's positions are)."""
+    held, usual = dict(model.named_buffers(remove_duplicate=False)), torch.get_default_dtype()
+    exact = list[str]()
+    for dtype in {held[name].dtype for name in tables}:
+        torch.set_default_dtype(dtype)
+        try:
+            opened = dict(skeleton(model).named_buffers(remove_duplicate=False))
+        finally:
+            torch.set_default_dtype(usual)
+        exact += [name for name in tables if held[name].dtype == dtype != opened[name].dtype]
+    return exact
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -115,6 +115,11 @@ def test_the_terminal_shows_the_small_tables_and_counts_the_others() -> None:
     assert "shrink.drop_layers left kept: 1,204 rows (made/kept.jsonl)" in text
 
 
+def test_a_terminal_leaves_long_cells_to_the_page() -> None:
+    short, long = (asdict(Table(("pattern",), (("1, " * n,),))) for n in (20, 21))
+    assert tables.small(short) and not tables.small(long)
+
+
 def test_steps_of_one_method_are_told_apart_by_their_place() -> None:
     names = [step["name"] for step in tables.told_apart([{"name": name} for name in ("a.b", "c.d", "a.b")])]
     assert names == ["a.b, step 1", "c.d", "a.b, step 3"]

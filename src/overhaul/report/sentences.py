@@ -85,5 +85,7 @@ def _say_cost(rows: Sequence[Measure]) -> tuple[str, Verdict]:
         parts.append(now if moved in (MISSING, "no change") else f"{now} ({noise or moved})")
     goods = {verdict(row).good for row in rows} - {None}
     overall = Verdict("less", True) if goods == {True} else Verdict("more", False) if goods == {False} else None
-    lead = "As before" if not goods and len(rows[0]["values"]) > 1 else "Now"
+    if len(rows[0]["values"]) < 2:
+        return f"As it is: {'; '.join(parts)}.", Verdict("measured once", None)
+    lead = "Now" if goods else "As before"
     return f"{lead}: {'; '.join(parts)}.", overall or Verdict("as before" if not goods else "mixed", None)

@@ -21,8 +21,8 @@ Step = Mapping[str, Any]
 MOST_ROWS = 60
 """Of a table on the page: the rest is in report.json."""
 
-SMALL_ROWS, SMALL_COLUMNS = 12, 7
-"""What a terminal shows of a table at most."""
+SMALL_ROWS, SMALL_COLUMNS, SMALL_CELL = 12, 7, 60
+"""What a terminal shows of a table at most: rows, columns, characters of a cell."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def _is_number(value: Any) -> bool:
 def small(table: Table) -> bool:
     """Whether a terminal has room for it."""
     fits = len(table["rows"]) <= SMALL_ROWS and len(table["columns"]) <= SMALL_COLUMNS
-    return fits and table["drawn"] in ("table", "points")
+    short = all(len(str(cell)) <= SMALL_CELL for row in table["rows"] for cell in row)
+    return fits and short and table["drawn"] in ("table", "points")
 
 
 def products(steps: Sequence[Step]) -> list[tuple[str, str, str]]:
