@@ -76,6 +76,38 @@ def capture(first: Path, _: Path, out: Path) -> str:
     return f"norm {first_norm:.2f} enters the first block, {last_norm:.2f} the last"
 
 
+def patches(first: Path, second: Path, out: Path) -> str:
+    """Each block's state of one model into each block of the other, in the memory of one of them."""
+    import torch
+
+    from overhaul.data.examples import IGNORED, collate
+    from overhaul.pairs import corresponding
+    from overhaul.recipe.plan import libraries_bytes
+    from overhaul.stack import LayerStack
+    from overhaul.trace import Patch, patch_grid, states_of
+
+    ids = torch.arange(100, 133)
+    labels = torch.full_like(ids, IGNORED)
+    labels[-1] = ids[-1]
+    true, false = ids.clone(), ids.clone()
+    false[26:29] += 1000
+    batches = [collate([{"input_ids": one, "labels": labels}]) for one in (true, false)]
+    chosen = torch.zeros(1, len(ids), dtype=torch.bool)
+    chosen[0, 28] = True
+    pair = corresponding("patches", {"first": first, "second": second})
+    with pair["first"].opened("stored") as model:
+        kept = [state[chosen].clone() for state in states_of(LayerStack.of(model), batches[0]).states]
+    with pair["second"].opened("stored") as model:
+        blocks = range(len(kept))
+        grid = [Patch(into, chosen, kept[source]) for source in blocks for into in blocks]
+        found = patch_grid(LayerStack.of(model), batches[1], grid, lambda logits: float(logits[0, 0]))
+    one = sum(path.stat().st_size for path in first.glob("*.safetensors"))
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - libraries_bytes()
+    if taken > 1.25 * one:
+        raise SystemExit(f"{taken / 1e9:.2f} GB beside the libraries, and one model has {one / 1e9:.2f} GB")
+    return f"{len(found)} patches; {taken / one:.2f} times one model's {one / 1e9:.2f} GB, beside the libraries"
+
+
 def recipe(first: Path, _: Path, out: Path) -> str:
     from overhaul.recipe.check import check
     from overhaul.recipe.plan import libraries_bytes, plan
@@ -102,7 +134,7 @@ def recipe(first: Path, _: Path, out: Path) -> str:
 
 
 PARTS: dict[str, Callable[[Path, Path, Path], str]] = {
-    each.__name__: each for each in (drop, blend, lines, ties, capture, recipe)
+    each.__name__: each for each in (drop, blend, lines, ties, capture, patches, recipe)
 }  # fmt: skip
 
 

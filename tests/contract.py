@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -240,7 +240,7 @@ def as_recipe(case: Case, folder: Path) -> dict[str, Any]:
             continue
         value = given[material.name]
         parts = [
-            _as_source(one, folder / f"{material.name}-{n}")
+            _as_source(one, folder / f"{material.name}-{n}", material.kind)
             for n, one in enumerate(value if material.many else [value])
         ]
         named[material.name] = parts if material.many else parts[0]
@@ -252,10 +252,7 @@ def as_recipe(case: Case, folder: Path) -> dict[str, Any]:
     return {"model": str(model), "materials": named, "steps": [{known.name: dict(case.knobs)}]}
 
 
-def _as_source(value: Any, path: Path) -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        save_file(dict(value), path.with_suffix(".safetensors"))
-        return {"tensors": str(path.with_suffix(".safetensors"))}
+def _as_source(value: Any, path: Path, kind: str) -> dict[str, Any]:
     if isinstance(value, nn.Module | Checkpoint | str | Path):
         return {"model": str(_saved(value, path))}
     pairs = isinstance(value, Examples) and value.kind == "pairs"
@@ -266,6 +263,8 @@ def _as_source(value: Any, path: Path) -> dict[str, Any]:
     )
     path.with_suffix(".jsonl").write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
     source: dict[str, Any] = {"from": str(path.with_suffix(".jsonl"))}
+    if kind == "rows":
+        return {**source, "as": "rows"}
     if pairs:
         return {**source, "as": "preference", "prompt": "{question}"}
     return {**source, "as": "qa", "prompt": "{question}"} if "question" in rows[0] else source

@@ -15,6 +15,12 @@ from torch import Tensor, nn
 
 from overhaul.stack.calls import Call, Calls, State
 
+BUDGET = 2**30
+"""Bytes of states that are held at once: 1 GiB."""
+
+_CPU_BATCH, _BATCH = 2**19, 2**25
+"""Bytes of states in one batch. On a CPU, larger ones leave the cache and take longer than one state at a time."""
+
 _OF_EVERY_MODULE = {*vars(nn.Module()), "layer_idx"}
 
 
@@ -40,9 +46,9 @@ class BatchedBlocks:
             return calls.run(place, state, module)
 
         def at_once(rule: _Rule) -> list[State]:
-            joined = _joined(states)
-            out = calls.run(place, joined, module, _repeated(call, states, rule))
-            return _split(out, joined, states)
+            together = joined(states)
+            out = calls.run(place, together, module, _repeated(call, states, rule))
+            return _split(out, together, states)
 
         if len(states) == 1:
             return [alone(states[0])]
@@ -63,6 +69,11 @@ class BatchedBlocks:
                 return found
         self._rules[use] = None
         return [alone(state) for state in states]
+
+
+def at_once(size: int, device: torch.device, most: int) -> int:
+    """How many states of `size` bytes are run in one batch, at least one and at most `most`."""
+    return max(1, min(most, (_CPU_BATCH if device.type == "cpu" else _BATCH) // size))
 
 
 _Rule = Callable[[Tensor, int], bool]
@@ -103,19 +114,19 @@ def _repeated(call: Call, states: Sequence[State], rule: _Rule) -> Call:
     return call.map(lambda value: value.repeat(times, *[1] * (value.ndim - 1)) if rule(value, rows) else value)
 
 
-def _joined(states: Sequence[State]) -> State:
+def joined(states: Sequence[State]) -> State:
     """States one after the other along dim 0; a part that all samples share (T5's position bias) stays one."""
     rows = _rows(states[0])
-    joined: list[Tensor | None] = []
+    found: list[Tensor | None] = []
     for parts in zip(*states, strict=True):
         first = parts[0]
         if first is None or (first.shape[0] != rows and all(part is first for part in parts)):
-            joined.append(first)
+            found.append(first)
         elif any(part is None or part.shape[0] != rows for part in parts):
             raise ValueError("a part that samples share differs between the states")
         else:
-            joined.append(torch.cat(parts))
-    return tuple(joined)
+            found.append(torch.cat(parts))
+    return tuple(found)
 
 
 def _split(out: State, joined: State, states: Sequence[State]) -> list[State]:

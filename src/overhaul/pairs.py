@@ -86,6 +86,17 @@ class Member:
         """As the user wrote it, or the class of a model in memory."""
         return self.given.source if isinstance(self.given, Checkpoint) else type(self.given).__name__
 
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Its config."""
+        held: Any = getattr(self.given, "config", {})
+        return held if isinstance(held, Mapping) else held.to_dict()
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks; of a class that is not known before it is opened, as its config says."""
+        return self.facts.depth if self.facts is not None else int(self.config["num_hidden_layers"])
+
     @contextmanager
     def opened(self, dtype: str = "float32") -> Iterator[nn.Module]:
         """The model in eval mode, on the session's device; a checkpoint is let go at the end, so keep no reference to it.

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overhaul import session
-from overhaul._batching import BatchedBlocks, same
+from overhaul._batching import BUDGET, BatchedBlocks, at_once, same
 from overhaul.data.examples import IGNORED, Examples
 from overhaul.errors import RequestError
 from overhaul.forward import forward, headless
@@ -41,12 +41,6 @@ Stop = tuple[int, int]
 """A place, and which module stands there: 0 for the stack's own block, else its number in `_Trie.modules`."""
 
 Prefix = tuple[Stop, ...]
-
-BUDGET = 2**30
-"""Bytes of states that are held at once: 1 GiB."""
-
-_CPU_BATCH, _BATCH = 2**19, 2**25
-"""Bytes of states in one batch. On a CPU, larger ones leave the cache and take longer than one state at a time."""
 
 _SHARED_OUT = 4
 """One part in so many of the budget is left to copies: batches are copies of the states they are made of."""
@@ -160,7 +154,7 @@ def path_answers(
     Raises:
         RequestError: as for `run_paths`.
     """
-    trie, answers = _Trie(stack, paths, budget), _Answers(stack.model)
+    trie, answers = _Trie(stack, paths, budget), Answers(stack.model)
     steps = -(-len(examples) // batch_size)
     with trie.at_rest():
         runs = [
@@ -207,7 +201,7 @@ class _Trie:
         capacity = self.budget // size
         # a batch is compared with single runs, of which one more state is held
         copies = max(1, capacity // _SHARED_OUT - 1)
-        together = min(copies, max(1, (_CPU_BATCH if device.type == "cpu" else _BATCH) // size))
+        together = at_once(size, device, copies)
         walk = _Walk(self, calls, together, finish)
         known: dict[Prefix, Result] = {}
         for chunk in _chunks(self.order, capacity - capacity // _SHARED_OUT):
@@ -321,7 +315,7 @@ def _counting(states: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     return states.new_ones(states.shape[:2], dtype=torch.bool) if mask is None else mask.to(states.device).bool()
 
 
-class _Answers:
+class Answers:
     """Logits from a state that leaves the stack, [n, v]: the head sees only positions whose next label counts."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -329,6 +323,7 @@ class _Answers:
         self.tried = False
 
     def __call__(self, calls: Calls, state: State) -> Tensor:
+        """The logits of one state, or of the several that the rows of `calls.inputs` stand for."""
         labels = calls.inputs["labels"]
         if labels.ndim == 1:
             return calls.finish(state)
@@ -361,7 +356,7 @@ class _AnswerLoss:
     count = staticmethod(units)
 
     def __init__(self, model: nn.Module) -> None:
-        self.answers = _Answers(model)
+        self.answers = Answers(model)
 
     def __call__(self, calls: Calls, state: State) -> float:
         labels = calls.inputs["labels"]

@@ -116,7 +116,7 @@ class Calls:
                 f"The {len(stack)} blocks of {stack.path} do not run once each, in their order, on these inputs, but so: "
                 f"{ran}. They cannot be run by hand."
             )
-        if any(hasattr(value, "get_seq_length") for one in seen for value in (*one.args, *one.kwargs.values())):
+        if any(_is_added_to(value) for one in seen for value in (*one.args, *one.kwargs.values())):
             raise RequestError(
                 f"{type(stack.model).__name__} calls its blocks with a cache, to which every run of a block would add: give "
                 '"use_cache": False with the inputs.'
@@ -209,6 +209,11 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def state_bytes(state: State) -> int:
     """Bytes that the tensors of a state take."""
     return sum(part.nbytes for part in state if part is not None)
+
+
+def _is_added_to(value: Any) -> bool:
+    """Whether an argument is a cache to which a run adds."""
+    return hasattr(value, "get_seq_length") and not getattr(value, "nothing_is_added", False)
 
 
 class _Reached(Exception):

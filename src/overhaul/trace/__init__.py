@@ -12,6 +12,10 @@ from overhaul.trace.hooks import intervene as intervene
 from overhaul.trace.hooks import measure as measure
 from overhaul.trace.hooks import merged as merged
 from overhaul.trace.hooks import windows as windows
+from overhaul.trace.patching import Patch as Patch
+from overhaul.trace.patching import Run as Run
+from overhaul.trace.patching import patch_grid as patch_grid
+from overhaul.trace.patching import states_of as states_of
 from overhaul.trace.reductions import Largest as Largest
 from overhaul.trace.reductions import LastTokens as LastTokens
 from overhaul.trace.reductions import Statistics as Statistics
