@@ -253,12 +253,9 @@ def as_recipe(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def _as_source(value: Any, path: Path, kind: str) -> dict[str, Any]:
-<<<<<<< HEAD
     if isinstance(value, Mapping):
         save_file(dict(value), path.with_suffix(".safetensors"))
         return {"tensors": str(path.with_suffix(".safetensors"))}
-=======
->>>>>>> restoration
     if isinstance(value, nn.Module | Checkpoint | str | Path):
         return {"model": str(_saved(value, path))}
     pairs = isinstance(value, Examples) and value.kind == "pairs"
