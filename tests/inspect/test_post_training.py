@@ -21,7 +21,7 @@ from overhaul.inspect.post_training import post_training
 from overhaul.inspect.post_training.asking import Asker, Asking, shots_of
 from overhaul.inspect.post_training.confidence import last_norm, neurons_of
 from overhaul.inspect.post_training.knowledge import aligned, binned, pearson, spearman
-from overhaul.inspect.post_training.refusal import REFUSALS, refuses, writing_sites
+from overhaul.inspect.post_training.refusal import REFUSALS, _written, refuses, writing_sites
 from overhaul.inspect.post_training.truth import Probe, nie, step
 from overhaul.models import save
 from overhaul.stack import LayerStack
@@ -255,6 +255,17 @@ def test_nothing_of_a_removed_direction_is_left_at_any_site(build: Callable[...,
     with intervene(stack, {"entering.1": ProjectOut(across)}):
         kept = measure(stack, inputs, ["entering.1"], part)
     assert torch.allclose(kept["entering.1"][0], whole["entering.1"][0], atol=1e-6)
+
+
+def test_a_prompt_ends_where_the_model_answers_and_no_refusal_at_all_is_said() -> None:
+    tokenizer = models.load_processor(models.facts("starter:docs-llama-chat"))
+    rows = [{"instruction": f"{verb} the lamp"} for verb in "burn paint".split() * 5]
+    (ids, *_) = _written(tokenizer, [rows[0]["instruction"]], "")
+    turns = [{"role": "user", "content": rows[0]["instruction"]}]
+    assert ids.tolist() == tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    chat, base = "starter:docs-llama-chat", "starter:docs-llama"
+    outcome = post_training(chat, base, harmful=rows, harmless=rows, phrases=["never said"], new_tokens=2)
+    assert "refused no harmful instruction" in outcome.facts["advice"]
 
 
 def test_refusals_are_told_by_how_they_begin() -> None:

@@ -125,7 +125,7 @@ CLAIM = Claim(
     run=run,
     remarks=(
         "The rate of the LoRA that is trained on the task was chosen beforehand, on another seed, as the best of 0.002, "
-        "0.003, 0.005, 0.01, 0.02 and 0.04 for that LoRA alone, and the LoRAs of the pool train for 200 steps of 16 examples "
-        "instead of 300, for time alone; margins are those that were stated for this experiment before."
+        "0.003, 0.005, 0.01, 0.02 and 0.04 for that LoRA alone, and the LoRAs of the pool train for 200 steps of 16 "
+        "examples instead of 300, for time alone; margins are those that were stated for this experiment before."
     ),
 )

@@ -240,8 +240,8 @@ CLAIM = Claim(
         "though the two directions have a cosine of 0.98. The paper gives a push in the length of the model that the "
         "direction is from, and states seem to grow in post-training here. Training, checks and margins were left as they "
         "were; what the same directions do in the receiving model's own length is measured beside since then, and the "
-        "random push of the control is as long as the longest real one, where it had the length of one of them. Removing the "
-        "refusal direction changed no answer of the pilot, not even in the model it is from; adding its own made the "
+        "random push of the control is as long as the longest real one, where it had the length of one of them. Removing "
+        "the refusal direction changed no answer of the pilot, not even in the model it is from; adding its own made the "
         "post-trained model refuse everything, and nothing made the base refuse, which has never seen that word."
     ),
 )

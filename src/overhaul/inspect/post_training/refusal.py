@@ -17,13 +17,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from overhaul.data.boundary import tokenised
-from overhaul.data.chats import Writer
+from overhaul.data.encode import encode_chat
 from overhaul.data.examples import Rows
 from overhaul.errors import RequestError
 from overhaul.generation import check_generates, generate, stop_tokens
 from overhaul.inspect.post_training.asking import NAME, drawn, generator, needed
 from overhaul.inspect.post_training.truth import cosine, last_states
 from overhaul.method import Table
+from overhaul.rollouts import prompt_of
 from overhaul.stack import LayerStack
 from overhaul.trace import Add, Primitive, ProjectOut, intervene
 from overhaul.trace.sites import sites
@@ -72,6 +73,7 @@ class Refusal:
         kept: kind -> how many of them are held out, the first ones.
         means: model -> kind -> what enters each block at the last token, the mean over instructions, [L, d].
         rates: (what was done, with whose direction, in which model) -> share of refusals.
+        answers: model -> what it said to the harmful instructions, unchanged.
     """
 
     prompts: Mapping[str, Mapping[str, Sequence[Tensor]]]
@@ -83,6 +85,7 @@ class Refusal:
     batch_size: int
     means: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     rates: dict[tuple[str, str | None, str], float] = field(default_factory=dict)
+    answers: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -176,13 +179,21 @@ class Refusal:
         with intervene(LayerStack.of(model), edits):
             answers = generate(model, asked, self.refusing.new_tokens, stops)
         said = [self.tokenizers[role].decode(answer, skip_special_tokens=True).strip() for answer in answers]
+        self.answers.setdefault(role, said)
         return sum(refuses(answer, self.refusing.phrases or REFUSALS) for answer in said) / len(said)
 
-    def facts(self) -> dict[str, float | int | None]:
+    def facts(self) -> dict[str, float | int | str | None]:
         """How alike the two directions are, and how long."""
         post, base = (self.direction(role)[self.layer] for role in ("post", "base"))
         size = float(base.norm())
+        silent = {}
+        if not self.rates["removed", None, "post"]:
+            silent["advice"] = (
+                "the post-trained model refused no harmful instruction, so the rates say nothing of refusal. It answers "
+                f"{self.answers['post'][0]!r}; if that is a refusal, give how it begins in `phrases`."
+            )
         return {
+            **silent,
             "refusal_layer": self.layer,
             "refusal_cosine": cosine(post, base),
             "refusal_norm_ratio": float(post.norm()) / size if size else None,
@@ -239,12 +250,11 @@ def writing_sites(stack: LayerStack) -> list[str]:
 def _written(tokenizer: Any, instructions: Sequence[str], prompt: str) -> list[Tensor]:
     """Each instruction as this tokenizer's chat template writes it, or in the prompt where there is none."""
     if getattr(tokenizer, "chat_template", None):
-        writer, texts = Writer(tokenizer), list[str]()
-        for place, instruction in enumerate(instructions):
-            turns = [{"role": "user", "content": instruction}, {"role": "assistant", "content": "a"}]
-            text, span = writer.answer(turns, place, None)
-            texts.append(text[: span.begin])
-        ids = tokenised(tokenizer, texts, special=False)
-    else:
-        ids = tokenised(tokenizer, [prompt.replace("{instruction}", one) for one in instructions])
-    return [torch.tensor(one) for one in ids]
+        # an answer is encoded with it, so that a space before answers is the answer's, as it is when the model answers
+        turns = [[{"role": "user", "content": one}, {"role": "assistant", "content": "a"}] for one in instructions]
+        examples = encode_chat([{"messages": each} for each in turns], tokenizer)
+        return [prompt_of(item) for item in examples.items]
+    return [
+        torch.tensor(one)
+        for one in tokenised(tokenizer, [prompt.replace("{instruction}", one) for one in instructions])
+    ]
