@@ -91,6 +91,12 @@ def test_the_page_on_merging_does_what_it_says(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} >= {"ties.yml", "merged", "stacked", "more-docs", "more-code"}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_page_on_inspecting_does_what_it_says(tmp_path: Path) -> None:
+    assert len(play(ROOT / "docs" / "inspecting.md", tmp_path)) == 5
+
+
 def test_the_files_for_mergekit_that_are_shown_are_read() -> None:
     texts = [text for said, text in blocks(ROOT / "docs" / "merging.md") if said.startswith("yml ")]
     assert [read_for_mergekit(yaml.safe_load(text)).file.merge_method for text in texts] == ["ties"]
