@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from conftest import tiny_llama
@@ -8,6 +9,7 @@ from overhaul.selectors import select
 from overhaul.shrink.prune import Rule
 
 
+@pytest.mark.smoke  # seven short trainings of the starter
 def test_a_short_experiment_gives_every_number_the_checks_read() -> None:
     found = experiment(0, Size(samples=2, judged=4, blocks="0", steps=1))
     assert all(value > 1 for name, value in found.items() if not name.endswith(("zeros", "trained")))

@@ -243,7 +243,7 @@ CLAIM = Claim(
         "random push of the control is as long as the longest real one, where it had the length of one of them. Removing "
         "the refusal direction changed no answer of the pilot, not even in the model it is from; adding its own made the "
         "post-trained model refuse everything, and nothing made the base refuse, which has never seen that word. On the "
-        "three seeds the base's direction reaches 0.31, 0.55 and 0.11 in the post-trained model in its own length, and at least "
-        "0.995 in the receiver's, so the direction is shared and its length is not."
+        "three seeds the base's direction reaches 0.31, 0.55 and 0.11 in the post-trained model in its own length, and at "
+        "least 0.995 in the receiver's, so the direction is shared and its length is not."
     ),
 )
