@@ -151,9 +151,12 @@ def check_counts(known: Checkpoint) -> None:
 def planned(known: Checkpoint) -> nn.Module | None:
     """What config.json describes, built without memory on torch's meta device; None where that is code that is not trusted.
 
+    An adapter's is that of its base, into which it opens.
+
     Raises:
         RequestError: nothing can be built from the config.
     """
+    known = known.base or known
     if class_of(known) is None and not known.trusted:
         return None
     from transformers.initialization import no_init_weights

@@ -99,8 +99,11 @@ def error(site: Site, samples: Sequence[Sample], targets: Sequence[Tensor]) -> f
     """
     parts = [_squares(site, sample, target) for sample, target in zip(samples, targets, strict=True)]
     found = sum(float(total) for total, _ in parts) / sum(count for _, count in parts)
-    if math.isinf(found):
-        raise RunError(f"The outputs of block {site.place} are too large for their squares to be added.")
+    if not math.isfinite(found):
+        raise RunError(
+            f"The error of block {site.place} is not finite: what it gives, or should give, is NaN or too large for its "
+            "square. Look at the weights of both models."
+        )
     return found
 
 

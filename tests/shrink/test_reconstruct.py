@@ -133,7 +133,11 @@ def test_bfloat16_is_trained_in_float32_and_stays_bfloat16() -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"teacher": tiny_llama(num_hidden_layers=2)}, "the teacher has 2 blocks and the model 4"),
+        ({"teacher": tiny_llama(num_hidden_layers=2)}, "has 4 blocks and teacher .* 2"),
+        ({"teacher": FAMILIES["gpt2"]()}, "is a LlamaForCausalLM and teacher"),
+        ({"teacher": tiny_llama(initializer_range=0.3)}, "so it is not the model before pruning"),
+        ({"masks": {}}, "`masks` holds none"),
+        ({"trains": []}, "trains is empty"),
         ({"trains": ["head"]}, "lies in no block"),
         ({"text": Examples([], [])}, "the role `text` is empty"),
         ({"trains": ["biases"]}, "names nothing that LlamaForCausalLM has"),

@@ -51,6 +51,10 @@ def zeros(method: str, model: nn.Module, masks: Mapping[str, Tensor] | None) -> 
         RequestError: a mask is of no weight of this model, a weight that it holds at 0 is not, or nothing is pruned.
     """
     held = dict(model.named_parameters())
+    if masks is not None and not masks:
+        raise RequestError(
+            f"{method}: `masks` holds none. Name what shrink.prune made, or leave it out: zeros are kept then."
+        )
     for name, mask in (masks or {}).items():
         if name not in held or held[name].shape != mask.shape or mask.ndim != 2:
             has = f"{tuple(held[name].shape)}" if name in held else "no such weight"
@@ -98,6 +102,10 @@ class Chosen:
         layers = [name for name in projections(model) if name in inside] if parts.projected else []
         head = [name for name in head if getattr(getattr(model.get_submodule(name), "weight", None), "ndim", 0) == 2]
         if not (plain or layers or head):
+            if not parts.trains:
+                raise RequestError(
+                    f"{method}: trains is empty, so nothing would train. Write trains: [norms, adapters]."
+                )
             raise RequestError(
                 f"{method}: trains={list(parts.trains)} names nothing that {type(model).__name__} has: no "
                 f"{' or '.join(wanted)}. Write trains: [norms, adapters]."

@@ -34,12 +34,15 @@ from overhaul.errors import RequestError
 from overhaul.fit import Regime
 from overhaul.method import Outcome, method
 from overhaul.modes import at_rest
+from overhaul.pairs import corresponding
 from overhaul.reconstruction import in_float32, reconstruct_block, samples_of
 from overhaul.selectors import blocks_of
 from overhaul.shrink._zeros import Chosen, Parts, as_made, share_of_zeros, training_parts, zeros
 from overhaul.stack import LayerStack
 
 NAME = "shrink.reconstruct"
+FAR = 0.7
+"""Relative distance of kept weights from which on a teacher is another model: unrelated ones have 1.4."""
 PAPER = Regime(steps=200, batch_size=8, lr=5e-4, warmup=0.1, schedule="linear")
 
 
@@ -80,13 +83,11 @@ def reconstruct(
         raise RequestError(f"{NAME}: the role `text` is empty; there is nothing to measure the blocks on.")
     if "head" in parts.trains:
         raise RequestError(f"{NAME}: trains=head lies in no block. Leave it out here, or train it with shrink.retrain.")
+    corresponding(NAME, {"model": model, "teacher": teacher}, words_matter=False)
     stack, dense = LayerStack.of(model), LayerStack.of(teacher)
-    if len(stack) != len(dense):
-        raise RequestError(
-            f"{NAME}: the teacher has {len(dense)} blocks and the model {len(stack)}, so it is not the model before pruning."
-        )
     by_block = {place: Chosen.of(NAME, model, parts, str(place)) for place in blocks_of(stack, blocks)}
     kept = zeros(NAME, model, masks)
+    _check_teacher(model, teacher, kept)
     before_share, trained = share_of_zeros(model, kept), 0
     errors: dict[str, dict[int, float]] = {"error before": {}, "error after": {}}
     batches = text.shuffled(torch.initial_seed())[:samples].batches(training.batch_size)
@@ -110,6 +111,22 @@ def reconstruct(
         "zeros_after": share_of_zeros(model, kept),
     }
     return Outcome(model, facts=facts, layers=errors, made={"masks": as_made(kept)})
+
+
+@torch.no_grad()
+def _check_teacher(model: nn.Module, teacher: nn.Module, masks: Tensors) -> None:
+    """Refuse a teacher that cannot be the model before pruning: it has other weights where nothing was pruned.
+
+    SparseGPT changes what it keeps, so that a teacher is told by how far off it is.
+    """
+    for name, mask in masks.items():
+        ours, theirs = (one.get_parameter(name).detach().float()[mask != 0] for one in (model, teacher))
+        off = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
+        if not off <= FAR:
+            raise RequestError(
+                f"{NAME}: {name} of the teacher differs by {off:.2f} of its length from the model's where nothing was pruned, "
+                "so it is not the model before pruning. Name that one: `{after: start}`."
+            )
 
 
 @torch.no_grad()
