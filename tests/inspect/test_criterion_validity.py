@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import tiny_vit
-from contract import Case, as_recipe, pictures
+from conftest import FAMILIES, tiny_vit
+from contract import Case, as_recipe, pictures, some_facts
 from overhaul import session, workers
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
 from overhaul.fit.regime import Regime
 from overhaul.groups import groups
-from overhaul.inspect.criterion_validity import criterion_validity
+from overhaul.inspect.criterion_validity import criterion_validity, rejected
 from overhaul.inspect.criterion_validity.ranking import ceiling, validity
 from overhaul.inspect.criterion_validity.sweep import Ends, Job, Sweep, going, measured, patterns
 from overhaul.recipe.ahead import look_ahead
@@ -145,7 +145,22 @@ def test_counterexamples_follow_from_tau_where_nothing_is_tied() -> None:
 
 def test_where_all_end_alike_nothing_can_be_foretold() -> None:
     known = validity([1.0, 2.0, 3.0], [0.5, 0.5, 0.5])
-    assert known.tau is None and known.anomalies == 0
+    assert known.tau is None and known.anomalies == 0 and rejected(known) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_language_model_is_tried_without_its_cache(family: str) -> None:
+    trained = Regime(steps=1, batch_size=4)
+    outcome = criterion_validity(
+        FAMILIES[family](),
+        some_facts(0, 4),
+        some_facts(4, 4),
+        unit="mlp.neuron",
+        candidates=3,
+        repeats=1,
+        training=trained,
+    )
+    assert outcome.facts["patterns_tried"] == 3
 
 
 def test_the_ceiling_is_that_of_halves_of_the_trainings() -> None:

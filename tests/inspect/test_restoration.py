@@ -374,6 +374,12 @@ def test_head_only_unlearning_is_flagged_steering_moves_nothing_and_the_tail_res
     assert outcome.layers["distance of the models, relative"] == {1: 0, 3: 0}
 
 
+def test_what_only_the_originals_tail_brings_back_is_not_called_gone() -> None:
+    outcome = run_on("moved")
+    assert not outcome.facts["identical_up_to_layers"] and found(outcome, 1, None, "tail swap")[2] == 1
+    assert "the original's tail restores 1.00 of it from the unlearned states" in outcome.facts["reading"]
+
+
 def test_a_model_drawn_anew_is_flagged_as_another_basis() -> None:
     outcome = run_on("anew")
     assert outcome.facts["another_basis_at_layers"] == [1, 3]

@@ -124,8 +124,8 @@ def _check_teacher(model: nn.Module, teacher: nn.Module, masks: Tensors) -> None
         off = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
         if not off <= FAR:
             raise RequestError(
-                f"{NAME}: {name} of the teacher differs by {off:.2f} of its length from the model's where nothing was pruned, "
-                "so it is not the model before pruning. Name that one: `{after: start}`."
+                f"{NAME}: {name} of the teacher differs by {off:.2f} of its length from the model's where nothing was "
+                "pruned, so it is not the model before pruning. Name that one: `{after: start}`."
             )
 
 

@@ -10,8 +10,9 @@ arXiv:2412.00143.
     anomalies     the share of S that end better than the one with the lowest score
     ceiling       tau between what is left after some repeats and after the others: what noise allows
 
-A criterion is rejected as the paper does: tau >= -0.2, or p > 0.05, or anomalies >= 50%. Where the ceiling is near 0 too,
-the patterns differ by less than two trainings of one of them, and nothing is said about a criterion.
+A criterion is rejected as the paper does: tau >= -0.2, or p > 0.05 (which a few patterns reach by themselves), or
+anomalies >= 50%. Where the ceiling is near 0 too, the patterns differ by less than two trainings of one of them, and nothing
+is said about a criterion.
 
 How it differs from the paper's code:
 
@@ -125,11 +126,16 @@ def criterion_validity(
     return _outcome(sweep, scores, ends, repeats, total)
 
 
-def _inputs(model: nn.Module, examples: Examples) -> dict[str, Tensor]:
+def _inputs(model: nn.Module, examples: Examples) -> dict[str, Any]:
     """Two examples as keyword arguments of the model."""
     device = next(model.parameters()).device
     batch = collate(list(examples.items[:2]))
-    return {name: value.to(device) for name, value in read_by(model, batch).items() if value is not None}
+    given = read_by(model, batch)
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in given.items()
+        if value is not None
+    }
 
 
 def _chosen(found: Sequence[Group], places: Sequence[int] | None, ratio: float) -> list[Group]:
@@ -285,11 +291,11 @@ def _negative(tau: float | None) -> float | None:
     return None if tau is None else -tau
 
 
-def rejected(known: Validity) -> bool:
-    """Whether a criterion does not foretell the accuracy, by the paper's limits."""
-    return (
-        known.tau is None or known.p is None or round(known.tau, 1) >= -0.2 or known.p > 0.05 or known.anomalies >= 0.5
-    )
+def rejected(known: Validity) -> bool | None:
+    """Whether a criterion does not foretell the accuracy, by the paper's limits; None where all patterns end alike."""
+    if known.tau is None or known.p is None:
+        return None
+    return round(known.tau, 1) >= -0.2 or known.p > 0.05 or known.anomalies >= 0.5
 
 
 def _table(by_accuracy: Mapping[str, Validity], by_loss: Mapping[str, Validity]) -> Table:

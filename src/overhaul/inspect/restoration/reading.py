@@ -191,6 +191,12 @@ def reading(reader: Reader) -> str:
                 "decision was suppressed, and the selected features are no evidence of where."
             )
         return f"{restored:.2f} of the group comes back {at}, and less under every control: suppressed, not deleted."
+    behind = [one for one in told if one != reader.unlearned.layers[-1]] or told
+    if (rest := max(reader.rate(reader.source.swapped[one]) or 0.0 for one in behind)) >= HIGH:
+        return (
+            f"At most {restored:.2f} of the group comes back by steering, {at}, but the original's tail restores {rest:.2f} "
+            "of it from the unlearned states: they still hold the group, and what was changed lies behind."
+        )
     probes = [
         f"{reader.recall(one, layer):.2f} ({name})"
         for name, one in (("unlearned", reader.unlearned.probe), ("original", reader.source.probe))
