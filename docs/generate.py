@@ -5,7 +5,9 @@ themselves, docs/families.md from what the tests verify, and the reference in do
 from __future__ import annotations
 
 import inspect
+import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,10 @@ def method_page(method: Method) -> str:
     lines += [body.strip(), "", "## Reads", "", "| material | kind | | what it is |", "|---|---|---|---|"]
     for material in method.materials:
         need = "required" if material.required else "optional"
-        kind = f"{material.kind}s, several" if material.many else material.kind
+        kind = f"{material.kind.removesuffix('s')}s, several" if material.many else material.kind
         lines.append(f"| `{material.name}` | {kind} | {need} | {_cell(material.doc)} |")
+    if returned := re.search(r"^Returns:\n(.*?)(?=^\S|\Z)", method.doc, re.M | re.S):
+        lines += ["", "## Returns", "", textwrap.dedent(returned[1]).strip()]
     if method.makes:
         lines += ["", "## Makes", "", "Beside the model, for later steps:", ""]
         lines += [f"- `{name}` ({kind})" for name, kind in method.makes.items()]
