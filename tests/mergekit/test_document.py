@@ -55,7 +55,7 @@ SLICES: dict[str, Any] = {
         ({"tokenizer": {"pad_to_multiple_of": -3}}, r"pad_to_multiple_of: .* greater than 0"),
         ({"parameters": {"density": [0.5, -1]}}, r"parameters.density: -1 will not do: .* or equal to 0"),
         ({"parameters": {"density": 53}}, r"parameters.density: 53 will not do: .* or equal to 1"),
-        ({"parameters": {"lambda": "nan"}}, r"parameters.lambda: nan will not do: .* finite"),
+        ({"parameters": {"lambda": "1e40"}}, r"parameters.lambda: 1e.40 will not do: .* less than or equal to 3"),
         ({"merge_method": "breadcrumbs", "parameters": {"gamma": -0.1}}, r"parameters.gamma: -0.1 will not do"),
         ({"tokenizer": {"sauce": "base"}}, r"tokenizer.sauce: .* Did you mean 'source'\?"),
         ({"tokenizer": {"tokens": {"x": {"sources": "a"}}}}, r"tokenizer.tokens.x.sources: .*Did you mean 'source'"),

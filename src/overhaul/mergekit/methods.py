@@ -8,13 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
+from overhaul.merge._writing import LARGEST
 from overhaul.mergekit import formulas
 from overhaul.mergekit.formulas import Changes, Combine, Keeping, Part
 from overhaul.weights import Whole
 
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
-NUMBER, FLAG = TypeAdapter[float](_Finite), TypeAdapter[bool](bool)
-SHARE = TypeAdapter[float](Annotated[_Finite, Field(ge=0, le=1)])
+NUMBER = TypeAdapter[float](Annotated[float, Field(ge=-LARGEST, le=LARGEST)])
+SHARE = TypeAdapter[float](Annotated[float, Field(ge=0, le=1)])
+FLAG = TypeAdapter[bool](bool)
 REQUIRED = object()
 
 

@@ -159,11 +159,9 @@ def checked(combine: Combine, tensor: TensorFacts, models: list[Tensor], dtype: 
         )
     # rounding keeps the order, so the extremes tell whether anything is too large for the dtype; NaN is an extreme too
     if result.numel() and not torch.stack(torch.aminmax(result)).to(dtype).isfinite().all():
-        wider = "or a dtype with a wider range, such as bfloat16"
-        damaged = "or look whether the models' own numbers are finite"
+        wider = " or a dtype with a wider range, such as bfloat16" if dtype == torch.float16 else ""
         raise RunError(
-            f"The new {tensor.name} (depth {tensor.depth}) is not finite in {dtype}. Use smaller coefficients, "
-            f"{wider if dtype == torch.float16 else damaged}."
+            f"The new {tensor.name} (depth {tensor.depth}) is not finite in {dtype}. Use smaller coefficients{wider}."
         )
     return result
 
