@@ -77,6 +77,9 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(cli, "_run", interrupted)
     assert call(monkeypatch, "demo") == 1
     assert "same command goes on" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr("overhaul.mergekit.run.merge_config", lambda *_, **__: interrupted())
+    assert call(monkeypatch, "merge", "merge.yml", "-o", "out") == 1
+    assert "Nothing is kept; the same command starts anew." in " ".join(capsys.readouterr().err.split())
 
 
 def test_methods_lists_as_table_and_as_json(

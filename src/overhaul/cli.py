@@ -56,6 +56,7 @@ notes = Terminal(stderr=True)
 
 INTERRUPTED = 130
 """What the command line parser makes of Ctrl-C."""
+_KEPT = "Finished steps are kept; the same command goes on from there."
 
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="The run folder; runs/NAME if not given.")]
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
@@ -124,7 +125,9 @@ def main() -> None:
         # what is said of work that was broken off, in the middle of an import for one, is not the reason
         code = INTERRUPTED if _interrupted else _said(error, debug)
     if code == INTERRUPTED:
-        _fail("Stopped. Finished steps are kept; the same command goes on from there.", debug)
+        # a merge has no steps
+        kept = "Nothing is kept; the same command starts anew." if arguments[:1] == ["merge"] else _KEPT
+        _fail(f"Stopped. {kept}", debug)
         code = 1
     sys.exit(code or 0)
 
@@ -289,7 +292,7 @@ def merge(
     from overhaul.mergekit.run import merge_config, plan_config
 
     if dry_run:
-        plan_config(config, trust_remote_code=trust_remote_code).print(console)
+        plan_config(config, out, trust_remote_code=trust_remote_code).print(console)
         console.print("The file is in order; nothing was written.")
         return
     with _progress():

@@ -16,7 +16,7 @@ from conftest import tiny_gpt2, tiny_llama, tiny_tokenizer
 from families import FAMILIES as KNOWN
 from mergekit_files import file, held, made, near
 from overhaul import cli, models, session
-from overhaul.errors import OverhaulError, RequestError, RunError
+from overhaul.errors import MaterialWarning, OverhaulError, RequestError, RunError
 from overhaul.mergekit import merge_config, plan_config
 from overhaul.stack import LayerStack
 from tiny_checkpoints import VISION_LANGUAGE, left, make, same_bits
@@ -164,6 +164,7 @@ def test_models_beside_the_file_are_found_from_anywhere(tmp_path: Path, monkeypa
 
 def test_a_chat_template_is_written_beside_the_tokenizer(tmp_path: Path) -> None:
     base, *tuned = near("llama", tmp_path)
+    broken = "{% if %}aaaaaaaaaaaaaaaaaaaaaaaa"
     shown = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     for folder, template in ((base, None), (tuned[0], shown), (tuned[1], shown)):
         tokenizer = tiny_tokenizer()
@@ -176,6 +177,8 @@ def test_a_chat_template_is_written_beside_the_tokenizer(tmp_path: Path) -> None
         RequestError, match=r"chat_template: 'chatml' is no template. Write auto, or the template itself"
     ):
         plan_config(file("linear", None, tuned, [1, 1], chat_template="chatml"))
+    with pytest.raises(RequestError, match=r"chat_template: it is not valid Jinja, line 1 of it: "):
+        plan_config(file("linear", None, tuned, [1, 1], chat_template=broken))
 
 
 @pytest.mark.parametrize(
@@ -188,6 +191,9 @@ def test_a_chat_template_is_written_beside_the_tokenizer(tmp_path: Path) -> None
         ({"merge_method": "della", "parameters": {"density": 0.9}}, r"density 0.9 and epsilon 0.15, .* below 1"),
         ({"merge_method": "linear"}, r"linear needs the parameter 'weight', and nothing says it for .*m3"),
         ({"merge_method": "linear", "parameters": {"weight": -3}}, r"the weights \[1.0, 1.0, 1.0, -3.0\] sum to 0"),
+        ({"merge_method": "linear", "parameters": {"weight": -2.9999999}}, r"sum to 0 and cannot"),
+        ({"merge_method": "ties", "parameters": {"density": 0}}, r"ties changes nothing: every tensor .*m0. Give `lambda`"),
+        ({"merge_method": "task_arithmetic", "parameters": {"lambda": 0}}, r"task_arithmetic changes nothing"),
     ],
 )  # fmt: skip
 def test_a_method_that_lacks_something_says_what(change: dict[str, Any], match: str, tmp_path: Path) -> None:
@@ -240,6 +246,51 @@ def test_nothing_that_changes_nothing_passes(tmp_path: Path) -> None:
     assert {one.dtype for one in held(done.model).values()} == {torch.float32}
 
 
+def test_numbers_that_change_nothing_are_refused_before_the_work(tmp_path: Path) -> None:
+    base, one = near("llama", tmp_path, 1)
+    slerp = {"merge_method": "slerp", "base_model": base, "models": [{"model": one}], "parameters": {"t": 0}}
+    for config, match in (
+        (file("linear", None, [one], [0.7]), r"linear changes nothing: .*m1. Give a second model"),
+        (file("nuslerp", None, [one, base], [1, 0]), r"nuslerp changes nothing: .* Give the second model a `weight`"),
+        (slerp, r"slerp changes nothing: .*m0. Give a `t` that is not 0"),
+        (file("ties", base, [f"{base}/../m0"], [1]), r"m0 and .*/../m0 are the same folder. Write one name"),
+    ):
+        with pytest.raises(RequestError, match=match):
+            plan_config(config)
+    halved = [{"filter": "mlp", "value": 0}, {"value": 0.5}]
+    assert plan_config(file("ties", base, [one], [1], parameters={"density": halved})).passes == 5
+
+
+def test_a_base_that_the_models_did_not_come_from_is_asked_about(tmp_path: Path) -> None:
+    base, *tuned = near("llama", tmp_path)
+    torch.manual_seed(9)
+    other = str(models.save(tiny_llama(), None, tmp_path / "other"))
+    with pytest.warns(MaterialWarning, match=r"mergekit.ties: .*m1 may not have come from the base") as said:
+        done = merge_config(file("ties", other, tuned, [1, 1]), tmp_path / "out")
+    assert len(said) == 2 and "m2 may not have come" in done.facts["advice"]
+    assert all(share > 0.5 for share in done.facts["far_share"])
+    kin = merge_config(file("ties", base, tuned, [1, 1]), tmp_path / "kin")
+    assert "advice" not in kin.facts and all(0 < one < 0.8 for one in kin.facts["relative_change"])
+
+
+def test_a_place_where_no_folder_can_be_is_refused_in_the_plan_too(tmp_path: Path) -> None:
+    base, one = near("llama", tmp_path, 1)
+    config = file("linear", None, [base, one], [1, 1])
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    for name, match in (
+        ("m0/inside", r"inside lies inside .*m0, which is read"),
+        ("m1", r"m1 exists already; a checkpoint is never written over"),
+        ("link", r"link exists already as a link"),
+        ("file/in", r"cannot be a new folder: Not a directory"),
+        ("n" * 300, r"cannot be a new folder: File name too long"),
+        ("n" * 250, r"cannot be a new folder: File name too long"),
+    ):
+        for call in (plan_config, merge_config):
+            with pytest.raises(RequestError, match=match):
+                call(config, tmp_path / name)
+
+
 def test_what_is_damaged_leaves_nothing_and_nothing_is_written_over(tmp_path: Path) -> None:
     base, *tuned = near("llama", tmp_path)
     path = Path(tuned[1]) / "model.safetensors"
@@ -250,6 +301,10 @@ def test_what_is_damaged_leaves_nothing_and_nothing_is_written_over(tmp_path: Pa
     with pytest.raises(RunError, match=r"not finite"):
         merge_config(file("linear", None, tuned, [1, 1]), tmp_path / "out")
     assert left(tmp_path) == before
+    large = file("linear", None, [base, tuned[0]], [3e38, 3e38], parameters={"normalize": False})
+    for dtype, said in (("float32", r"coefficients\.$"), ("float16", r"coefficients or .* such as bfloat16\.$")):
+        with pytest.raises(RunError, match=rf"not finite in torch.{dtype}. Use smaller {said}"):
+            merge_config({**large, "dtype": dtype}, tmp_path / "out")
     with pytest.raises(RequestError, match=r"m0 exists already"):
         merge_config(file("linear", None, [base, tuned[0]], [1, 1]), base)
 
@@ -313,7 +368,10 @@ def test_tokenizers_that_number_words_differently_are_refused_unless_one_is_aske
             first, second = (word for word, n in vocabulary.items() if n in (20, 21))
             vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
             path.write_text(json.dumps(told))
-    with pytest.raises(OverhaulError, match=r"number 2 words differently"):
+    rule = {"source": {"kind": "model_token", "model": base, "token": [2]}}
+    with pytest.raises(RequestError, match=r"tokenizer.tokens.a: token: \[2\] is no word. Write a text in quotes, or"):
+        plan_config(file("linear", None, [base, tuned[0]], [1, 1], tokenizer={"tokens": {"a": rule}}))
+    with pytest.raises(OverhaulError, match=r"number 2 words differently: .* mergekit file tokenizer_source: base"):
         plan_config(file("linear", None, [base, tuned[0]], [1, 1]))
     result = made(file("linear", None, [base, tuned[0]], [1, 1], tokenizer_source="base"), tmp_path / "out")
     name = "model.embed_tokens.weight"

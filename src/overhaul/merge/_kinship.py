@@ -60,7 +60,7 @@ class Kinship:
             changes.append(math.sqrt(sum(float(sums[n]) for sums in matrices)) / size if matrices else None)
             far.append(sum(one >= FAR for one in ratios) / len(ratios) if ratios else None)
             if not total[n]:
-                said.append(f"{name} is the base, number for number, and has no change to add.")
+                said.append(f"{name} is the base, number for number, in all that is merged, and has no change to add.")
             elif far[n] is not None and far[n] >= MOST:
                 said.append(
                     f"{name} may not have come from the base: what lies between them is {changes[n]:.2f} times as long as "

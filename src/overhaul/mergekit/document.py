@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from overhaul.errors import RequestError, did_you_mean
 from overhaul.mergekit.methods import METHODS, OF_MERGEKIT, Kind
@@ -65,7 +65,7 @@ class Tokenizer(_Part):
 
     source: str = "union"
     tokens: dict[str, TokenRule] | None = None
-    pad_to_multiple_of: int | None = None
+    pad_to_multiple_of: int | None = Field(default=None, gt=0)
 
 
 class File(_Part):
@@ -194,12 +194,13 @@ def _parsed(text: str, name: str, base: Path) -> Document:
 
 
 def _check_method(given: Any, wrong: Any) -> None:
-    if given in METHODS:
+    name = str(given)  # a list, for one, is in no mapping
+    if name in METHODS:
         return
     known = f"there is no merge method {given!r}"
-    if given in OF_MERGEKIT:
-        known = f"mergekit's {given!r} is not among the methods here"
-    raise wrong(("merge_method",), f"{known}.{did_you_mean(str(given), METHODS)}")
+    if name in OF_MERGEKIT:
+        known = f"mergekit's {name!r} is not among the methods here"
+    raise wrong(("merge_method",), f"{known}.{did_you_mean(name, METHODS)}")
 
 
 def _in_words(error: ValidationError, wrong: Any) -> RequestError:
@@ -211,7 +212,21 @@ def _in_words(error: ValidationError, wrong: Any) -> RequestError:
         return wrong(way, f"mergekit's files have no {key!r} here.{did_you_mean(str(key), holder.model_fields)}")
     if problem["type"] == "missing":
         return wrong(way, f"{way[-1]!r} is missing.")
+    if problem["type"] in ("model_type", "model_attributes_type"):
+        example = _EXAMPLES.get(next((one for one in reversed(way) if one in _EXAMPLES), ""), "`name: ...`")
+        return wrong(way, f"{problem['input']!r} will not do: a mapping is wanted here, such as {example}.")
+    if way[-2:-1] == ("source",):  # the kinds that it can be of are counted to the place
+        return wrong(way[:-1], f"{problem['input']!r} will not do: a text or a mapping is wanted here.")
     return wrong(way, f"{WANTED.get(problem['type']) or problem['msg']}.")
+
+
+_EXAMPLES: Mapping[str | int, str] = {
+    "sources": "{model: ..., layer_range: [0, 4]}",
+    "tokens": "{source: ...}",
+    "models": "{model: ..., parameters: {weight: 1}}",
+    "slices": "{sources: [{model: ..., layer_range: [0, 4]}]}",
+    "tokenizer": "{source: base} (or write `tokenizer_source: base`)",
+}
 
 
 def _holders(way: Way) -> Iterator[type[BaseModel]]:

@@ -40,6 +40,7 @@ class Part:
         own: by name, the parameters that are one for each model (but the base, where the method says so).
         dtype: in which it is counted.
         has_base: whether the first of the inputs is the base.
+        one_place: whether it lies at the same place in all of them; slices can lay a block on another one.
     """
 
     inputs: tuple[TensorFacts, ...]
@@ -48,6 +49,7 @@ class Part:
     own: Mapping[str, Sequence[Any]]
     dtype: torch.dtype
     has_base: bool
+    one_place: bool
 
     @property
     def facts(self) -> TensorFacts:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,6 +88,7 @@ def laid_out(document: Document, known: Mapping[str, Checkpoint]) -> Layout:
     indexes = dict(zip(known, aligned(list(known.values())), strict=True))
     make = _of_models if document.file.models else _of_slices
     layout = make(document, known, indexes)
+    _check_effect(document, list(layout.parts.values()))
     dtypes = [one.dtype for one in layout.index.tensors.values() if one.dtype.is_floating_point]
     main = max(set(dtypes), key=dtypes.count, default=None)
     given = document.file.dtype or document.file.out_dtype
@@ -281,7 +283,7 @@ def _part(
             ]
     given = DTYPES[file.dtype.removeprefix("torch.")] if file.dtype else None
     dtype = given or functools.reduce(torch.promote_types, (one.dtype for one in found))
-    part = Part(tuple(found), run.named, shared, own, dtype, run.base is not None)
+    part = Part(tuple(found), run.named, shared, own, dtype, run.base is not None, len(set(originals)) == 1)
     _check_values(document, part, name)
     return part
 
@@ -303,7 +305,8 @@ def _check_values(document: Document, part: Part, name: str) -> None:
     """Refuse numbers that no formula can use."""
     where = f"{document.called}, {document.file.merge_method}, {name}"
     weights = part.own.get("weight", ())
-    if document.file.merge_method == "linear" and part.shared["normalize"] and not sum(weights):
+    # 0.1 + 0.2 - 0.3 is not 0 in binary numbers, and the quotient would be noise
+    if document.file.merge_method == "linear" and part.shared["normalize"] and _is_zero(weights):
         raise RequestError(f"{where}: the weights {list(weights)} sum to 0 and cannot be divided by. See `normalize`.")
     for density, epsilon in zip(part.own.get("density", ()), part.own.get("epsilon", ()), strict=False):
         if 0 < density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
@@ -311,6 +314,21 @@ def _check_values(document: Document, part: Part, name: str) -> None:
                 f"{where}: with density {density} and epsilon {epsilon}, entries would be kept with chances from "
                 f"{density - epsilon:.3g} to {density + epsilon:.3g}. They have to be above 0 and below 1."
             )
+
+
+def _is_zero(weights: Sequence[float]) -> bool:
+    """Whether a sum is 0 to the precision of float32."""
+    return abs(math.fsum(weights)) <= 10 * torch.finfo(torch.float32).eps * math.fsum(map(abs, weights))
+
+
+def _check_effect(document: Document, parts: Sequence[Part]) -> None:
+    """Refuse numbers with which every tensor stays as it is."""
+    idle = document.kind.idle
+    if idle is not None and parts and all(map(idle[0], parts)):
+        raise RequestError(
+            f"{document.called}: with these parameters {document.file.merge_method} changes nothing: every tensor would be "
+            f"that of {parts[0].named[0]}. {idle[1]}"
+        )
 
 
 def _stored(document: Document, part: Part | None, tensor: TensorFacts) -> torch.dtype:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
+from overhaul.merge._writing import LARGEST
 from overhaul.mergekit import formulas
 from overhaul.mergekit.formulas import Changes, Combine, Keeping, Part
 from overhaul.weights import Whole
 
-NUMBER, FLAG = TypeAdapter[float](float), TypeAdapter[bool](bool)
+NUMBER = TypeAdapter[float](Annotated[float, Field(ge=-LARGEST, le=LARGEST)])
+SHARE = TypeAdapter[float](Annotated[float, Field(ge=0, le=1)])
+FLAG = TypeAdapter[bool](bool)
 REQUIRED = object()
 
 
@@ -46,6 +49,7 @@ class Kind:
         sums: what has to be measured of a tensor before; None for nothing.
         changes: the rest of a formula of changes.
         whole: what a piece must not cut.
+        idle: with which numbers a tensor stays the first model's, and what to write instead.
     """
 
     parameters: Mapping[str, Parameter]
@@ -56,6 +60,7 @@ class Kind:
     sums: Combine | None = None
     changes: Changes | None = None
     whole: Whole = False
+    idle: tuple[Callable[[Part], bool], str] | None = None
 
     def measured(self, part: Part) -> bool:
         """Whether `sums` are needed of a tensor."""
@@ -68,18 +73,29 @@ def _of_changes(keeping: Keeping, elect: bool, *, normalize: bool = False, resca
     changes = Changes(keeping, elect)
     parameters = {
         "weight": Parameter(NUMBER, of="each but the base"),
-        "density": Parameter(NUMBER, 1.0, "each but the base"),
+        "density": Parameter(SHARE, 1.0, "each but the base"),
         "normalize": Parameter(FLAG, normalize),
         "rescale": Parameter(FLAG, rescale),
         "lambda": Parameter(NUMBER, 1.0),
         "int8_mask": Parameter(FLAG, False),
     }
     if keeping == "middling":
-        parameters["gamma"] = Parameter(NUMBER, 0.01, "each but the base")
+        parameters["gamma"] = Parameter(SHARE, 0.01, "each but the base")
     if keeping == "drawn by size":
-        parameters["epsilon"] = Parameter(NUMBER, 0.15, "each but the base")
+        parameters["epsilon"] = Parameter(SHARE, 0.15, "each but the base")
     whole: Whole = "rows" if keeping == "drawn by size" else False
-    return Kind(parameters, changes.combine, sums=changes.sums, changes=changes, whole=whole)
+    idle = _no_change, "Give `lambda`, and the `weight` and `density` of a model, values that are not 0."
+    return Kind(parameters, changes.combine, sums=changes.sums, changes=changes, whole=whole, idle=idle)
+
+
+def _no_change(part: Part) -> bool:
+    added = zip(part.own["weight"], part.own["density"], strict=True)
+    return part.shared["lambda"] == 0 or all(weight == 0 or density == 0 for weight, density in added)
+
+
+def _first_alone(part: Part) -> bool:
+    first, *others = part.own["weight"]
+    return not any(others) and (part.shared["normalize"] or first == 1)
 
 
 def _only(value: bool) -> Callable[[Any], bool]:
@@ -88,9 +104,16 @@ def _only(value: bool) -> Callable[[Any], bool]:
 
 METHODS: Mapping[str, Kind] = {
     "linear": Kind(
-        {"weight": Parameter(NUMBER, of="each"), "normalize": Parameter(FLAG, True)}, formulas.linear, "ignored"
+        {"weight": Parameter(NUMBER, of="each"), "normalize": Parameter(FLAG, True)}, formulas.linear, "ignored",
+        idle=(
+            _first_alone,
+            "Give a second model, with a weight that is not 0; to copy or cast one, write `merge_method: passthrough`.",
+        ),
     ),
-    "slerp": Kind({"t": Parameter(NUMBER)}, formulas.slerp, "required", 2, 2, formulas.products),
+    "slerp": Kind(
+        {"t": Parameter(NUMBER)}, formulas.slerp, "required", 2, 2, formulas.products,
+        idle=(lambda part: part.shared["t"] == 0, "Give a `t` that is not 0."),
+    ),
     "nuslerp": Kind(
         {
             "weight": Parameter(NUMBER, of="each but the base"),
@@ -102,6 +125,10 @@ METHODS: Mapping[str, Kind] = {
             ),
         },
         formulas.nuslerp, "optional", 2, 3, formulas.products,
+        idle=(
+            lambda part: not part.has_base and part.own["weight"][0] != 0 == part.own["weight"][1],
+            "Give the second model a `weight` that is not 0.",
+        ),
     ),
     "model_stock": Kind(
         {

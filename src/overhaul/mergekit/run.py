@@ -27,6 +27,7 @@ from torch import Tensor
 from overhaul import session
 from overhaul.adapter_folders import check_fits
 from overhaul.errors import RequestError, RunError
+from overhaul.merge._kinship import Kinship
 from overhaul.mergekit import words
 from overhaul.mergekit.document import Document, model_and_adapter, read
 from overhaul.mergekit.formulas import Found, Part
@@ -37,7 +38,7 @@ from overhaul.recipe.plan import STREAMED_BYTES, STREAMED_BYTES_PER_SECOND, dura
 from overhaul.report.numbers import humanise
 from overhaul.weights import TensorFacts, cuts, differences, sums_of
 from overhaul.weights.card import describe
-from overhaul.weights.output import Storage, write_new
+from overhaul.weights.output import Storage, check_new, write_new
 
 FILE = "mergekit_config.yml"
 """The file's text, in the new folder: so mergekit calls it too."""
@@ -96,18 +97,21 @@ class MergePlan:
         return console.file.getvalue().rstrip()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def plan_config(source: str | Path | Mapping[str, Any], *, trust_remote_code: bool = False) -> MergePlan:
+def plan_config(
+    source: str | Path | Mapping[str, Any], out: str | Path | None = None, *, trust_remote_code: bool = False
+) -> MergePlan:
     """Check a mergekit file and say what it would make, before any weight is read.
 
     Args:
         source: the file, or a mapping that says the same.
+        out: the folder that a merge would write, to be checked too.
         trust_remote_code: Python code that comes with the models may run.
 
     Raises:
         RequestError: as in `merge_config`.
     """
     document = read(source)
-    known = _known(document, trust_remote_code)
+    known = _known(document, trust_remote_code, None if out is None else Path(out))
     words.chat_template(document, known)
     layout = _layout(document, known)
     parts = list(layout.parts.values())
@@ -145,7 +149,7 @@ def merge_config(
 
     Returns:
         The folder. Facts: the method, number of tensors, how many are not those of the base (or first model), in what the
-        folders differ, the seed.
+        folders differ, the seed; where changes from a base are added, how far each model is from it.
 
     Raises:
         RequestError: the file says what mergekit does not know or what is not supported, or the models do not fit together.
@@ -153,9 +157,7 @@ def merge_config(
         RunError: a number is not finite, nothing changed, or the disk is full. Nothing is left behind.
     """
     document, out = read(source), Path(out)
-    if out.exists():
-        raise RequestError(f"{out} exists already; a checkpoint is never written over. Choose another folder.")
-    known = _known(document, trust_remote_code)
+    known = _known(document, trust_remote_code, out)
     template = words.chat_template(document, known)
     layout = _layout(document, known)
     for note in document.notes:
@@ -169,9 +171,12 @@ def merge_config(
         return _written(document, plain, layout, out, seed, template)
 
 
-def _known(document: Document, trusted: bool) -> dict[str, Checkpoint]:
+def _known(document: Document, trusted: bool, out: Path | None) -> dict[str, Checkpoint]:
     """What the file names, the base first. An adapter keeps the name that the file gives to it and its model."""
+    if out is not None:
+        check_new(out)
     known: dict[str, Checkpoint] = {}
+    names: dict[tuple[Path, ...], str] = {}
     for named in document.named():
         model, adapter = (named, None) if Path(named).is_dir() else model_and_adapter(named)
         one = facts(document.place(model), trust_remote_code=trusted)
@@ -182,6 +187,14 @@ def _known(document: Document, trusted: bool) -> dict[str, Checkpoint]:
         if one.is_new:
             raise RequestError(f"{document.called}: {named} has no weights that could be merged.")
         known[named] = one
+        folders = tuple(
+            part.folder.resolve() for part in (one, one.base) if part is not None and part.folder is not None
+        )
+        if (same := names.setdefault(folders, named)) != named:
+            raise RequestError(f"{document.called}: {same} and {named} are the same folder. Write one name for it.")
+        for folder in folders:
+            if out is not None and folder in out.resolve().parents:
+                raise RequestError(f"{out} lies inside {named}, which is read. Choose a folder beside it.")
     return known
 
 
@@ -249,9 +262,14 @@ def _written(
     method, combine = document.file.merge_method, document.kind.combine
     moved: set[str] = set()
     lock = threading.Lock()
+    kin = {} if method == "slerp" else _kin(layout)  # slerp has two ends, and adds no changes
 
     def watched(tensor: TensorFacts, models: list[Tensor]) -> Tensor:
-        made = combine(layout.parts[tensor.name], found, tensor, models)
+        part = layout.parts[tensor.name]
+        for named, model in zip(part.named[1:], models[1:], strict=True):
+            if named in kin:
+                kin[named].note(tensor.name, len(tensor.shape) > 1, models[0], model)
+        made = combine(part, found, tensor, models)
         stored = layout.index.tensors[tensor.name].dtype
         if tensor.name not in moved and not torch.equal(made.to(stored), models[0].to(stored)):
             with lock:
@@ -279,4 +297,15 @@ def _written(
         "tensors_changed": len(moved),
         "differences": differences(list(known.values())),
     }
+    told = [one.facts(f"mergekit.{method}", [named]) for named, one in kin.items()]
+    if told:
+        said |= {key: [value for one in told for value in one[key]] for key in ("relative_change", "far_share")}
+        said |= {"advice": advice} if (advice := " ".join(one["advice"] for one in told if "advice" in one)) else {}
     return Outcome(out, facts={"method": method, **said, "seed": seed})
+
+
+def _kin(layout: Layout) -> dict[str, Kinship]:
+    """For each model that should have come from the base, what is found of it; none where blocks lie on other blocks."""
+    based = [part for part in layout.parts.values() if part.has_base]
+    moved = {named for part in based if not part.one_place for named in part.named[1:]}
+    return {named: Kinship() for part in based for named in part.named[1:] if named not in moved}

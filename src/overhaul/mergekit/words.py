@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError, TemplateSyntaxError
+from transformers.utils import chat_template_utils
+
 from overhaul.errors import RequestError
 from overhaul.mergekit.document import Document, Tokenizer, TokenRule
 from overhaul.models import Checkpoint, facts, load_processor
@@ -54,10 +57,15 @@ def _rule(document: Document, known: Mapping[str, Checkpoint], word: str, rule: 
     name = str(source.get("model"))
     if name not in known:
         raise RequestError(f"{where}: {name!r} is not among the models of the file: {', '.join(known)}.")
+    token = source.get("token", word)
+    if not isinstance(token, str):
+        raise RequestError(
+            f"{where}: token: {token!r} is no word. Write a text in quotes, or `token_id:` and its number."
+        )
     held = words_of(known[name])
-    row = source.get("token_id", held.get(source.get("token", word)))
+    row = source.get("token_id", held.get(token))
     if type(row) is not int or not 0 <= row < known[name].config.get("vocab_size", row + 1):
-        raise RequestError(f"{where}: {name} has no word {source.get('token_id', source.get('token', word))!r}.")
+        raise RequestError(f"{where}: {name} has no word {source.get('token_id', token)!r}.")
     return Rule(list(known).index(name), row, rule.force)
 
 
@@ -78,6 +86,14 @@ def chat_template(document: Document, known: Mapping[str, Checkpoint]) -> str | 
             f"{document.called}, chat_template: {asked!r} is no template. Write auto, or the template "
             "itself (Jinja); templates by name are not kept here."
         )
+    try:
+        chat_template_utils._compile_jinja_template(asked)  # pyright: ignore[reportPrivateUsage]
+    except TemplateError as error:
+        at = f", line {error.lineno} of it" if isinstance(error, TemplateSyntaxError) else ""
+        raise RequestError(
+            f"{document.called}, chat_template: it is not valid Jinja{at}: {error.message}. Correct it; `auto` takes "
+            "that of most models."
+        ) from None
     return asked
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from overhaul.errors import RequestError
 from overhaul.models import Checkpoint, planned
 from overhaul.weights.depths import built_names
-from overhaul.weights.index import Source, TensorFacts, TensorIndex, facts_of, vocabulary
+from overhaul.weights.index import BY_WORDS, LEAVE_WORDS, Source, TensorFacts, TensorIndex, facts_of, vocabulary
 from overhaul.weights.vocabularies import Reworded, Vocabulary, reworded, words
 
 _UNIMPORTANT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
@@ -161,10 +161,8 @@ def check_words(indexes: Sequence[TensorIndex], needed: Sequence[TensorFacts]) -
         if differing := differing_words(words(first.folder), words(other.folder)):
             raise RequestError(
                 f"The tokenizers of {first.source} and {other.source} number {len(differing)} words differently: "
-                f"{differing[0]}, so their embeddings do not correspond. "
-                "In a merge, write tokenizer: base (or union), which goes by the words. In functions of `weights`, leave "
-                "these tensors as the first model has them (`only=lambda t: 0 <= t.depth < t.blocks`), or write "
-                "`any_words=True`."
+                f"{differing[0]}, so their embeddings do not correspond. {BY_WORDS} {LEAVE_WORDS}, "
+                "or write `any_words=True`."
             )
 
 

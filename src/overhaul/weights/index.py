@@ -24,6 +24,14 @@ from overhaul.errors import RequestError
 from overhaul.models import facts, planned
 from overhaul.weights.depths import Places
 
+BY_WORDS = (
+    "In a merge, write tokenizer: base (or union), in a mergekit file tokenizer_source: base (or union), which goes by the "
+    "words."
+)
+LEAVE_WORDS = (
+    "In functions of `weights`, leave these tensors as the first model has them: "
+    "`only=lambda t: 0 <= t.depth < t.blocks`"
+)
 _SIZE = re.compile(r"size|layer|head|width|depth|expert|channel|rank|position|hidden|intermediate|dim|^n_|^d_|^num_")
 Source = str | Path | Checkpoint
 """A checkpoint: a folder, a hub name, `starter:NAME`, or one whose facts are known already."""
@@ -207,9 +215,8 @@ def _check_shapes(first: TensorIndex, other: TensorIndex, differing: Sequence[st
     if all(a[1:] == b[1:] and (a[:1], b[:1]) == (rows[:1], rows[1:]) for a, b in shapes):
         raise RequestError(
             f"{first.source} and {other.source} have vocabularies of {rows[0]} and {rows[1]} tokens: {_listed(listed)}. "
-            "In a merge, write tokenizer: base (or union), which goes by the words. Else bring both to one size "
-            f"(`model.resize_token_embeddings({max(filter(None, rows))})`, then save), or leave these tensors as the first "
-            "model has them: `only=lambda t: 0 <= t.depth < t.blocks`."
+            f"{BY_WORDS} Else bring both to one size "
+            f"(`model.resize_token_embeddings({max(filter(None, rows))})`, then save). {LEAVE_WORDS}."
         )
     said = "".join(f"{one}. " for one in sizes_that_differ(first, other))
     raise RequestError(

@@ -69,8 +69,7 @@ def write_new(
 
     `described` writes the model card and the lineage.
     """
-    if out.exists():
-        raise RequestError(f"{out} exists already; a checkpoint is never written over. Choose another folder.")
+    check_new(out)
     name, most = storage.get("dtype"), storage.get("shard_bytes")
     if name is not None and name not in DTYPES:
         raise RequestError(f"dtype {name!r} is not possible.{did_you_mean(name, DTYPES)}")
@@ -93,6 +92,31 @@ def write_new(
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return out
+
+
+def check_new(out: Path) -> None:
+    """Refuse a place where no new folder can be written.
+
+    Raises:
+        RequestError: something is there, be it a link that leads nowhere; the system does not take the name, or that of what
+            is written beside it before; or nothing may be written there.
+    """
+    for place in (out, out.with_name(f".{out.name}.adapters") if out.name else out):
+        try:
+            os.lstat(place)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise RequestError(f"{str(out)[:80]!r} cannot be a new folder: {reason}. Choose another name.") from None
+        if place is out:
+            kind = " as a link" if out.is_symlink() else ""
+            raise RequestError(
+                f"{out} exists already{kind}; a checkpoint is never written over. Choose another folder."
+            )
+    parent = next(one for one in out.absolute().parents if one.is_dir())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise RequestError(f"{out} cannot be written: nothing may be written in {parent}. Choose another folder.")
 
 
 def _check_room(out: Path, needed: int) -> None:
@@ -135,9 +159,9 @@ def checked(combine: Combine, tensor: TensorFacts, models: list[Tensor], dtype: 
         )
     # rounding keeps the order, so the extremes tell whether anything is too large for the dtype; NaN is an extreme too
     if result.numel() and not torch.stack(torch.aminmax(result)).to(dtype).isfinite().all():
+        wider = " or a dtype with a wider range, such as bfloat16" if dtype == torch.float16 else ""
         raise RunError(
-            f"The new {tensor.name} (depth {tensor.depth}) is not finite in {dtype}. Use smaller coefficients or a dtype "
-            "with a wider range, such as bfloat16."
+            f"The new {tensor.name} (depth {tensor.depth}) is not finite in {dtype}. Use smaller coefficients{wider}."
         )
     return result
 
