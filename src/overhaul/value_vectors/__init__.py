@@ -199,10 +199,10 @@ class ValueVectors:
         """
         found: dict[Location, None] = {}
         for number, row in enumerate(given, 1):
-            values = [row.get(name) for name in ("layer", "index", "expert")]
+            values = [row.get(name) if isinstance(row, Mapping) else None for name in ("layer", "index", "expert")]
             if any(type(value) is not int for value in values[:2]) or type(values[2]) not in (int, type(None)):
                 raise RequestError(
-                    f"{what}, vector {number}: {dict(row)!r} is no place of a value vector. Give whole numbers `layer` and "
+                    f"{what}, vector {number}: {row!r} is no place of a value vector. Give whole numbers `layer` and "
                     "`index`, and `expert` for a mixture of experts."
                 )
             found[self._inside(Location(*values), f"{what}, vector {number}")] = None  # pyright: ignore[reportArgumentType]
@@ -270,10 +270,10 @@ def parsed(text: str, knob: str) -> list[dict[str, int]]:
     """
     found: list[dict[str, int]] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+):(?:(\d+):)?(\d+)", part.strip())
+        match = re.fullmatch(r"(\d{1,9}):(?:(\d{1,9}):)?(\d{1,9})", part.strip())
         if match is None:
             raise RequestError(
-                f"{knob}={text!r}: {part.strip()!r} names no value vector. Write layer:index, such as 20:10513, or "
+                f"{knob}={text!r:.60}: {part.strip()!r:.60} names no value vector. Write layer:index, such as 20:10513, or "
                 "layer:expert:index, several with commas between them."
             )
         layer, expert, index = match.groups()
