@@ -35,6 +35,7 @@ from torch.nn.utils import parametrize
 from overhaul import session
 from overhaul.data.examples import Examples, Rows
 from overhaul.errors import RequestError, RunError
+from overhaul.finite import check_given
 from overhaul.forget._training import Training, limit_of, unlearn
 from overhaul.forget.gradient_ascent import ga_term
 from overhaul.method import Outcome, Table, method
@@ -87,7 +88,7 @@ def needle(
 
     Raises:
         RequestError: nothing says which vectors, or nothing would change them; a place that the model does not have; a rate
-            that is out of proportion; a vector that is not finite, or noise that makes it so.
+            that is out of proportion; weights that are not finite, or noise that makes them so.
         RunError: nothing was changed; training diverged (the last good weights are kept).
     """
     for role, given in (("forget", forget), ("retain", retain), ("vectors", vectors)):
@@ -104,14 +105,10 @@ def needle(
     if rows:
         locations = own.located(rows, NAME)
         session.begins()
+        check_given(NAME, model)
     else:
         locations = _found(own, forget, retain, words, count, k, contrast, training.batch_size)
     before = torch.stack([own.vector(one) for one in locations])
-    if bad := [str(one) for one, vector in zip(locations, before, strict=True) if not vector.isfinite().all()]:
-        raise RequestError(
-            f"{NAME}: the vector {bad[0]} of the model holds NaN or infinity, from which nothing can be removed. Fetch or "
-            "save the model again, or name other vectors."
-        )
     draw = torch.Generator().manual_seed(torch.initial_seed())
     noise = sigma * torch.randn(before.shape, generator=draw)
     start = torch.zeros_like(before) if edit == "zero" else before + noise
@@ -175,6 +172,7 @@ def _found(
         raise RequestError(f"{NAME}: k={k}, but there are only {size} tokens. Write a smaller k.")
     marks = concept_words(forget, retain, size, contrast, words, NAME, roles=("forget", "retain"))
     session.begins()
+    check_given(NAME, own.stack.model)
     (found,) = ranked(own, [marks], [activities(own, forget, batch_size)], k, count)
     return [one.location for one in best_of(found, count, NAME)]
 

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from overhaul.errors import RequestError
+from overhaul.finite import check_given, is_finite
 from overhaul.models import Checkpoint
 from overhaul.parts import kind_of, probe
 from overhaul.selectors import select
@@ -119,7 +120,7 @@ class ValueVectors:
         """The same of a checkpoint of this class, read from its files where it is asked for.
 
         Raises:
-            RequestError: it holds no such tensors, or others.
+            RequestError: it holds no such tensors, or others, or numbers in them that are none.
         """
         model: Any = self.stack.model
         index = TensorIndex.of(checkpoint)
@@ -146,8 +147,12 @@ class ValueVectors:
                 )
             return found[0]
 
-        for writer in self.writers.values():
-            weight(writer.parameter)
+        for name in (*(writer.parameter for writer in self.writers.values()), self.head):
+            if not is_finite(weight(name)):
+                raise RequestError(
+                    f"{checkpoint.source}: {name} holds values that are not finite (NaN or infinite), so nothing can be "
+                    "compared with it. Fetch or save that model again."
+                )
         return ValueVectors(self.stack, self.writers, self.head, weight)
 
     def vector(self, location: Location) -> Float[Tensor, " d"]:
@@ -295,6 +300,7 @@ def _writers(stack: LayerStack, method: str) -> dict[int, Writer]:
             name = f"{names[block]}.{one[0]}"
             found[place] = Writer(name, one[1], tuple(stack.model.get_parameter(name).shape))
     if not found:
+        check_given(method, stack.model)  # what NaN hides is not missing
         raise RequestError(
             f"{method}: no weight of {type(stack.model).__name__} is known to write what its MLPs add to the stream, so it "
             "has no value vectors."
