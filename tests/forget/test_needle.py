@@ -164,6 +164,14 @@ def test_what_would_not_be_finite_is_refused_before_it_is_written(change: Any, g
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_token_that_the_model_lacks_is_refused_and_no_noise_stays() -> None:
+    model = tiny_llama(vocab_size=20)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RequestError, match="the embedding of LlamaForCausalLM ends at 19"):
+        needle(model, some_facts(0, 8), at="1:3")
+    assert not moved(before, model)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

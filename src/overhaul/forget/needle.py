@@ -116,7 +116,11 @@ def needle(
     outcome = Outcome(model)
     if edit == "ascent":
         assert forget is not None
-        outcome = _ascend(own, locations, start, sigma, forget, retain, training)
+        try:
+            outcome = _ascend(own, locations, start, sigma, forget, retain, training)
+        except RequestError:  # the noise is in the model by then
+            _write(own, locations, before)
+            raise
     else:
         _write(own, locations, start)
     moved = torch.stack([own.vector(one) for one in locations])

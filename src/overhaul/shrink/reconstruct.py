@@ -34,6 +34,8 @@ from overhaul.errors import RequestError
 from overhaul.fit import Regime
 from overhaul.method import Outcome, method
 from overhaul.modes import at_rest
+from overhaul.objectives import check_positions, check_taken
+from overhaul.pairs import Facts
 from overhaul.reconstruction import in_float32, reconstruct_block, samples_of
 from overhaul.selectors import blocks_of
 from overhaul.shrink._zeros import Chosen, Parts, as_made, share_of_zeros, training_parts, zeros
@@ -85,6 +87,13 @@ def reconstruct(
         raise RequestError(
             f"{NAME}: the teacher has {len(dense)} blocks and the model {len(stack)}, so it is not the model before pruning."
         )
+    if Facts.of(model).blocks != Facts.of(teacher).blocks:
+        raise RequestError(
+            f"{NAME}: the teacher's blocks have tensors of other shapes than the model's, so it is not the model before "
+            "pruning. Name that one: {after: start}."
+        )
+    check_taken(teacher, text)
+    check_positions(model, text)
     by_block = {place: Chosen.of(NAME, model, parts, str(place)) for place in blocks_of(stack, blocks)}
     kept = zeros(NAME, model, masks)
     before_share, trained = share_of_zeros(model, kept), 0
