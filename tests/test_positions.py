@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,10 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import tiny_gpt2, tiny_llama
+from conftest import FAMILIES, examples_for, tiny_gpt2, tiny_llama
+from contract import some_facts
 from overhaul import models
+from overhaul.data.lazy import View
 from overhaul.data.materials import examples
 from overhaul.errors import RequestError
+from overhaul.forward import forward
 from overhaul.generation import generate
 from overhaul.objectives import check_positions
 from overhaul.positions import most_positions
@@ -92,3 +96,29 @@ def test_the_longer_answer_of_a_pair_counts_by_itself(tokenizer: Any) -> None:
     sizes = [[len(item[name]) for name in ("input_ids", "other_input_ids")] for item in pairs.items]
     assert sum(sizes[1]) > sum(sizes[0]), "the longest pair is not that of the longest answer"
     assert pairs.beyond(max(sizes[1])) == (0, max(sizes[0])) and pairs.beyond(max(sizes[0])) is None
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_token_beyond_the_embedding_is_refused_wherever_it_stands(lazy: bool) -> None:
+    given = some_facts(0, 8)
+    last = given.largest_token()
+    if lazy:
+        given = replace(given, items=View(given.items.__getitem__, range(8), "key"))
+    check_positions(tiny_llama(vocab_size=last + 1), given)
+    with pytest.raises(
+        RequestError, match=f"has the token {last}, and the embedding of LlamaForCausalLM ends at {last - 1}"
+    ):
+        check_positions(tiny_llama(vocab_size=last), given)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "said"), [("llama", "vit", "holds images"), ("vit", "llama", "holds tokens")]
+)
+def test_images_are_not_given_to_what_reads_tokens_nor_tokens_to_what_reads_images(
+    model: str, data: str, said: str
+) -> None:
+    network, examples = FAMILIES[model](), examples_for(data, 2)
+    with pytest.raises(RequestError, match=said):
+        check_positions(network, examples)
+    with pytest.raises(RequestError, match=said):
+        forward(network, next(examples.batches(2)))

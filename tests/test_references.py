@@ -170,7 +170,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_hooks_are_removed_when_the_model_fails() -> None:
     model = tiny_llama()
-    broken = Examples([{"input_ids": torch.tensor([999]), "labels": torch.tensor([0])}], [{}])
+    broken = Examples([{"input_ids": torch.tensor([-1]), "labels": torch.tensor([0])}], [{}])
     with pytest.raises(IndexError):
         cache_outputs(model, broken, batch_size=1)
     assert not any(module._forward_pre_hooks for module in model.modules())

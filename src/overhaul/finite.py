@@ -28,6 +28,19 @@ def check_read(model: nn.Module, known: Checkpoint) -> None:
         )
 
 
+def check_given(method: str, model: nn.Module) -> None:
+    """Refuse a model in memory that holds NaN or infinity, where what is measured would be none either.
+
+    Raises:
+        RequestError: with a tensor; `method` is for messages.
+    """
+    if bad := list(_not_finite(model)):
+        raise RequestError(
+            f"{method}: {len(bad)} tensors of the model hold values that are not finite (NaN or infinite), such as "
+            f"{bad[0]!r}. Nothing can be computed with them: open the model again, and look at what was done to it before."
+        )
+
+
 def check_saved(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Refuse numbers that are none, and those that a smaller dtype of the files makes to such.
 
@@ -52,10 +65,11 @@ def check_saved(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 @torch.no_grad()
 def _not_finite(model: nn.Module) -> Iterator[str]:
-    yield from (name for name, p in model.named_parameters() if not _is_finite(p))
+    yield from (name for name, p in model.named_parameters() if not is_finite(p))
     yield from (name for name, b in model.named_buffers() if b.is_floating_point() and b.isnan().any())
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number of a tensor is NaN or infinite."""
     # a sum is a tenth of the time; only one that is none, or is too large, has to be looked at again
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

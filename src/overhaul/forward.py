@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -84,12 +84,37 @@ def encodes_and_decodes(name: str) -> str:
     )
 
 
+INPUTS = {"pixel_values": "images", "input_ids": "tokens"}
+"""What models read, by the name of the argument."""
+
+
+def check_reads(model: nn.Module, columns: Collection[str], what: str = "The data") -> None:
+    """Whether a model reads images where there are images, and tokens where there are tokens.
+
+    Args:
+        model: the model.
+        columns: of a batch or an example.
+        what: which data it is, for messages.
+
+    Raises:
+        RequestError: it reads the other of the two.
+    """
+    named = inspect.signature(_inner(model).forward).parameters
+    given, wanted = ([name for name in INPUTS if name in names] for names in (columns, named))
+    if given and wanted and not set(given) & set(wanted) and not getattr(model, "reads", ()):
+        has, reads = (" and ".join(INPUTS[name] for name in names) for names in (given, wanted))
+        raise RequestError(
+            f"{what} holds {has}, which {type(model).__name__} does not take: it reads {reads}. Give {reads}, or a model "
+            f"that reads {has}."
+        )
+
+
 def read_by(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     """What of a batch the model is given, without a cache."""
     if reads := getattr(model, "reads", ()):
         return {name: batch[name] for name in reads}
-    inner = getattr(model, "module", model)  # of a distributed wrapper
-    inner = getattr(inner, "get_base_model", lambda: inner)()  # peft's forward names no arguments
+    check_reads(model, batch)
+    inner = _inner(model)
     named = inspect.signature(inner.forward).parameters
     given: dict[str, Any] = {name: value for name, value in batch.items() if name in named and name != "labels"}
     if not given:  # it takes whatever it is given
@@ -99,6 +124,11 @@ def read_by(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     if "attention_mask" in named:
         given.setdefault("attention_mask", None)
     return {**given, **({"use_cache": False} if caches(inner) else {})}
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    inner = getattr(model, "module", model)  # of a distributed wrapper
+    return getattr(inner, "get_base_model", lambda: inner)()  # peft's forward names no arguments
 
 
 def caches(model: nn.Module) -> bool:
@@ -123,6 +153,16 @@ def _padded_for(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
     if hasattr(model, "score"):  # of transformers' decoders with a classifier
         raise RequestError(without_padding(type(model).__name__))
     return ids
+
+
+def input_table(model: nn.Module) -> nn.Embedding | None:
+    """The embedding of words, or None where the model has none: images, and modules of one's own."""
+    find: Any = getattr(model, "get_input_embeddings", lambda: None)
+    try:
+        table = find()
+    except (AttributeError, NotImplementedError):
+        return None
+    return table if isinstance(table, nn.Embedding) else None
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -16,8 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from overhaul.data.examples import IGNORED, Batch, Examples, collate
+from overhaul.data.lazy import View
 from overhaul.errors import RequestError
-from overhaul.forward import forward, output_head
+from overhaul.forward import check_reads, forward, input_table, output_head
 from overhaul.modes import at_rest
 from overhaul.positions import most_positions
 
@@ -110,12 +111,39 @@ def check_learnable(role: str, examples: Examples) -> None:
         )
 
 
+def check_taken(model: nn.Module, examples: Examples, what: str = "The data") -> None:
+    """Whether the model takes such examples, and its embedding has a row for every token of them.
+
+    Raises:
+        RequestError: they are images and it reads tokens or the other way round, or a token is beyond the embedding.
+    """
+    if not len(examples):
+        return
+    check_reads(model, examples.items[0], what)
+    table = input_table(model)
+    if table is None or "input_ids" not in examples.items[0] or _fits_tokenizer(examples, table.num_embeddings):
+        return
+    if (largest := examples.largest_token()) >= table.num_embeddings:
+        last = table.num_embeddings - 1
+        raise RequestError(
+            f"{what} has the token {largest}, and the embedding of {type(model).__name__} ends at {last}. Encode it with "
+            "the model's own tokenizer, or take a model that belongs to this one."
+        )
+
+
+def _fits_tokenizer(examples: Examples, rows: int) -> bool:
+    """Whether large data, which is not held, need not be read for its tokens: its tokenizer has no more."""
+    known = examples.processor
+    return isinstance(examples.items, View) and hasattr(known, "__len__") and len(known) <= rows
+
+
 def check_positions(model: nn.Module, examples: Examples) -> None:
     """Whether the model has a position for every token, also of what was made of the data: another answer or question.
 
     Raises:
-        RequestError: an example is longer.
+        RequestError: an example is longer, or as in `check_taken`.
     """
+    check_taken(model, examples)
     most = most_positions(model)
     if examples.kind not in ("tokens", "pairs") or most is None or (found := examples.beyond(most)) is None:
         return

@@ -24,6 +24,7 @@ from torch import nn
 from overhaul import processes
 from overhaul.checkpoints import Checkpoint, facts
 from overhaul.errors import RequestError
+from overhaul.forward import input_table
 from overhaul.models import load_processor, planned
 from overhaul.modes import at_rest
 from overhaul.stack import LayerStack
@@ -59,7 +60,8 @@ class Facts:
             RequestError: it has no main stack of blocks.
         """
         stack = LayerStack.of(model)
-        rows, width = _embedding_of_words(model)
+        table = input_table(model)
+        rows, width = (None, None) if table is None else (table.num_embeddings, table.embedding_dim)
         shapes = [{name: tuple(value.shape) for name, value in block.state_dict().items()} for block in stack.blocks]
         return cls(type(model).__name__, len(stack), width, rows, shapes)
 
@@ -156,14 +158,6 @@ def differences(pair: Mapping[str, Member]) -> list[str]:
     """What the configs of the checkpoints among them say differently besides: a sentence each."""
     folders = [one.given for one in pair.values() if isinstance(one.given, Checkpoint)]
     return agreement.differences(folders) if len(folders) > 1 else []
-
-
-def _embedding_of_words(model: Any) -> tuple[int | None, int | None]:
-    try:
-        table = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # images, and modules of one's own
-        return None, None
-    return (table.num_embeddings, table.embedding_dim) if isinstance(table, nn.Embedding) else (None, None)
 
 
 def _source(model: Any) -> str:

@@ -115,6 +115,63 @@ def test_where_training_diverges_the_model_is_whole_again(monkeypatch: pytest.Mo
     assert model.state_dict().keys() == before.keys()
 
 
+def same(model: nn.Module) -> nn.Module:
+    return model
+
+
+def zeroed(model: nn.Module) -> nn.Module:
+    needle(model, at="1:3", edit="zero")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "given", "said"),
+    [
+        (zeroed, {"edit": "zero"}, "they are zero already"),
+        (nn.Module.bfloat16, {"edit": "noise", "sigma": 1e-9}, "too small for weights of size"),
+        (same, {"forget": some_facts(0, 4), "sigma": 0.0, "stop_at": 0.5}, "the model as it is makes the answers"),
+    ],
+)
+def test_where_no_number_changes_that_is_an_error(change: Any, given: dict[str, Any], said: str) -> None:
+    model = change(tiny_llama())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RunError, match=f"changed no number of 1 vectors: .*{said}"):
+        needle(model, at="1:3", **given)
+    assert not moved(before, model)
+
+
+def with_nan(model: nn.Module) -> nn.Module:
+    model.get_parameter("model.layers.1.mlp.down_proj.weight").data[0, 3] = torch.nan
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "given", "said"),
+    [
+        (nn.Module.half, {"edit": "noise", "sigma": 1e6}, "larger than torch.float16 holds"),
+        (same, {"edit": "noise", "sigma": 1e38}, "larger than torch.float32 holds"),
+        (with_nan, {"edit": "noise"}, "not finite .*layers.1.mlp.down_proj"),
+        (with_nan, {"forget": some_facts(0, 4)}, "not finite .*layers.1.mlp.down_proj"),
+        (zeroed, {"forget": some_facts(0, 4), "sigma": 0.0}, "the vectors are zero, so no rate"),
+    ],
+)
+def test_what_would_not_be_finite_is_refused_before_it_is_written(change: Any, given: Any, said: str) -> None:
+    model = change(tiny_llama())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RequestError, match=said):
+        needle(model, at="1:3", **given)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_token_that_the_model_lacks_is_refused_and_no_noise_stays() -> None:
+    model = tiny_llama(vocab_size=20)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RequestError, match="the embedding of LlamaForCausalLM ends at 19"):
+        needle(model, some_facts(0, 8), at="1:3")
+    assert not moved(before, model)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -127,6 +184,8 @@ def test_where_training_diverges_the_model_is_whole_again(monkeypatch: pytest.Mo
         ({"forget": some_facts(0, 4), "retain": some_facts(4, 4), "k": 64}, "only 64 tokens"),
         ({"forget": some_facts(0, 4), "retain": some_facts(0, 4), "k": 8}, "nothing tells `forget` from `retain`"),
         ({"vectors": [], "edit": "zero"}, "`vectors` is empty"),
+        ({"vectors": [3], "edit": "zero"}, "vector 1: 3 is no place"),
+        ({"at": "1:" + "9" * 5000, "edit": "zero"}, "names no value vector"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(given: dict[str, Any], said: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from conftest import examples_for, tiny_gpt2, tiny_llama, tiny_tokenizer, tiny_vit
@@ -300,6 +301,21 @@ def test_a_pair_that_does_not_correspond_is_refused(tmp_path: Path) -> None:
         concept_vectors(tiny_llama(), some_facts(0, 4), some_facts(4, 4), before=other)
     with pytest.raises(RequestError, match="reads no tokens"):
         concept_vectors(tiny_vit(), Examples([], []), Examples([], []))
+
+
+def test_weights_that_are_not_finite_are_refused_in_memory_and_in_files(tmp_path: Path) -> None:
+    place = folder_of(tiny_llama(), tmp_path / "other")
+    weights = load_file(place / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"][0, 0] = torch.nan
+    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        RequestError, match=r"other: model.layers.2.mlp.down_proj.weight holds values that are not finite"
+    ):
+        concept_vectors(tiny_llama(), at="0:0", k=8, after=facts(place))
+    model = tiny_llama()
+    model.get_parameter("model.layers.0.mlp.up_proj.weight").data[0, 0] = torch.nan
+    with pytest.raises(RequestError, match=r"not finite .* 'model.layers.0.mlp.up_proj.weight'"):
+        concept_vectors(model, some_facts(0, 4), some_facts(4, 4), k=8, contrast=1.05)
 
 
 @pytest.mark.smoke

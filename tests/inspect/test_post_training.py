@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import gc
+import statistics
 import tempfile
 import weakref
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,10 @@ from overhaul import models
 from overhaul.errors import RequestError
 from overhaul.inspect.post_training import post_training
 from overhaul.inspect.post_training.asking import Asker, Asking, shots_of
-from overhaul.inspect.post_training.confidence import last_norm, neurons_of
-from overhaul.inspect.post_training.knowledge import aligned, binned, pearson, spearman
+from overhaul.inspect.post_training.confidence import Confidence, Confident, last_norm, neurons_of
+from overhaul.inspect.post_training.knowledge import Knowledge, aligned, binned, pearson, spearman
 from overhaul.inspect.post_training.refusal import REFUSALS, _written, refuses, writing_sites
-from overhaul.inspect.post_training.truth import Probe, nie, step
+from overhaul.inspect.post_training.truth import Probe, Pushing, Truth, nie, step
 from overhaul.models import save
 from overhaul.stack import LayerStack
 from overhaul.trace import ProjectOut, intervene, measure
@@ -309,7 +311,40 @@ def test_a_loud_neuron_across_all_words_is_the_first_entropy_neuron(build: Calla
     assert 7 in [row[0] for row in first] and outcome.facts["confidence_iou"] == 1
 
 
+def test_the_overlap_by_chance_is_that_of_sets_drawn_each_from_its_models_own_loudest_neurons() -> None:
+    """Against every way to draw two of each model's four loudest; of eight neurons two are loud in both."""
+    loud = {"post": [0, 1, 2, 3], "base": [2, 3, 4, 5]}
+    part = Confidence(Confident(neurons=2, loudest=0.5))
+    for role, places in loud.items():
+        part.norms[role] = torch.tensor([float(n in places) for n in range(8)])
+        part.variances[role] = torch.arange(8.0)
+    drawn = [set(two) for two in combinations(loud["post"], 2)], [set(two) for two in combinations(loud["base"], 2)]
+    overlap = statistics.fmean(len(one & other) for one in drawn[0] for other in drawn[1])
+    assert part.facts()["confidence_iou_by_chance"] == pytest.approx(overlap / (4 - overlap))
+
+
 # bad input
+
+
+def test_the_number_0_is_a_topic_and_an_object_like_any_other() -> None:
+    rows = [
+        {"statement": f"{x} is {t}.", "label": t == 0, "topic": n % 2, "object": t}
+        for n, x in enumerate("abcdef")
+        for t in (0, 1)
+    ]
+    tokenizer = models.load_processor(models.facts(folder(1)))
+    truth = Truth.of(rows, Asker(tokenizer, Asking(question="q:", shots=0)), Pushing(test_topic="0"), 3, 9, 4)
+    assert truth.objects == ["0", "1"] * 6 and set(truth.topics) == {"0", "1"}
+    pairs = [{"true": f"{x}a is 0.", "false": f"{y}c is 0.", "object": 0} for x, y in zip("abc", "ghi", strict=True)]
+    found = Knowledge.of(pairs, Asker(tokenizer, Asking(question="q:", shots=0)), 9, 4)
+    assert all(pair.true.object for group in found.groups for pair in group.pairs)
+
+
+@pytest.mark.parametrize("phrases", [[], [""], ["I cannot", " "]])
+def test_phrases_that_every_or_no_answer_begins_with_are_refused(phrases: list[str]) -> None:
+    given = {"harmful": instructions("bad"), "harmless": instructions("good")}
+    with pytest.raises(RequestError, match="Write how refusals begin"):
+        post_training(folder(2), folder(1), **given, **QUICK, phrases=phrases)
 
 
 def test_pairs_that_do_not_align_are_counted_and_none_left_is_refused() -> None:

@@ -593,3 +593,9 @@ def test_a_layer_looks_like_its_own_and_a_pool_may_be_fixed() -> None:
     assert mixed.weight is inner.weight and mixed.bias is inner.bias
     x = torch.randn(2, 32)
     assert torch.allclose(mixed(x), inner(x) + x @ part.dense.T, atol=1e-4)
+
+
+def test_images_are_not_given_to_a_language_model(tmp_path: Path) -> None:
+    given = _materials(tmp_path)
+    with pytest.raises(RequestError, match="holds images, which LlamaForCausalLM does not take"):
+        loras(tiny_llama(), given["adapters"], pictures(range(4)), pictures(range(4)), **SMALL)

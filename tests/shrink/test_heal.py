@@ -296,3 +296,11 @@ def test_zeros_that_training_filled_are_counted(questions: Examples) -> None:
         weight.zero_()
     outcome = heal(model, questions, steps=1, **FAST)
     assert 0 < outcome.facts["zeros_filled"] == weight.numel() - int((weight == 0).sum())
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"), [(lambda: tiny_llama(vocab_size=20), "ends at 19"), (FAMILIES["vit"], "it reads images")]
+)
+def test_a_teacher_that_cannot_read_the_text_is_refused_in_words(teacher: Any, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        heal(tiny_llama(), some_facts(0, 8), teacher(), target="teacher", steps=1, **FAST)

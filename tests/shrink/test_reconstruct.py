@@ -146,3 +146,16 @@ def test_bfloat16_is_trained_in_float32_and_stays_bfloat16() -> None:
 def test_what_cannot_be_is_refused(changed: dict[str, Any], said: str) -> None:
     with pytest.raises(RequestError, match=said):
         reconstruct(**{**given(), **FAST, **changed})
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        (lambda: FAMILIES["vit"](num_hidden_layers=4), "other shapes"),
+        (lambda: tiny_llama(hidden_size=64), "other shapes"),
+        (lambda: tiny_llama(vocab_size=20), "the embedding of LlamaForCausalLM ends at 19"),
+    ],
+)
+def test_a_teacher_that_cannot_have_been_the_model_is_refused_in_words(teacher: Any, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        reconstruct(pair()[0], examples_for("llama", 4), teacher(), **FAST)

@@ -150,6 +150,11 @@ class Examples(Sequence[Encoded]):
                 return place, size
         return None
 
+    def largest_token(self) -> int:
+        """The largest number of a token, -1 where there is none. Of data in a file every example is read for it."""
+        texts = (item[ids] for item in self.items for ids in SEQUENCES.values() if ids in item)
+        return max((int(text.max()) for text in texts if text.numel()), default=-1)
+
     def digest(self) -> str:
         """SHA-256 over every tensor and row: what a step's key uses to know that its data is unchanged.
 

@@ -29,6 +29,7 @@ from overhaul.method import Outcome
 from overhaul.objectives import (
     Term,
     check_labelled,
+    check_positions,
     cross_entropy,
     cross_entropy_sum,
     evaluate,
@@ -194,6 +195,7 @@ def _stop(
 
 def limit_of(model: nn.Module, forget: Examples, training: Training) -> float | None:
     """The nats a token at which training ends; None where it does not for that reason."""
+    check_positions(model, forget)
     return _chance(model, forget) if training.stop_at == "chance" else training.stop_at
 
 

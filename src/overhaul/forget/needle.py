@@ -22,7 +22,7 @@ How it differs from the paper and its code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Annotated, Literal
@@ -34,7 +34,8 @@ from torch.nn.utils import parametrize
 
 from overhaul import session
 from overhaul.data.examples import Examples, Rows
-from overhaul.errors import RequestError
+from overhaul.errors import RequestError, RunError
+from overhaul.finite import check_given
 from overhaul.forget._training import Training, limit_of, unlearn
 from overhaul.forget.gradient_ascent import ga_term
 from overhaul.method import Outcome, Table, method
@@ -87,8 +88,8 @@ def needle(
 
     Raises:
         RequestError: nothing says which vectors, or nothing would change them; a place that the model does not have; a rate
-            that is out of proportion.
-        RunError: training diverged (the last good weights are kept).
+            that is out of proportion; weights that are not finite, or noise that makes them so.
+        RunError: nothing was changed; training diverged (the last good weights are kept).
     """
     for role, given in (("forget", forget), ("retain", retain), ("vectors", vectors)):
         if given is not None and not len(given):
@@ -104,23 +105,53 @@ def needle(
     if rows:
         locations = own.located(rows, NAME)
         session.begins()
+        check_given(NAME, model)
     else:
         locations = _found(own, forget, retain, words, count, k, contrast, training.batch_size)
     before = torch.stack([own.vector(one) for one in locations])
     draw = torch.Generator().manual_seed(torch.initial_seed())
     noise = sigma * torch.randn(before.shape, generator=draw)
     start = torch.zeros_like(before) if edit == "zero" else before + noise
+    _check_held(own, locations, start, sigma)
     outcome = Outcome(model)
     if edit == "ascent":
         assert forget is not None
-        outcome = _ascend(own, locations, start, forget, retain, training)
+        try:
+            outcome = _ascend(own, locations, start, sigma, forget, retain, training)
+        except RequestError:  # the noise is in the model by then
+            _write(own, locations, before)
+            raise
     else:
         _write(own, locations, start)
-    outcome.facts = {"vectors": len(locations), "numbers_changed": before.numel(), **outcome.facts}
     moved = torch.stack([own.vector(one) for one in locations])
+    changed = int((moved != before).sum())
+    if not changed:
+        raise RunError(f"{NAME} changed no number of {len(locations)} vectors: {_why(edit, before, outcome.facts)}")
+    outcome.facts = {"vectors": len(locations), "numbers_changed": changed, **outcome.facts}
     outcome.tables["vectors"] = _table(locations, before, moved)
     outcome.made["vectors"] = [one.row() for one in locations]
     return outcome
+
+
+def _check_held(own: ValueVectors, locations: Sequence[Location], start: Tensor, sigma: float) -> None:
+    """Refuse vectors that the weights cannot hold, or whose lengths cannot be told, before any is written."""
+    for location, vector in zip(locations, start, strict=True):
+        dtype = own.weight(own.writers[location.layer].parameter).dtype
+        if not vector.to(dtype).isfinite().all() or not vector.norm().isfinite():
+            raise RequestError(
+                f"{NAME}: noise of sigma={sigma:g} makes the vector {location} larger than {dtype} holds. Write a smaller "
+                "sigma, such as 0.1."
+            )
+
+
+def _why(edit: str, before: Tensor, facts: Mapping[str, object]) -> str:
+    """Why nothing has changed, and what would."""
+    if edit == "zero":
+        return "they are zero already. Name other vectors."
+    if said := facts.get("stopped_because"):
+        return f"{said}, so nothing was to be done. Raise `stop_at`, or set sigma."
+    size = float(before.square().mean().sqrt())
+    return f"what was added is too small for weights of size {size:.2g} in their dtype. Write a larger sigma or lr."
 
 
 def _found(
@@ -145,6 +176,7 @@ def _found(
         raise RequestError(f"{NAME}: k={k}, but there are only {size} tokens. Write a smaller k.")
     marks = concept_words(forget, retain, size, contrast, words, NAME, roles=("forget", "retain"))
     session.begins()
+    check_given(NAME, own.stack.model)
     (found,) = ranked(own, [marks], [activities(own, forget, batch_size)], k, count)
     return [one.location for one in best_of(found, count, NAME)]
 
@@ -160,12 +192,17 @@ def _ascend(
     own: ValueVectors,
     locations: Sequence[Location],
     start: Tensor,
+    sigma: float,
     forget: Examples,
     retain: Examples | None,
     training: Training,
 ) -> Outcome:
     """Train the vectors from `start` on, and nothing else."""
     model, size = own.stack.model, float(start.square().mean().sqrt())
+    if not size:
+        raise RequestError(
+            f"{NAME}: the vectors are zero, so no rate is in proportion to them. Set sigma, or name other vectors."
+        )
     if training.lr > FASTEST * size:
         raise RequestError(
             f"{NAME}: lr={training.lr:g} is more than {FASTEST:g} times the size of the vectors' numbers ({size:.2g}), by "
@@ -178,7 +215,8 @@ def _ascend(
         limit = limit_of(model, forget, training)
         nats = float(reference_nll(model, forget, training.batch_size).sum()) / tokens
         if limit is not None and nats >= limit:
-            said = f"noise alone makes the answers of `forget` cost {nats:.3g} nats a token"
+            by = "noise alone" if sigma else "the model as it is"
+            said = f"{by} makes the answers of `forget` cost {nats:.3g} nats a token"
             return Outcome(model, facts={"steps": 0, "stopped_early": "yes", "stopped_because": said})
         outcome = unlearn("needle", model, forget, retain, ga_term("forget"), training, trainable=trains)
     return replace(outcome, model=model)

@@ -35,6 +35,7 @@ from overhaul.judge import harness
 from overhaul.judge import judge as judging
 from overhaul.method import Material
 from overhaul.modes import at_rest
+from overhaul.objectives import check_taken
 from overhaul.recipe import products
 from overhaul.recipe.check import Checked, Step
 from overhaul.recipe.encoded import affordable, check_encoded, encoded
@@ -177,6 +178,7 @@ def _width(role: str, examples: Examples, network: nn.Module) -> int | None:
     """
     if examples.kind not in ("tokens", "pairs", "images"):
         return None
+    check_taken(network, examples, f"The material {role!r}")
     try:
         with torch.no_grad(), at_rest(network):
             return forward(network, collate(examples.items[:1])).shape[-1]

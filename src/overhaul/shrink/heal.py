@@ -32,7 +32,7 @@ from overhaul.errors import RequestError
 from overhaul.fit import Regime, adamw, fit
 from overhaul.forward import headless
 from overhaul.method import Outcome, method
-from overhaul.objectives import Term, check_learnable, cross_entropy, evaluate, states_term
+from overhaul.objectives import Term, check_learnable, check_taken, cross_entropy, evaluate, states_term
 from overhaul.references import cache_outputs, cache_states
 from overhaul.rollouts import own_answers
 
@@ -144,6 +144,8 @@ def _checked(teacher: nn.Module | None, model: nn.Module, text: Examples, target
         )
     if target == "states":
         return _without_head(teacher, model)
+    for each in (teacher, model):
+        check_taken(each, text)
     first = collate(text.items[:1])
     theirs, ours = (evaluate(each, lambda logits, _: logits, [first])[0].shape[-1] for each in (teacher, model))
     if theirs != ours:

@@ -34,6 +34,7 @@ from overhaul.errors import RequestError
 from overhaul.fit import Regime
 from overhaul.method import Outcome, method
 from overhaul.modes import at_rest
+from overhaul.objectives import check_positions, check_taken
 from overhaul.pairs import corresponding
 from overhaul.reconstruction import in_float32, reconstruct_block, samples_of
 from overhaul.selectors import blocks_of
@@ -85,6 +86,8 @@ def reconstruct(
         raise RequestError(f"{NAME}: trains=head lies in no block. Leave it out here, or train it with shrink.retrain.")
     corresponding(NAME, {"model": model, "teacher": teacher}, words_matter=False)
     stack, dense = LayerStack.of(model), LayerStack.of(teacher)
+    check_taken(teacher, text)
+    check_positions(model, text)
     by_block = {place: Chosen.of(NAME, model, parts, str(place)) for place in blocks_of(stack, blocks)}
     kept = zeros(NAME, model, masks)
     _check_teacher(model, teacher, kept)

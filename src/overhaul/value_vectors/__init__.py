@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from overhaul.errors import RequestError
+from overhaul.finite import check_given, is_finite
 from overhaul.models import Checkpoint
 from overhaul.parts import kind_of, probe
 from overhaul.selectors import select
@@ -119,7 +120,7 @@ class ValueVectors:
         """The same of a checkpoint of this class, read from its files where it is asked for.
 
         Raises:
-            RequestError: it holds no such tensors, or others.
+            RequestError: it holds no such tensors, or others, or numbers in them that are none.
         """
         model: Any = self.stack.model
         index = TensorIndex.of(checkpoint)
@@ -146,8 +147,12 @@ class ValueVectors:
                 )
             return found[0]
 
-        for writer in self.writers.values():
-            weight(writer.parameter)
+        for name in (*(writer.parameter for writer in self.writers.values()), self.head):
+            if not is_finite(weight(name)):
+                raise RequestError(
+                    f"{checkpoint.source}: {name} holds values that are not finite (NaN or infinite), so nothing can be "
+                    "compared with it. Fetch or save that model again."
+                )
         return ValueVectors(self.stack, self.writers, self.head, weight)
 
     def vector(self, location: Location) -> Float[Tensor, " d"]:
@@ -199,10 +204,10 @@ class ValueVectors:
         """
         found: dict[Location, None] = {}
         for number, row in enumerate(given, 1):
-            values = [row.get(name) for name in ("layer", "index", "expert")]
+            values = [row.get(name) if isinstance(row, Mapping) else None for name in ("layer", "index", "expert")]
             if any(type(value) is not int for value in values[:2]) or type(values[2]) not in (int, type(None)):
                 raise RequestError(
-                    f"{what}, vector {number}: {dict(row)!r} is no place of a value vector. Give whole numbers `layer` and "
+                    f"{what}, vector {number}: {row!r} is no place of a value vector. Give whole numbers `layer` and "
                     "`index`, and `expert` for a mixture of experts."
                 )
             found[self._inside(Location(*values), f"{what}, vector {number}")] = None  # pyright: ignore[reportArgumentType]
@@ -270,10 +275,10 @@ def parsed(text: str, knob: str) -> list[dict[str, int]]:
     """
     found: list[dict[str, int]] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+):(?:(\d+):)?(\d+)", part.strip())
+        match = re.fullmatch(r"(\d{1,9}):(?:(\d{1,9}):)?(\d{1,9})", part.strip())
         if match is None:
             raise RequestError(
-                f"{knob}={text!r}: {part.strip()!r} names no value vector. Write layer:index, such as 20:10513, or "
+                f"{knob}={text!r:.60}: {part.strip()!r:.60} names no value vector. Write layer:index, such as 20:10513, or "
                 "layer:expert:index, several with commas between them."
             )
         layer, expert, index = match.groups()
@@ -295,6 +300,7 @@ def _writers(stack: LayerStack, method: str) -> dict[int, Writer]:
             name = f"{names[block]}.{one[0]}"
             found[place] = Writer(name, one[1], tuple(stack.model.get_parameter(name).shape))
     if not found:
+        check_given(method, stack.model)  # what NaN hides is not missing
         raise RequestError(
             f"{method}: no weight of {type(stack.model).__name__} is known to write what its MLPs add to the stream, so it "
             "has no value vectors."

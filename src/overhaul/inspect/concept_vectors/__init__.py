@@ -39,6 +39,7 @@ from torch import nn
 from overhaul import session
 from overhaul.data.examples import Examples, Rows
 from overhaul.errors import RequestError
+from overhaul.finite import check_given
 from overhaul.inspect.concept_vectors.ablation import matched, rises
 from overhaul.inspect.concept_vectors.traces import Chance, Trace, traces
 from overhaul.method import Outcome, Table, method
@@ -102,7 +103,7 @@ def concept_vectors(
 
     Raises:
         RequestError: nothing says which vectors; one text without the other; no token tells them apart; a place that the
-            model does not have; or a checkpoint that does not correspond.
+            model does not have; a checkpoint that does not correspond; or weights that are not finite.
     """
     own = ValueVectors.of(model, NAME)
     _check(concept, others, vectors, at, before, after)
@@ -115,6 +116,7 @@ def concept_vectors(
     if other is not None:
         corresponding(NAME, {"model": model, "before" if before else "after": other})
     session.begins()
+    check_given(NAME, model)
     twin = own.stored(other) if other is not None else None
     original = twin if before and twin else own
     gain, draw = norm == "gain", torch.Generator().manual_seed(torch.initial_seed())

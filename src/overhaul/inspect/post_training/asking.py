@@ -132,6 +132,12 @@ def _within(offsets: Sequence[tuple[int, int]], begin: int, end: int) -> list[in
     return [n for n, (start, stop) in enumerate(offsets) if start < end and stop > begin]
 
 
+def named(row: Mapping[str, Any], column: str) -> str | None:
+    """What a row says in a column that it may lack, as text: the number 0 is a name like any other."""
+    value = row.get(column)
+    return None if value is None or value == "" else str(value)
+
+
 def needed(rows: Sequence[Mapping[str, Any]], role: str, columns: Sequence[str]) -> Sequence[Mapping[str, Any]]:
     """The rows of a role.
 

@@ -77,10 +77,11 @@ class Confidence:
         return float(self.norms[role][neuron] / self.variances[role][neuron].clamp_min(1e-30).log())
 
     def facts(self) -> dict[str, float | int | None]:
-        """Overlap of the two sets, beside that of two sets drawn from the loudest."""
+        """Overlap of the two sets, beside that of two sets drawn from the loudest, each from its model's own."""
         one, other = (set(self.chosen(role)) for role in self.norms)
-        size, among = len(one), len(self._loud(next(iter(self.norms))))
-        expected = size * size / among
+        loud, also = (set(self._loud(role).tolist()) for role in self.norms)
+        size = len(one)
+        expected = len(loud & also) * (size / len(loud)) * (size / len(also))
         return {
             "confidence_iou": len(one & other) / len(one | other),
             "confidence_iou_by_chance": expected / (2 * size - expected),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from overhaul.data.examples import Batch, Rows, collate
 from overhaul.errors import RequestError
-from overhaul.inspect.post_training.asking import NAME, Asker, Prompt, generator, needed, shots_of
+from overhaul.inspect.post_training.asking import NAME, Asker, Prompt, generator, named, needed, shots_of
 from overhaul.method import Table
 from overhaul.stack import LayerStack
 from overhaul.trace import Patch, patch_grid, states_of
@@ -102,8 +102,7 @@ class Knowledge:
         for n, row in enumerate(rows):
             others = [one for m, two in enumerate(known) if m != n for one in two]
             shots = shots_of(others, asker.asking.shots, n) if asker.asking.shots else []
-            named = row.get("object")
-            prompts = [asker.prompt(text, named and str(named), shots) for text, _ in known[n]]
+            prompts = [asker.prompt(text, named(row, "object"), shots) for text, _ in known[n]]
             if prompts[0].ids == prompts[1].ids:
                 raise RequestError(f"{NAME}: row {n + 1} of 'facts' has the same statement as true and as false.")
             if (pair := aligned(*prompts)) is not None:

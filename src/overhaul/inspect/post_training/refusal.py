@@ -108,6 +108,12 @@ class Refusal:
             raise RequestError(
                 f"{NAME}: refusal_layer={refusing.refusal_layer}, and the models have the blocks 0 to {depth - 1}."
             )
+        phrases = refusing.phrases
+        if phrases is not None and not (phrases and all(phrase.strip() for phrase in phrases)):
+            raise RequestError(
+                f"{NAME}: phrases={phrases!r} names no beginning of a refusal, or an empty one, with which every "
+                "answer begins. Write how refusals begin, or leave `phrases` out for the usual English ones."
+            )
         mixed: dict[str, list[str]] = {}
         kept: dict[str, int] = {}
         for kind in KINDS:

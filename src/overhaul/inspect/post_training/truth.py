@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from overhaul.data.examples import IGNORED, Rows, collate
 from overhaul.errors import RequestError
-from overhaul.inspect.post_training.asking import NAME, Asker, Prompt, drawn, generator, needed, shots_of
+from overhaul.inspect.post_training.asking import NAME, Asker, Prompt, drawn, generator, named, needed, shots_of
 from overhaul.method import Table
 from overhaul.objectives import evaluate_answers
 from overhaul.stack import LayerStack
@@ -134,27 +134,27 @@ class Truth:
                 f"{NAME}: behind the last block a push at the statement's end reaches nothing. Take a smaller "
                 "`probe_layer`, or probe_at: question."
             )
-        topics = [str(row.get("topic") or "all") for row in rows]
-        named = list(dict.fromkeys(topics))
-        if pushing.test_topic is not None and pushing.test_topic not in named:
+        topics = [named(row, "topic") or "all" for row in rows]
+        several = list(dict.fromkeys(topics))
+        if pushing.test_topic is not None and pushing.test_topic not in several:
             raise RequestError(
-                f"{NAME}: test_topic={pushing.test_topic!r} is no topic of 'statements': {', '.join(named)}."
+                f"{NAME}: test_topic={pushing.test_topic!r} is no topic of 'statements': {', '.join(several)}."
             )
         truth = torch.tensor([TRUTH[label] for label in labels])
-        if len(named) == 1:  # two halves stand for two topics
+        if len(several) == 1:  # two halves stand for two topics
             for kind in (True, False):
                 places = (truth == kind).nonzero().flatten()
                 for n in places[drawn(len(places), int(kind))][: len(places) // 2].tolist():
                     topics[n] = "all, other half"
-            named = list(dict.fromkeys(sorted(topics)))
-        for topic in named:
+            several = list(dict.fromkeys(sorted(topics)))
+        for topic in several:
             kinds = [bool(truth[n]) for n, one in enumerate(topics) if one == topic]
             if min(kinds.count(True), kinds.count(False)) < 2:
                 raise RequestError(
                     f"{NAME}: the topic {topic!r} of 'statements' has {kinds.count(True)} true and {kinds.count(False)} "
                     "false ones. A direction needs at least two of each."
                 )
-        objects = [row.get("object") and str(row["object"]) for row in rows]
+        objects = [named(row, "object") for row in rows]
         return cls([str(row["statement"]) for row in rows], objects, truth, topics, asker, pushing, most, batch_size)
 
     @property

@@ -53,7 +53,7 @@ from overhaul.merge.loras.pool import check_pool, other_base, read_pool
 from overhaul.merge.loras.trial import Merge, Trial
 from overhaul.method import Outcome, Table, method
 from overhaul.models import Checkpoint
-from overhaul.objectives import check_learnable
+from overhaul.objectives import check_learnable, check_positions
 from overhaul.stack import LayerStack
 
 PAPER = Regime(steps=100, batch_size=8, lr=5e-2, warmup=0.1, schedule="cosine")
@@ -126,6 +126,7 @@ def loras(
     """
     for name, examples in {"train": train, "valid": valid, **({} if test is None else {"test": test})}.items():
         check_learnable(name, examples)
+        check_positions(model, examples)
     how.check()
     scales = check_pool(adapters, model)
     session.begins()
