@@ -50,6 +50,12 @@ def test_models_that_are_read_beside_are_listed(folder: Path, tmp_path: Path) ->
     assert ties.reads == {} and ties.others == {"tuned": ("a", "b")}
 
 
+def test_rows_that_are_read_as_they_are_are_counted(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "raw.jsonl").write_text('{"subject": "a"}\n{"subject": "b"}\n')
+    materials = {"facts": {"from": str(tmp_path / "raw.jsonl"), "as": "rows"}}
+    assert counted(folder, tmp_path, materials) == {"facts": 2}
+
+
 def test_dtype_changes_memory(folder: Path, tmp_path: Path) -> None:
     drop = [{"shrink.drop_layers": {"count": 1}}]
     wide = planned(folder, tmp_path, steps=drop)[0].peak_bytes
