@@ -164,10 +164,11 @@ class SparseAutoencoder(nn.Module):
                 f"These tensors are no autoencoder that can be read: {', '.join(sorted(more or tensors))}. Known: {known}."
             )
         for name, ours in layout.items():
-            if (dims := 2 if "weight" in ours else 1) != tensors[name].ndim:
+            dims, wanted = (2, "matrix") if "weight" in ours else (1, "vector")
+            if tensors[name].ndim != dims:
                 raise RequestError(
-                    f"The autoencoder's {name} is {list(tensors[name].shape)}, and a {('vector', 'matrix')[dims - 1]} is what "
-                    "belongs there. Give the tensors as they were saved."
+                    f"The autoencoder's {name} is {list(tensors[name].shape)}, and a {wanted} is what belongs there. Give the "
+                    "tensors as they were saved."
                 )
         for name, value in tensors.items():
             check_finite(value, f"The autoencoder's {name}", "Train or fetch it again.")

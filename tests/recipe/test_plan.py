@@ -55,7 +55,7 @@ def test_rows_that_are_read_as_they_are_are_counted(folder: Path, tmp_path: Path
     rows = [f'{{"statement": "{c}", "label": {n % 2}}}' for n, c in enumerate("abcdefghijklmnop")]
     (tmp_path / "raw.jsonl").write_text("\n".join(rows))
     materials = {"base": {"model": base}, "statements": {"from": str(tmp_path / "raw.jsonl"), "as": "rows"}}
-    (step,) = planned(folder, tmp_path, materials=materials, steps=["inspect.post_training"])
+    (step,) = planned(folder, tmp_path, materials=materials, steps=[{"inspect.post_training": {"shots": 2}}])
     assert step.reads == {"statements": 16}
 
 
