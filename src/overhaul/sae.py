@@ -167,8 +167,8 @@ class SparseAutoencoder(nn.Module):
             dims, wanted = (2, "matrix") if "weight" in ours else (1, "vector")
             if tensors[name].ndim != dims:
                 raise RequestError(
-                    f"The autoencoder's {name} is {list(tensors[name].shape)}, and a {wanted} is what belongs there. Give the "
-                    "tensors as they were saved."
+                    f"The autoencoder's {name} is {list(tensors[name].shape)}, and a {wanted} is what belongs there. Give "
+                    "the tensors as they were saved."
                 )
         for name, value in tensors.items():
             check_finite(value, f"The autoencoder's {name}", "Train or fetch it again.")
