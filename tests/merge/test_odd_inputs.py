@@ -168,7 +168,7 @@ def test_integers_are_copied_and_have_to_agree(name: str, three: list[Path], tmp
     folders = [Path(shutil.copytree(path, tmp_path / path.name)) for path in three]
     for path, code in zip(folders, (1, 1, 2), strict=True):
         rewrite(path, lambda held, code=code: held.update({"model.codes": torch.tensor([code, 5])}))
-    done = merged(name, folders[0], [folders[1], folders[1]], tmp_path / "out")
+    done = merged(name, folders[0], [folders[1]], tmp_path / "out")
     assert tensors(done.model)["model.codes"].tolist() == [1, 5]
     with pytest.raises(RunError, match=r"model\.codes \(torch\.int64\) differs between"):
         merged(name, folders[0], folders[1:], tmp_path / "other")
