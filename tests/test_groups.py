@@ -292,6 +292,22 @@ def test_what_does_not_fit_is_refused_in_words() -> None:
         groups(Residual(), "mlp.neuron", inputs=PIXELS)
 
 
+def test_a_group_of_another_network_or_of_one_that_was_cut_is_refused_in_words() -> None:
+    model, shallow = tiny_llama(), tiny_llama(num_hidden_layers=1)
+    found = groups(model, "mlp.neuron")
+    keep = {group: torch.arange(48) < 40 for group in found}
+    with pytest.raises(RequestError, match="block 1.*another LlamaForCausalLM.*is not there. Find its own"):
+        cut(shallow, keep)
+    cut(model, keep)
+    for use in (cut, cut_copy):
+        with pytest.raises(RequestError, match=r"before it was cut: .*had 48 along axis .*, and here it is \[.*40"):
+            use(model, keep)
+    with pytest.raises(RequestError, match="before it was cut"), masked(model, keep):
+        pass
+    with pytest.raises(RequestError, match="before it was cut"):
+        found[0].sums(model, lambda name, tensor: tensor)
+
+
 def test_a_failing_forward_leaves_the_weights_as_they_were() -> None:
     model = tiny_llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -133,3 +133,12 @@ def test_a_shared_weight_is_refused() -> None:
     model.again.weight = shared.weight
     with pytest.raises(RequestError, match=r"last, shares its weight with again\.weight"):
         head_of(model, examples_for("vit", 4))
+
+
+def test_numbers_that_are_none_are_told_of_before_the_last_layer_is_looked_for() -> None:
+    for name in ("vit.layers.3.mlp.fc2.weight", "classifier.weight"):
+        model = tiny_vit()
+        with torch.no_grad():
+            model.get_parameter(name).view(-1)[0] = torch.nan
+        with pytest.raises(RequestError, match=f"The logits of .* are not finite .*nor is its '{name}'"):
+            head_of(model, examples_for("vit", 4))

@@ -71,7 +71,8 @@ def test_trained_it_explains_planted_directions_and_keeps_columns_of_length_one(
     with torch.no_grad():
         untrained.pre_bias.copy_(states.mean(dim=0))
     assert torch.allclose(made.decoder.weight.norm(dim=0), torch.ones(24), atol=1e-5)
-    assert made.explained_variance(states) > max(0.6, untrained.explained_variance(states) + 0.1)
+    before, after = untrained.explained_variance(states), made.explained_variance(states)
+    assert before is not None and after is not None and after > max(0.6, before + 0.1)
     active = (made.encode(states) > 0).sum(dim=0)
     assert torch.equal(made.neuron_activity, active.float()) and int(active.max()) > 0
 
@@ -144,6 +145,28 @@ def test_what_is_no_autoencoder_is_refused() -> None:
         SparseAutoencoder.of_tensors(random_tensors(), k=11)
     with pytest.raises(RequestError, match="all states are alike"):
         learn(torch.ones(20, 4), SMALL, "autoencoder")
+    with pytest.raises(RequestError, match="autoencoder: the states it is to learn: 4 of 80 values are not finite"):
+        learn(torch.where(torch.arange(20)[:, None] == 7, torch.nan, torch.randn(20, 4)), SMALL, "autoencoder")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("encoder.weight", torch.zeros(10), r"encoder.weight is \[10\], and a matrix is"),
+        ("latent_bias", torch.zeros(10, 1), r"latent_bias is \[10, 1\], and a vector is"),
+        ("pre_bias", torch.full((6,), torch.nan), "pre_bias: 6 of 6 values are not finite"),
+        ("k", torch.tensor([2, 3]), r"k is \[2, 3\], and it is to be one whole number"),
+        ("k", torch.tensor(2.5), r"k is 2.5, and it is to be one whole number"),
+        ("k", torch.tensor(torch.nan), "k: 1 of 1 values are not finite"),
+    ],
+)
+def test_tensors_that_cannot_be_are_named(name: str, value: Tensor, said: str) -> None:
+    with pytest.raises(RequestError, match=f"The autoencoder's {said}"):
+        SparseAutoencoder.of_tensors({**random_tensors(), name: value})
+
+
+def test_states_that_are_alike_have_no_variance_to_explain() -> None:
+    assert SparseAutoencoder(4, 8, k=2).explained_variance(torch.randn(1, 4)) is None
 
 
 def test_a_push_is_the_chosen_part_of_the_way() -> None:

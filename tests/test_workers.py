@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import cloudpickle
 import pytest
@@ -112,9 +113,20 @@ def test_what_must_be_there_is_told_before_work_begins(monkeypatch: pytest.Monke
     with pytest.raises(RequestError, match="m: `address` is that of a Ray cluster; write `engine: ray`"):
         workers.check("m", "joblib", "auto", cpu)
     monkeypatch.setattr(workers, "has_ray", lambda: True)
+    with monkeypatch.context() as broken:
+        broken.setitem(sys.modules, "ray", None)
+        with pytest.raises(RequestError, match="m: `engine: ray` finds Ray, but cannot import it: the module 'ray'"):
+            workers.check("m", "ray", None, cpu)
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
     workers.check("m", "ray", "auto", cpu)
     with pytest.raises(RequestError, match="see no GPU, and the model lies on cuda:0"):
         workers.check("m", "ray", None, torch.device("cuda", 0))
     monkeypatch.setattr(workers, "has_ray", lambda: False)
     with pytest.raises(RequestError, match=r"needs `pip install overhaul\[scale\]`"):
         workers.check("m", "ray", None, cpu)
+
+
+@pytest.mark.parametrize("engine", ["joblib", "ray"])
+def test_no_workers_are_refused(engine: Engine) -> None:
+    with pytest.raises(RequestError, match="`workers` is 0.*write 1 or more"):
+        list(spread(abs, [1], 0, engine))

@@ -1,4 +1,4 @@
-"""Whether the numbers of a model are numbers: when it is opened, and before it is saved. Masks may be infinite."""
+"""Whether the numbers of a model are numbers: when it is opened, in use, and before it is saved. Masks may be infinite."""
 
 from __future__ import annotations
 
@@ -39,6 +39,34 @@ def check_given(method: str, model: nn.Module) -> None:
             f"{method}: {len(bad)} tensors of the model hold values that are not finite (NaN or infinite), such as "
             f"{bad[0]!r}. Nothing can be computed with them: open the model again, and look at what was done to it before."
         )
+
+
+def check_finite(values: Tensor, what: str, instead: str) -> None:
+    """Refuse numbers of which nothing can be told.
+
+    Args:
+        values: any.
+        what: they are, at the beginning of the message ("The autoencoder's k").
+        instead: what to do, a sentence.
+
+    Raises:
+        RequestError: one is NaN or infinite.
+    """
+    if not _is_finite(values):
+        count = int((~values.isfinite()).sum())
+        raise RequestError(f"{what}: {count} of {values.numel()} values are not finite (NaN or infinite). {instead}")
+
+
+def check_said(model: nn.Module, said: Tensor, what: str) -> None:
+    """Refuse a model, whoever built it, of which outputs are not finite, with the tensor that is to blame where one is.
+
+    Raises:
+        RequestError: they are not.
+    """
+    if not _is_finite(said):
+        blamed = next(_not_finite(model), None)
+        where = "its weights are, so look at the data" if blamed is None else f"nor is its {blamed!r}: open another one"
+        raise RequestError(f"{what} of {type(model).__name__} are not finite (NaN or infinite), {where}.")
 
 
 def check_saved(model: nn.Module, dtype: torch.dtype | None) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from overhaul.data.examples import Examples, collate
 from overhaul.errors import RequestError
+from overhaul.finite import check_said
 from overhaul.forward import forward
 from overhaul.modes import at_rest
 from overhaul.objectives import check_positions, one_class
@@ -82,7 +83,8 @@ def head_of(model: nn.Module, examples: Examples) -> Head:
         examples: images or texts with a class.
 
     Raises:
-        RequestError: the model is no classifier, its last layer is not linear, or shares its weight with another one.
+        RequestError: the model is no classifier, its logits are not finite, its last layer is not linear, or shares its
+            weight with another one.
     """
     if not examples.classified:
         raise RequestError(one_class(of_data=False))
@@ -102,6 +104,7 @@ def head_of(model: nn.Module, examples: Examples) -> Head:
             hook.remove()
     if logits.ndim != 2:
         raise RequestError(one_class(of_data=True))
+    check_said(model, logits, "The logits")
     found = Head(model, *ran[-1]) if ran else None
     if found is not None and len(found.weight) == logits.shape[1] and _makes(found, batch, logits):
         _check_own(found)

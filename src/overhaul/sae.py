@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from overhaul.data.examples import Batch, Examples
 from overhaul.errors import RequestError
+from overhaul.finite import check_finite
 from overhaul.fit import OptimizerFactory, adamw, fit
 from overhaul.objectives import Term
 
@@ -127,12 +128,14 @@ class SparseAutoencoder(nn.Module):
             self.neuron_activity += (self.encode(rows.to(self.pre_bias)) > 0).sum(dim=0)
 
     @torch.no_grad()
-    def explained_variance(self, states: Float[Tensor, "n d"]) -> float:
-        """1 - sum |x - x'|^2 / sum |x - mean x|^2."""
+    def explained_variance(self, states: Float[Tensor, "n d"]) -> float | None:
+        """1 - sum |x - x'|^2 / sum |x - mean x|^2; None where all states are alike."""
+        if not (whole := variance(states)):
+            return None
         unexplained = sum(
             float((rows - self(rows)).double().square().sum()) for rows in states.to(self.pre_bias).split(ROWS_AT_ONCE)
         )
-        return 1 - unexplained / variance(states)
+        return 1 - unexplained / whole
 
     def tensors(self) -> dict[str, Tensor]:
         """What `of_tensors` reads, k included."""
@@ -151,7 +154,7 @@ class SparseAutoencoder(nn.Module):
             subtracts: whether the decoder's bias is taken from what is encoded (sae-lens: `apply_b_dec_to_input`).
 
         Raises:
-            RequestError: they are of no layout known here, or their shapes do not belong together.
+            RequestError: they are of no layout known here, are not finite, or their shapes do not belong together.
         """
         layout = next((names for names in LAYOUTS.values() if names.keys() <= tensors.keys()), None)
         more = set(tensors) - {"neuron_activity", "k", *(layout or ())}
@@ -160,11 +163,20 @@ class SparseAutoencoder(nn.Module):
             raise RequestError(
                 f"These tensors are no autoencoder that can be read: {', '.join(sorted(more or tensors))}. Known: {known}."
             )
+        for name, ours in layout.items():
+            dims, wanted = (2, "matrix") if "weight" in ours else (1, "vector")
+            if tensors[name].ndim != dims:
+                raise RequestError(
+                    f"The autoencoder's {name} is {list(tensors[name].shape)}, and a {wanted} is what belongs there. Give "
+                    "the tensors as they were saved."
+                )
+        for name, value in tensors.items():
+            check_finite(value, f"The autoencoder's {name}", "Train or fetch it again.")
         said = {
             ours.rstrip("'"): tensors[name].T if ours[-1] == "'" else tensors[name] for name, ours in layout.items()
         }
         latents, width = said["encoder.weight"].shape
-        made = cls(width, latents, int(tensors["k"]) if "k" in tensors else k)
+        made = cls(width, latents, _whole(tensors["k"]) if "k" in tensors else k)
         said["neuron_activity"] = tensors.get("neuron_activity", made.neuron_activity)
         wrong = [name for name, value in made.state_dict().items() if value.shape != said[name].shape]
         if wrong:
@@ -177,6 +189,19 @@ class SparseAutoencoder(nn.Module):
             with torch.no_grad():
                 made.latent_bias += made.encoder(made.pre_bias)
         return made.eval()
+
+
+def _whole(k: Tensor) -> int:
+    """How many latents a tensor says are active at once.
+
+    Raises:
+        RequestError: it is not one whole number.
+    """
+    if k.numel() != 1 or k.item() != int(k.item()):
+        raise RequestError(
+            f"The autoencoder's k is {k.tolist()}, and it is to be one whole number: how many latents are active at once."
+        )
+    return int(k.item())
 
 
 def variance(states: Float[Tensor, "n d"]) -> float:
@@ -193,9 +218,10 @@ def learn(states: Float[Tensor, "n d"], size: Dictionary, name: str) -> SparseAu
         name: what progress and the checkpoint are called.
 
     Raises:
-        RequestError: k is larger than the number of latents, or all states are alike.
+        RequestError: k is larger than the number of latents, or states are not finite or all alike.
         RunError: the training diverged.
     """
+    check_finite(states, f"{name}: the states it is to learn", "Look at the model's weights and its inputs.")
     spread = variance(states) / len(states)
     if not spread > 0:
         raise RequestError(f"{name}: all states are alike, so there is nothing to learn. Take another layer.")

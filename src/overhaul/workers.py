@@ -42,7 +42,8 @@ def check(who: str, engine: Engine, address: str | None, device: torch.device) -
         device: where the model lies that workers get.
 
     Raises:
-        RequestError: Ray is not installed, an address without Ray, or a model on a GPU for workers that see none.
+        RequestError: Ray is not installed or cannot be imported, an address without Ray, or a model on a GPU for workers
+            that see none.
     """
     if engine == "joblib" and address is not None:
         raise RequestError(
@@ -55,6 +56,7 @@ def check(who: str, engine: Engine, address: str | None, device: torch.device) -
             f"{who}: `engine: ray` needs `pip install overhaul[scale]`; `engine: joblib` spreads the work over processes of "
             "this machine without it."
         )
+    _imported(who)
     if device.type != "cpu":
         raise RequestError(f"{who}: workers on Ray see no GPU, and the model lies on {device}. Write `device: cpu`.")
 
@@ -62,6 +64,22 @@ def check(who: str, engine: Engine, address: str | None, device: torch.device) -
 def has_ray() -> bool:
     """Whether the extra is installed, without importing it."""
     return importlib.util.find_spec("ray") is not None
+
+
+def _imported(who: str) -> Any:
+    """Ray.
+
+    Raises:
+        RequestError: it is there in part, and cannot be imported.
+    """
+    try:
+        return importlib.import_module("ray")
+    except ImportError as error:
+        lacking = f"the module {error.name!r} is missing" if error.name else str(error)
+        raise RequestError(
+            f"{who}: `engine: ray` finds Ray, but cannot import it: {lacking}. Write `pip install --force-reinstall "
+            "overhaul[scale]`, or `engine: joblib`."
+        ) from None
 
 
 def spread(
@@ -81,9 +99,11 @@ def spread(
         address: where a Ray cluster runs ("auto", "10.0.0.1:6379"); None for one of this process.
 
     Raises:
-        RequestError: no Ray cluster is at `address`.
+        RequestError: there are no workers, or no Ray cluster is at `address`.
         RunError: workers died again and again.
     """
+    if workers < 1:
+        raise RequestError(f"`workers` is {workers}, and somebody has to do the work: write 1 or more.")
     if engine == "ray":
         yield from _on_ray(work, jobs, workers, address)
     elif workers == 1:
@@ -184,7 +204,7 @@ def _ray(workers: int, address: str | None) -> Iterator[Any]:
     Raises:
         RequestError: there is no cluster at `address`, or this process is at work on another one.
     """
-    ray = importlib.import_module("ray")
+    ray = _imported("workers")
     if ray.is_initialized():
         if address is not None:
             raise RequestError(

@@ -213,6 +213,12 @@ def test_language_models_are_measured_by_their_answers(tmp_path: Path) -> None:
         ({"by": "region", "pair": ["north", "north"]}, "`pair` is two different groups"),
         ({"by": "region", "apart": "hom"}, "`apart: hom` names no column of every row of `data`. Did you mean 'home'"),
         ({"by": "region", "benchmark": "set"}, "names no column of every row of `standard`. There is no such role"),
+        (
+            {"by": "region", "apart": "region"},
+            "the 18 rows of the group 'north' have 1 value of `apart: region`, 'north'",
+        ),
+        ({"by": []}, "is to be grouped by no column: `by` is empty"),
+        ({"by": ["region", "region"]}, "grouped by the column 'region' twice: name each once"),
         ({"by": "region", "families": ["a"]}, "`families` has 1 names for 2 models"),
     ],
 )

@@ -587,6 +587,16 @@ def test_what_cannot_be_asked_is_refused(changes: dict[str, Any], words: str) ->
         run_on("moved", **changes)
 
 
+def test_little_data_is_measured_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    knobs: dict[str, Any] = {**QUICK, "value": 0, "layers": "1", "alphas": [1.0], "random_sets": 1, "probe": False}
+    models = folder("moved"), folder("original")
+    done = restoration(*models, images(3), images(6, 1), **{**knobs, "states": 2000})
+    assert 1 in done.layers["variance explained by the autoencoder"]
+    assert 1 in restoration(*models, images(3), images(6, 1), **knobs).layers["dead latents, share"]
+    with pytest.raises(RequestError, match="`train` has 3 states at layer 1 that carry features.*four or more"):
+        restoration(*models, images(3), images(6, 1), **{**knobs, "states": 2})
+
+
 def test_models_that_do_not_correspond_are_refused(tmp_path: Path) -> None:
     other = save(tiny_vit(num_hidden_layers=3), None, tmp_path / "other", dtype="float32")
     with pytest.raises(RequestError, match="4 blocks .* 3"):

@@ -119,3 +119,5 @@ def test_places_by_one_column_or_several() -> None:
     rows = [{"a": "x", "b": 1}, {"a": "y", "b": 1}, {"a": "x", "b": 2}, {"a": "x", "b": 1}]
     assert places_by(rows, "a") == {"x": [0, 2, 3], "y": [1]}
     assert places_by(rows, ["a", "b"]) == {"x, 1": [0, 3], "x, 2": [2], "y, 1": [1]}
+    alike = [{"a": "x", "b": "y, z"}, {"a": "x, y", "b": "z"}, {"a": "x", "b": "y, z"}]
+    assert places_by(alike, ["a", "b"]) == {"'x', 'y, z'": [0, 2], "'x, y', 'z'": [1]}

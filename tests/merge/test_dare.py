@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,15 @@ def test_neither_pieces_nor_files_nor_the_order_of_threads_count(
 
 def test_models_and_seeds_draw_apart(tmp_path: Path) -> None:
     base, tuned = (make("llama", tmp_path / f"m{seed}", seed) for seed in range(2))
+    pair = [tuned, Path(shutil.copytree(tuned, tmp_path / "again"))]
     torch.manual_seed(0)
-    twice = tensors(dare(base, [tuned, tuned], density=0.5, out=tmp_path / "twice").model)
+    twice = tensors(dare(base, pair, density=0.5, out=tmp_path / "twice").model)
     b, t = tensors(base), tensors(tuned)
     name = "model.layers.1.mlp.down_proj.weight"
     times = ((twice[name] - b[name]) / (t[name] - b[name])).round()
     assert {float(n) for n in times.unique()} == {0.0, 2.0, 4.0}, "the same model twice is not dropped twice alike"
     torch.manual_seed(1)
-    assert not same_bits(tensors(dare(base, [tuned, tuned], density=0.5, out=tmp_path / "other").model), twice)
+    assert not same_bits(tensors(dare(base, pair, density=0.5, out=tmp_path / "other").model), twice)
 
 
 def test_bfloat16_is_rounded_once(tmp_path: Path) -> None:

@@ -124,6 +124,12 @@ def test_what_the_formulas_leave_open_is_asked_for(tmp_path: Path) -> None:
         lines(base, [tuned], out=tmp_path / "out")
     with pytest.raises(RequestError, match="with 2 tuned checkpoints, beta has to be given"):
         lines(base, [tuned, tuned], out=tmp_path / "out")
+    with pytest.raises(RequestError, match=r"with alpha 1e\+38, beta is 1 - alpha, and rounding leaves 0 of the 1"):
+        lines(base, [tuned], alpha=1e38, out=tmp_path / "out")
+    data = [some_facts(0, 2)]
+    for given, name in (((data,), "targets"), (((), data), "controls")):
+        with pytest.raises(RequestError, match=f"`{name}` are measured for choice: measured alone"):
+            lines(base, [tuned], *given, alpha=0.3, out=tmp_path / "out")
     with pytest.raises(RequestError, match="alpha=-1"):
         lines(base, [tuned], alpha=-1, out=tmp_path / "out")
 

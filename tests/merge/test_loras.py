@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -464,9 +464,17 @@ def test_every_control_is_in_the_table_and_the_map_has_blocks_and_adapters(tmp_p
     worths = {row[0]: row for row in done.tables["the pool by evaluation"].rows}
     assert done.facts["evaluated"] == 3 and done.facts["merged"] == 2
     order = sorted(worths.values(), key=lambda row: float(row[1] or 0))
-    assert [row[2] for row in order] == [False, True, True]
+    assert [row[2] for row in order] == [False, False, True], "the fresh one takes the place of the last"
+    assert [row[0] for row in order if row[2]] == [grid.columns[2]]
     shorter = loras(**_materials(tmp_path / "again"), **SMALL, control_steps=1)
     assert {row[0]: row[3] for row in shorter.tables["scores"].rows}[RANDOM] == 1
+
+
+def test_what_is_merged_is_counted_where_the_only_one_stays_beside_the_fresh() -> None:
+    done = loras(**_given(*_kept()), **{**SMALL, "count": 1, "steps": 1}, kind="average", with_fresh=True)
+    names = done.tables["coefficients"].columns[1:]
+    assert names[0] == FRESH and len(names) == done.facts["merged"] == 2
+    assert [row[0] for row in done.tables["the pool by evaluation"].rows if row[2]] == [names[1]]
 
 
 def test_names_tell_adapters_apart_and_are_short(tmp_path: Path) -> None:
@@ -562,6 +570,9 @@ def test_the_same_adapter_twice_and_one_that_is_nothing_are_refused(tmp_path: Pa
     save_file({n: 0 * t if "lora_B" in n else t for n, t in held.items()}, empty / "adapter_model.safetensors")
     with pytest.raises(RequestError, match="changes nothing: it was not trained"):
         loras(given["model"], [*pool, empty], given["train"], given["valid"])
+    still = edited(lora(tmp_path / "base", tmp_path / "still", 6), lora_alpha=0)
+    with pytest.raises(RequestError, match=r"still changes nothing: `lora_alpha` in its adapter_config.json is 0"):
+        loras(given["model"], [*pool, still], given["train"], given["valid"])
     held["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"][0, 0] = math.nan
     save_file(held, empty / "adapter_model.safetensors")
     with pytest.raises(RequestError, match="is not finite"):
@@ -581,9 +592,15 @@ def test_a_search_that_finds_the_base_alone_is_an_error(tmp_path: Path, monkeypa
     monkeypatch.setattr(formulas, "search", lambda loss, count, evaluations: ([0.0] * count, [1.0]))
     given = _materials(tmp_path)
     before = {name: value.clone() for name, value in given["model"].state_dict().items()}
-    with pytest.raises(RunError, match="the best mixture that was found is none"):
+    with pytest.raises(RunError, match="the best mixture that was found is none.*Try more `evaluations`"):
         loras(**given, **SMALL, kind="search")
     assert all(torch.equal(value, before[name]) for name, value in given["model"].state_dict().items())
+
+
+@pytest.mark.parametrize("kind", get_args(get_type_hints(How)["kind"]))
+def test_what_to_try_instead_is_of_the_kind(kind: Any) -> None:
+    assert ("evaluations" in How(kind=kind).instead) == (kind == "search")
+    assert ("kind: adaptive" in How(kind=kind).instead) == (kind != "adaptive")
 
 
 def test_a_layer_looks_like_its_own_and_a_pool_may_be_fixed() -> None:

@@ -95,6 +95,15 @@ def test_copies_of_the_base_alone_are_refused(name: str, three: list[Path], tmp_
     assert left(tmp_path) == ["copied"]
 
 
+@pytest.mark.parametrize("name", [name for name in MERGES if name not in SINGLE])
+def test_a_folder_that_is_given_twice_is_said(name: str, three: list[Path], tmp_path: Path) -> None:
+    again = three[1].parent / "other" / ".." / three[1].name
+    (three[1].parent / "other").mkdir(exist_ok=True)
+    with pytest.warns(MaterialWarning, match=f"{name}: tuned checkpoint 2 is tuned checkpoint 1 again"):
+        done = merged(name, three[0], [three[1], again], tmp_path / "out")
+    assert "counts once more" in done.facts["advice"]
+
+
 def test_a_new_head_is_no_strange_base() -> None:
     kinship, draw = Kinship(), torch.Generator().manual_seed(0)
     for n in range(10):
@@ -159,7 +168,7 @@ def test_integers_are_copied_and_have_to_agree(name: str, three: list[Path], tmp
     folders = [Path(shutil.copytree(path, tmp_path / path.name)) for path in three]
     for path, code in zip(folders, (1, 1, 2), strict=True):
         rewrite(path, lambda held, code=code: held.update({"model.codes": torch.tensor([code, 5])}))
-    done = merged(name, folders[0], [folders[1], folders[1]], tmp_path / "out")
+    done = merged(name, folders[0], [folders[1]], tmp_path / "out")
     assert tensors(done.model)["model.codes"].tolist() == [1, 5]
     with pytest.raises(RunError, match=r"model\.codes \(torch\.int64\) differs between"):
         merged(name, folders[0], folders[1:], tmp_path / "other")

@@ -50,6 +50,15 @@ def test_models_that_are_read_beside_are_listed(folder: Path, tmp_path: Path) ->
     assert ties.reads == {} and ties.others == {"tuned": ("a", "b")}
 
 
+def test_rows_that_are_read_as_they_are_are_counted(folder: Path, tmp_path: Path) -> None:
+    base = str(shutil.copytree(folder, tmp_path / "base"))
+    rows = [f'{{"statement": "{c}", "label": {n % 2}}}' for n, c in enumerate("abcdefghijklmnop")]
+    (tmp_path / "raw.jsonl").write_text("\n".join(rows))
+    materials = {"base": {"model": base}, "statements": {"from": str(tmp_path / "raw.jsonl"), "as": "rows"}}
+    (step,) = planned(folder, tmp_path, materials=materials, steps=[{"inspect.post_training": {"shots": 2}}])
+    assert step.reads == {"statements": 16}
+
+
 def test_dtype_changes_memory(folder: Path, tmp_path: Path) -> None:
     drop = [{"shrink.drop_layers": {"count": 1}}]
     wide = planned(folder, tmp_path, steps=drop)[0].peak_bytes

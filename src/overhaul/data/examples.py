@@ -258,12 +258,18 @@ def right_classes(batch: Batch, count: int) -> Tensor:
 
 
 def places_by(rows: Sequence[Mapping[str, Any]], columns: str | Sequence[str]) -> dict[str, list[int]]:
-    """The places of the rows that have one value in a column, or in several ("Africa, low"), in the order of its name."""
+    """The places of the rows that have one value in a column, or in several ("Africa, low"), in the order of its name.
+
+    Values are in quotes where two groups would have one name without: 'x, y', 'z' and 'x', 'y, z'.
+    """
     columns = [columns] if isinstance(columns, str) else columns
-    found: dict[str, list[int]] = {}
+    found: dict[tuple[str, ...], list[int]] = {}
     for place, row in enumerate(rows):
-        found.setdefault(", ".join(str(row[column]) for column in columns), []).append(place)
-    return {name: found[name] for name in sorted(found)}
+        found.setdefault(tuple(str(row[column]) for column in columns), []).append(place)
+    named = {", ".join(values): places for values, places in found.items()}
+    if len(named) < len(found):
+        named = {", ".join(map(repr, values)): places for values, places in found.items()}
+    return {name: named[name] for name in sorted(named)}
 
 
 def groups_of(
@@ -278,9 +284,14 @@ def groups_of(
         least: rows that a group needs.
 
     Raises:
-        RequestError: a row has nothing in a column, there is one group, or one is too small.
+        RequestError: no column is named or one twice, a row has nothing in it, there is one group, or one is too small.
     """
-    for column in [columns] if isinstance(columns, str) else columns:
+    listed = [columns] if isinstance(columns, str) else list(columns)
+    if not listed:
+        raise RequestError(f"{where} is to be grouped by no column: `by` is empty. Name one, or several.")
+    if twice := [column for n, column in enumerate(listed) if column in listed[:n]]:
+        raise RequestError(f"{where} is to be grouped by the column {twice[0]!r} twice: name each once in `by`.")
+    for column in listed:
         for place, row in enumerate(rows, 1):
             if row.get(column) is None or row[column] == "":
                 hint = "" if column in row else did_you_mean(column, row)
@@ -291,9 +302,9 @@ def groups_of(
         raise RequestError(f"{where} is of one group, {said} {next(iter(found), '')!r}; there is nothing to compare.")
     small = {name: len(places) for name, places in found.items() if len(places) < least}
     if small:
-        listed = ", ".join(f"{name!r} ({count} row{'s' * (count > 1)})" for name, count in list(small.items())[:5])
+        shown = ", ".join(f"{name!r} ({count} row{'s' * (count > 1)})" for name, count in list(small.items())[:5])
         raise RequestError(
-            f"{where} has groups of fewer than {least} rows by {said}: {listed}. They say next to nothing: leave them out "
+            f"{where} has groups of fewer than {least} rows by {said}: {shown}. They say next to nothing: leave them out "
             f"(`unless: {{COLUMN: VALUE}}` in the material), or join them with others."
         )
     return found

@@ -43,7 +43,7 @@ def cut(model: nn.Module, keep: Mapping[Group, Tensor], *, inputs: Mapping[str, 
             f"{type(model).__name__} is a model of diffusers, whose config is not changed here; `cut_copy` makes a smaller "
             "network that stays in memory."
         )
-    masks = {group: mask_of(group, mask) for group, mask in keep.items()}
+    masks = {group: mask_of(model, group, mask) for group, mask in keep.items()}
     inputs = probe(model) if inputs is None else inputs
     with masked(model, masks):
         expected = _said(model, inputs)
@@ -70,7 +70,7 @@ def cut_copy(
     Raises:
         RequestError: a mask does not fit, or the copy does not say what the masked model says.
     """
-    masks = {group: mask_of(group, mask) for group, mask in keep.items()}
+    masks = {group: mask_of(model, group, mask) for group, mask in keep.items()}
     smaller = _with(model, _cut(model, masks))
     if checked:
         inputs = probe(model) if inputs is None else inputs

@@ -70,6 +70,30 @@ class Group:
     slices: tuple[Slice, ...]
     stack: str = ""
 
+    @property
+    def where(self) -> str:
+        """What the units are and where they lie, in words."""
+        return self.unit if self.depth is None else f"{self.unit} of block {self.depth}"
+
+    def check_of(self, model: nn.Module) -> None:
+        """Refuse a network that has not the tensors that the units own.
+
+        Raises:
+            RequestError: the group was found on another network, or before this one was cut.
+        """
+        for part in self.slices:
+            try:
+                shape = tuple(tensor_of(model, part.tensor).shape)
+            except AttributeError:
+                shape = ()
+            if len(shape) <= part.axis or shape[part.axis] != len(part.units):
+                here = f"is {list(shape)}" if shape else "is not there"
+                raise RequestError(
+                    f"These units ({self.where}) are of another {type(model).__name__}, or of this one before it was cut: "
+                    f"{part.tensor} had {len(part.units)} along axis {part.axis}, and here it {here}. Find its own: "
+                    f"groups(model, {self.unit!r})."
+                )
+
     def sums(self, model: nn.Module, score: Callable[[str, Tensor], Tensor]) -> Tensor:
         """For each unit the sum of a score over all numbers that it owns.
 
@@ -79,7 +103,11 @@ class Group:
 
         Returns:
             The sums [size].
+
+        Raises:
+            RequestError: the group is of another network.
         """
+        self.check_of(model)
         found = torch.zeros(self.size + 1, dtype=torch.float64)
         for part in self.slices:
             values = score(part.tensor, tensor_of(model, part.tensor).detach())

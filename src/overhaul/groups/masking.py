@@ -25,9 +25,9 @@ def masked(model: nn.Module, keep: Mapping[Group, Tensor]) -> Iterator[None]:
         keep: for each group which of its units stay [size], as booleans.
 
     Raises:
-        RequestError: a mask does not fit its group, or leaves nothing of it.
+        RequestError: a group is of another network, or a mask does not fit it or leaves nothing of it.
     """
-    checked = {group: mask_of(group, mask) for group, mask in keep.items()}
+    checked = {group: mask_of(model, group, mask) for group, mask in keep.items()}
     with ExitStack() as undo:
         for group, mask in checked.items():
             for name, kept in _norms(model, group, mask).items():
@@ -41,21 +41,21 @@ def masked(model: nn.Module, keep: Mapping[Group, Tensor]) -> Iterator[None]:
         yield
 
 
-def mask_of(group: Group, mask: Tensor) -> Tensor:
-    """A mask that fits its group, on the CPU.
+def mask_of(model: nn.Module, group: Group, mask: Tensor) -> Tensor:
+    """A mask that fits its group, which is of the model, on the CPU.
 
     Raises:
-        RequestError: it does not.
+        RequestError: it does not, or the group is of another model.
     """
+    group.check_of(model)
     mask = torch.as_tensor(mask).cpu()
-    where = group.unit if group.depth is None else f"{group.unit} of block {group.depth}"
     if mask.dtype != torch.bool or tuple(mask.shape) != (group.size,):
         raise RequestError(
-            f"What stays of the {group.size} units ({where}) is said by {group.size} booleans [{group.size}], not by "
+            f"What stays of the {group.size} units ({group.where}) is said by {group.size} booleans [{group.size}], not by "
             f"{list(mask.shape)} of {str(mask.dtype).removeprefix('torch.')}."
         )
     if not bool(mask.any()):
-        raise RequestError(f"Nothing of the {group.size} units ({where}) would stay; keep one.")
+        raise RequestError(f"Nothing of the {group.size} units ({group.where}) would stay; keep one.")
     return mask
 
 

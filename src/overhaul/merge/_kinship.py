@@ -44,16 +44,17 @@ class Kinship:
             known = self._sums.get(name)
             self._sums[name] = is_matrix, sums if known is None else known[1] + sums
 
-    def facts(self, method: str, tuned: Sequence[str]) -> dict[str, Any]:
+    def facts(self, method: str, tuned: Sequence[str], told: Sequence[str] = ()) -> dict[str, Any]:
         """How far each model is, the share of far matrices, and a warning for each that is the base, or no child of it.
 
         Args:
             method: for the warning.
             tuned: what the models are called; facts name no folder, and are the same wherever these lie.
+            told: what else there is to warn of.
         """
         matrices = [sums for is_matrix, sums in self._sums.values() if is_matrix and sums[-1]]
         total = torch.stack([sums for _, sums in self._sums.values()]).sum(0)
-        changes, far, said = [], [], []
+        changes, far, said = [], [], list(told)
         for n, name in enumerate(tuned):
             ratios = [math.sqrt(sums[n] / sums[-1]) for sums in matrices]
             size = math.sqrt(sum(float(sums[-1]) for sums in matrices))

@@ -69,10 +69,21 @@ def written(
     index = TensorIndex.of(base)
     numbers = sum(tensor.dtype.is_floating_point for tensor in index.tensors.values())
     names = [f"tuned checkpoint {n + 1}" for n in range(len(tuned))] if len(tuned) > 1 else ["the tuned checkpoint"]
-    kin = kinship.facts(method, names)
+    kin = kinship.facts(method, names, _twice(tuned, names))
     return {
         "tensors": numbers, "tensors_changed": len(moved), **kin, "differences": weights.differences([base, *tuned])
     }  # fmt: skip
+
+
+def _twice(tuned: Sequence[Checkpoint], names: Sequence[str]) -> list[str]:
+    """What is to be said of checkpoints that are one."""
+    known = [(one.folder.resolve(), one.seed) for one in tuned]  # a config alone gives a model for each seed
+    return [
+        f"{names[n]} is {names[known.index(one)]} again, and its change counts once more. Name each folder once, or let "
+        "`weights` say so."
+        for n, one in enumerate(known)
+        if one in known[:n]
+    ]
 
 
 def by_depth(base: Checkpoint, value: Callable[[TensorFacts], float]) -> dict[str, dict[int, float]]:

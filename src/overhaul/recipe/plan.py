@@ -279,7 +279,8 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
         seconds = (read_bytes + model.bytes) / STREAMED_BYTES_PER_SECOND
     masks = model.parameters * ("tensors" in step.method.makes.values())
     peak = model.parameters * (width * models + computed - width) + held + cached + masks
-    counts = {role: len(each) for role, each in lengths.items()}
+    raw = {role.name for role in step.method.roles if role.kind == "rows"}  # read as they are: no examples are made
+    counts = {role: sum(len(rows) for _, rows in read[role]) if role in raw else len(lengths[role]) for role in read}
     others = {role: tuple(step.names(role)) for role in step.reads if role not in counts}
     return Planned(step.name, counts, others, step.knobs, peak, seconds)
 

@@ -88,7 +88,7 @@ def groups(
 
     Raises:
         RequestError: the models differ in their classes or in how they read data, the column is missing or has one value, a
-            group is too small, a label is no class, or slopes are asked for with one model.
+            group is too small or all of it is drawn together, a label is no class, or slopes are asked for with one model.
     """
     if not models:
         raise RequestError("inspect.groups: the role `models` is empty; name at least one model.")
@@ -154,6 +154,8 @@ def _check_knobs(
         if column is not None and not (rows and all(column in row for row in rows)):
             hint = did_you_mean(column, rows[0]) if rows else " There is no such role."
             raise RequestError(f"inspect.groups: `{knob}: {column}` names no column of every row of `{role}`.{hint}")
+    if apart is not None:
+        _check_units([str(row[apart]) for row in given["data"].rows], places, apart)
     if families is not None and len(families) != len(models):
         raise RequestError(
             f"inspect.groups: `families` has {len(families)} names for {len(models)} models; write one for each."
@@ -164,3 +166,17 @@ def _check_knobs(
         raise RequestError(
             "inspect.groups: a slope on `reference` needs at least two models. Name more, or leave the reference out."
         )
+
+
+def _check_units(units: Sequence[str], places: dict[str, list[int]], apart: str) -> None:
+    """Whether every group has what can be drawn anew.
+
+    Raises:
+        RequestError: one is a single unit, whose interval would have no width.
+    """
+    for name, each in places.items():
+        if len({units[place] for place in each}) < 2:
+            raise RequestError(
+                f"inspect.groups: the {len(each)} rows of the group {name!r} have 1 value of `apart: {apart}`, "
+                f"{units[each[0]]!r}, and an interval needs at least two. Leave `apart` out, or give rows of others."
+            )

@@ -105,7 +105,8 @@ class Original:
         distance: by layer, |h - h'| / |h'| over the group.
         correlation: by layer, of the features of both models over the group.
         features: by layer.
-        explained: by layer, share of the variance that the autoencoder explains on states held out.
+        explained: by layer, share of the variance that the autoencoder explains on states held out; None where these are
+            alike.
         probe: on its own states.
     """
 
@@ -116,7 +117,7 @@ class Original:
     distance: dict[int, float] = field(default_factory=dict[int, float])
     correlation: dict[int, float] = field(default_factory=dict[int, float])
     features: dict[int, Features] = field(default_factory=dict[int, Features])
-    explained: dict[int, float] = field(default_factory=dict[int, float])
+    explained: dict[int, float | None] = field(default_factory=dict[int, float | None])
     probe: Probe | None = None
 
 
@@ -203,12 +204,17 @@ def original_pass(model: nn.Module, data: Material, run: Run, unlearned: Unlearn
     return made
 
 
-def features(sample: Sample, members: int, run: Run, layer: int) -> tuple[Features, float]:
+def features(sample: Sample, members: int, run: Run, layer: int) -> tuple[Features, float | None]:
     """An autoencoder with its selected and random features, and the variance that it explains on states held out."""
     torch.manual_seed(run.seed)
     order = torch.randperm(len(sample.rows))
-    kept = max(1, len(order) // 10)
+    kept = max(2, len(order) // 10)  # one alone has no variance to explain
     if run.given is None:
+        if len(order) < kept + 2:
+            raise RequestError(
+                f"{NAME}: `train` has {len(order)} states at layer {layer} that carry features, and an autoencoder needs "
+                "four or more: two to learn from, two held out. Give more examples in `train`, or `autoencoders`."
+            )
         made = learn(sample.rows[order[kept:]], run.dictionary, f"autoencoder of layer {layer}")
     else:
         made = run.given[layer]
@@ -301,7 +307,14 @@ def by_layer(given: Tensors, layers: str | None, k: int) -> dict[int, SparseAuto
                 "which single one it is for."
             )
         found[int(layer if layer.isdecimal() else str(layers))][rest if layer.isdecimal() else name] = value
-    return {layer: SparseAutoencoder.of_tensors(one, k) for layer, one in found.items()}
+    return {layer: _read(one, layer, k) for layer, one in found.items()}
+
+
+def _read(tensors: dict[str, Tensor], layer: int, k: int) -> SparseAutoencoder:
+    try:
+        return SparseAutoencoder.of_tensors(tensors, k)
+    except RequestError as error:
+        raise RequestError(f"{NAME}: `autoencoders`, layer {layer}: {error}") from None
 
 
 def tensors(autoencoders: dict[int, SparseAutoencoder]) -> dict[str, Tensor]:

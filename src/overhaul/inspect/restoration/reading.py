@@ -113,7 +113,9 @@ def _facts(reader: Reader) -> dict[str, Any]:
 def _layers(reader: Reader) -> dict[str, dict[int, float]]:
     source = reader.source
     found = {
-        "variance explained by the autoencoder": source.explained,
+        "variance explained by the autoencoder": {
+            layer: share for layer, share in source.explained.items() if share is not None
+        },
         "dead latents, share": {
             layer: float((one.autoencoder.neuron_activity == 0).float().mean())
             for layer, one in source.features.items()

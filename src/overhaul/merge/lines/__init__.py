@@ -48,6 +48,9 @@ from overhaul.method import Outcome, Table, method
 from overhaul.models import Checkpoint
 from overhaul.weights import Combine, TensorFacts, stream, totals, weighted_deltas
 
+ROUNDED = 1e-6
+"""How far from 1 rounding may put the last block's factor."""
+
 
 @method(
     verb="merge",
@@ -101,10 +104,16 @@ def lines(
         coefficient by depth.
 
     Raises:
-        RequestError: the checkpoints do not correspond, alpha or beta is missing, or candidates cannot be measured.
+        RequestError: the checkpoints do not correspond, alpha or beta is missing, candidates cannot be measured, or there is
+            data and nothing to measure.
         RunError: nothing changed, or a number is not finite.
     """
     count = some(NAME, base, tuned, alpha=alpha, beta=beta)
+    if choice == "given" and (targets or controls):
+        raise RequestError(
+            f"{NAME}: `{'targets' if targets else 'controls'}` are measured for choice: measured alone, and alpha and beta "
+            "are given. Leave the data out, or write choice: measured."
+        )
     measured = Choice.of(targets, controls, metric, target_weight, count) if choice == "measured" else None
     check_given(count, alpha, beta, measured is not None, words)
     assert out is not None
@@ -163,8 +172,8 @@ def check_given(count: int, alpha: float | None, beta: float | None, measured: b
     """Refuse what the formulas leave open, or data do.
 
     Raises:
-        RequestError: alpha is missing for one checkpoint, or beta for several; or both are 0; or what is to be measured is
-            given.
+        RequestError: alpha is missing for one checkpoint, or too large, or beta for several; or both are 0; or what is to be
+            measured is given.
     """
     if alpha == 0 and beta == 0:
         raise RequestError(f"{NAME}: alpha 0 and beta 0 would change nothing: both are factors of the change.")
@@ -180,6 +189,11 @@ def check_given(count: int, alpha: float | None, beta: float | None, measured: b
         raise RequestError(
             f"{NAME}: with one tuned checkpoint, alpha has to be given: 1 is that checkpoint, 0 keeps the base's first "
             "block. Try 0.1, 0.3 and 0.5 and judge both tasks, or write choice: measured."
+        )
+    elif count == 1 and alpha is not None and beta is None and abs(alpha + (1.0 - alpha) - 1.0) > ROUNDED:
+        raise RequestError(
+            f"{NAME}: with alpha {alpha:g}, beta is 1 - alpha, and rounding leaves {alpha + (1.0 - alpha):g} of the 1 that "
+            "the last block's factor is to be. Write an alpha between 0 and 1, or beta too."
         )
     elif count > 1 and beta is None:
         raise RequestError(

@@ -101,7 +101,7 @@ def loras(
         test: examples on which the table is measured; `valid` if not given.
         how: how adapters become one.
         with_fresh: let the LoRA that is trained on `train` be the first of the merged ones. The last that was chosen makes
-            room for it where there are `count`.
+            room for it where there are `count`, unless it is the only one.
         choice: which are merged where the pool is larger than `count`: those with the least loss on `train` ("evaluation");
             those most like the fresh LoRA ("cosine"; "clamp" counts entries of equal sign alone, "abs" all as such, "fisher"
             their squares); those of the highest "rank"; or "random" ones.
@@ -115,9 +115,9 @@ def loras(
     Returns:
         The same model, with the merge in its weights. Tables: loss and share of examples said right, of the base, the fresh
         LoRA, the merges and the controls; coefficients by block and adapter; what each adapter of a larger pool is worth.
-        Facts: losses in nats, adapters merged, and adapters of the pool that had to be evaluated. Layers: the length of
-        the change over that of the weights. Curves: those of the training. `made["coefficients"]` has every coefficient by
-        layer and adapter.
+        Facts: losses in nats, adapters merged (the fresh one among them), and adapters of the pool that had to be
+        evaluated. Layers: the length of the change over that of the weights. Curves: those of the training.
+        `made["coefficients"]` has every coefficient by layer and adapter.
 
     Raises:
         RequestError: no adapter; one that does not fit the model, is more than products, or is there twice; no examples; a
@@ -148,12 +148,13 @@ def loras(
         joined = [target, *experts[: max(1, count - 1)]]
         merged = compare(trial, experts, joined, full, lesser, with_fresh)
     named = names_of(adapters)
-    names = [named[n] for n in chosen]
-    outcome = folded(trial, merged, [FRESH, *names[: len(joined) - 1]] if with_fresh else names)
-    outcome.facts |= {"merged": len(chosen), "evaluated": 0, **advice}
+    taken = chosen[: len(joined) - 1] if with_fresh else chosen
+    names = [FRESH] * with_fresh + [named[n] for n in taken]
+    outcome = folded(trial, merged, names)
+    outcome.facts |= {"merged": len(names), "evaluated": 0, **advice}
     if len(pool) > count:
         outcome.facts["evaluated"] = len(pool) * (choice == "evaluation")
-        rows = [(name, one, n in chosen) for n, (name, one) in enumerate(zip(named, worths, strict=True))]
+        rows = [(name, one, n in taken) for n, (name, one) in enumerate(zip(named, worths, strict=True))]
         outcome.tables[f"the pool by {choice}"] = Table(("adapter", "worth", "merged"), tuple(rows))
     return outcome
 
@@ -178,8 +179,8 @@ def folded(trial: Trial, merged: Merge, names: list[str]) -> Outcome:
     """The model with the mixture in its weights, and what is to be told of it."""
     if merged.is_nothing:
         raise RunError(
-            f"merge.loras: the best mixture that was found is none: all coefficients are 0, and the loss stays "
-            f"{trial.loss(BASE):.4g}. Try more `evaluations`, or kind: adaptive."
+            f"merge.loras: the best mixture that was found is none: it changes nothing, and the loss stays "
+            f"{trial.loss(BASE):.4g}. {trial.how.instead}"
         )
     stack = LayerStack.of(trial.model)
     squares: dict[int, tuple[float, float]] = {}

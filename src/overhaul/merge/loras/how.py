@@ -53,6 +53,15 @@ class How:
                 'merge.loras: activation "squared" has no slope at 0, where nothing would be learnt. Write start: "equal".'
             )
 
+    @property
+    def instead(self) -> str:
+        """What to try where the best mixture is the base itself."""
+        if self.kind == "adaptive":
+            return "No step lowered the loss on `valid`: try another `lr`, more `steps`, or start: equal."
+        if self.kind == "search":
+            return "Try more `evaluations`, or kind: adaptive."
+        return "The changes of the adapters cancel: leave some out, or try kind: adaptive."
+
     def drawn(self, count: int, first: int, experts: int, draw: torch.Generator) -> nn.Parameter:
         """`count` numbers at their start, of which `first` belong to the first adapter."""
         if self.start == "uniform":

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from overhaul.adapter_folders import LowRank, low_rank_scales, read_low_rank
+from overhaul.checkpoints import ADAPTER_CONFIG
 from overhaul.errors import RequestError
 from overhaul.merge.loras.layers import Adapter, changed_by
 from overhaul.models import Checkpoint, planned
@@ -70,7 +71,12 @@ def read_pool(
     pool: list[dict[str, LowRank]] = []
     for n, (known, its) in enumerate(zip(adapters, scales, strict=True)):
         read = read_low_rank(known, its)
-        if not any(bool(one.b.any()) and bool(one.a.any()) for one in read.values()):
+        if not any(its.values()):
+            raise RequestError(
+                f"merge.loras: the adapter {known.source} changes nothing: `lora_alpha` in its {ADAPTER_CONFIG} is 0. "
+                "Correct it, or leave the adapter out."
+            )
+        if not any(bool(one.b.any()) and bool(one.a.any()) and bool(one.scale.any()) for one in read.values()):
             raise RequestError(
                 f"merge.loras: the adapter {known.source} changes nothing: it was not trained. Leave it out."
             )
