@@ -120,8 +120,11 @@ def test_a_layer_whose_output_is_changed_behind_it_is_not_taken() -> None:
 
 
 def test_a_language_model_has_no_last_layer_to_refit() -> None:
-    with pytest.raises(RequestError, match="the model is no classifier"):
-        head_of(tiny_llama(), texts())
+    for data in (texts(), examples_for("llama", 4)):
+        with pytest.raises(
+            RequestError, match="LlamaForCausalLM has no last layer over classes.*the model is no classifier"
+        ):
+            head_of(tiny_llama(), data)
     with pytest.raises(RequestError, match="The model is a classifier"):
         head_of(llama(), examples_for("llama", 4))
 

@@ -181,7 +181,12 @@ def locate(source: str | Path, *, weights: bool = True, code: bool = False) -> P
 
 
 def facts(
-    source: str | Path, *, seed: int = 0, trust_remote_code: bool = False, base: Checkpoint | None = None
+    source: str | Path,
+    *,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    base: Checkpoint | None = None,
+    otherwise: str | None = None,
 ) -> Checkpoint:
     """Read config and safetensors headers; refuse what could not be opened later.
 
@@ -190,6 +195,7 @@ def facts(
         seed: from which `new:` is drawn.
         trust_remote_code: Python code that comes with the model may be fetched, and run when it is opened.
         base: what an adapter is put on, in place of the model that it names.
+        otherwise: the source of what an adapter is put on that names none, as peft writes it from a base in memory.
 
     Raises:
         RequestError: no config.json, pickle-only weights, no weights, weights that could be read in two ways, a damaged
@@ -201,7 +207,7 @@ def facts(
     folder = locate(source, code=trust_remote_code)
     _check_plain(folder)
     if (folder / ADAPTER_CONFIG).exists() and not any((folder / f"{stem}.safetensors").exists() for stem in STEMS):
-        return _facts_of_adapter(text, folder, trust_remote_code, base)
+        return _facts_of_adapter(text, folder, trust_remote_code, base, otherwise)
     config = _config(folder)
     files = weight_files(folder)
     shapes, dtype = _shapes(files)
@@ -246,7 +252,9 @@ def _facts_of_new(source: str, seed: int, trusted: bool) -> Checkpoint:
     return replace(empty, shapes=shapes, dtype=dtype, bytes=size)
 
 
-def _facts_of_adapter(source: str, folder: Path, trusted: bool, base: Checkpoint | None) -> Checkpoint:
+def _facts_of_adapter(
+    source: str, folder: Path, trusted: bool, base: Checkpoint | None, otherwise: str | None
+) -> Checkpoint:
     """An adapter, with its base's config, since what it opens as is a model of the base's class."""
     options = read_json(folder / ADAPTER_CONFIG)
     weights = folder / ADAPTER_WEIGHTS
@@ -259,6 +267,8 @@ def _facts_of_adapter(source: str, folder: Path, trusted: bool, base: Checkpoint
             f"{folder / ADAPTER_CONFIG}: `megatron_config` lets peft import the module {options.get('megatron_core')!r}. "
             "Remove the entry, or say `trust_remote_code: true` if you trust it."
         )
+    if base is None and otherwise is not None and not options.get("base_model_name_or_path"):
+        base = facts(otherwise, trust_remote_code=trusted)
     base = base or _named_base(source, folder, options, trusted)
     shapes, _ = _shapes([weights])
     return Checkpoint(

@@ -86,7 +86,7 @@ def head_of(model: nn.Module, examples: Examples) -> Head:
         RequestError: the model is no classifier, its logits are not finite, its last layer is not linear, or shares its
             weight with another one.
     """
-    if not examples.classified:
+    if not examples.classified and examples.kind != "tokens":
         raise RequestError(one_class(of_data=False))
     check_positions(model, examples)
     device = next(model.parameters()).device
@@ -103,7 +103,13 @@ def head_of(model: nn.Module, examples: Examples) -> Head:
         for hook in hooks:
             hook.remove()
     if logits.ndim != 2:
-        raise RequestError(one_class(of_data=True))
+        raise RequestError(
+            f"{type(model).__name__} has no last layer over classes: it gives logits for each token, so the model is no "
+            "classifier. Give one of texts (AutoModelForSequenceClassification) with rows of a text and its class (as: "
+            "classified), or of images."
+        )
+    if not examples.classified:
+        raise RequestError(one_class(of_data=False))
     check_said(model, logits, "The logits")
     found = Head(model, *ran[-1]) if ran else None
     if found is not None and len(found.weight) == logits.shape[1] and _makes(found, batch, logits):

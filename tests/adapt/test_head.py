@@ -198,6 +198,19 @@ def test_what_is_reported_is_what_the_model_does() -> None:
     assert outcome.facts["max_min"] == pytest.approx(max(shares) - min(shares))
 
 
+def test_of_c_that_are_as_accurate_the_one_with_the_least_loss_is_taken_and_an_edge_is_said() -> None:
+    data = grouped()
+    data = replace(data, items=[data.items[int(item["labels"])] for item in data.items])  # one picture of each class
+    for grid, edge in (([0.1, 0.3, 1.0], "largest"), ([1.0], None)):
+        outcome = head(tiny_vit(num_labels=4), data, by="region", grid=grid)
+        (table,) = [one for name, one in outcome.tables.items() if name.startswith("what each C")]
+        assert {row[1:3] for row in table.rows} == {(1.0, 1.0)}, "all tie"
+        assert outcome.facts["c"] == min(table.rows, key=lambda row: row[3])[0] == 1.0
+        assert (f"C=1, which was best on the rows held out, is the {edge}" in outcome.facts.get("advice", "")) == bool(
+            edge
+        )
+
+
 def test_rows_held_out_are_of_every_group_and_never_of_a_unit_that_is_fitted() -> None:
     examples = grouped()
     places = {name: [n for n, row in enumerate(examples.rows) if row["region"] == name] for name in REGIONS}

@@ -191,6 +191,14 @@ def test_columns_are_mapped_or_refused(tmp_path: Path) -> None:
     assert found == {**row, "wrong": ["x", "y"], "paraphrase": "p"}
     with pytest.raises(RequestError, match="'wrng', which nothing reads of qa rows. Did you mean 'wrong'"):
         read(tmp_path, "a.jsonl", columns={"wrng": "perturbed_answer"})
+    jsonl(tmp_path, {"satz": "a text", "urteil": 1, "land": "a"})
+    german = {"text": "satz", "label": "urteil"}
+    said = "'label', which nothing reads of text rows. Write `as: classified`, which reads it"
+    with pytest.raises(RequestError, match=said):
+        read(tmp_path, "a.jsonl", columns=german)
+    (found,) = read(tmp_path, "a.jsonl", columns=german, as_="classified")
+    assert found == {"satz": "a text", "urteil": 1, "land": "a", "label": 1}, "the class goes by either name"
+    jsonl(tmp_path, {**row, "label": True})
     with pytest.raises(RequestError, match="no column 'perturbed', which .* Did you mean 'perturbed_answer'"):
         read(tmp_path, "a.jsonl", columns={"wrong": "perturbed"})
     with pytest.raises(

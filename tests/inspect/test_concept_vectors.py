@@ -271,6 +271,8 @@ def test_tokens_are_shown_so_that_nothing_in_them_means_anything() -> None:
     found = concept_vectors(tiny_llama(), text, some_facts(0, 4), words="\n, b", at="0:0", k=60, controls=1)
     (row,) = found.tables["vectors"].rows
     assert "\n" not in str(row[-1])
+    listed = found.tables["words of the concept"].rows
+    assert repr("b") in [word for word, *_ in listed] and not any("\n" in str(word) for word, *_ in listed)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ import pytest
 import torch
 
 import overhaul as oh
-from conftest import tiny_llama, tiny_resnet, tiny_tokenizer, tiny_vit
+from conftest import CHARACTERS, tiny_llama, tiny_resnet, tiny_tokenizer, tiny_vit
 from contract import Case, pictures, some_facts
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError
 from overhaul.inspect.groups import groups
 from overhaul.inspect.groups.disparity import Hits, expected_max_min, max_min
+from overhaul.inspect.groups.measuring import check_read_alike
 from overhaul.inspect.groups.progress import Rates, slopes, stretched
 from overhaul.models import Checkpoint, facts, save
 
@@ -254,8 +256,6 @@ def test_models_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
 
 
 def test_data_that_a_model_reads_otherwise_is_refused(tmp_path: Path) -> None:
-    from conftest import CHARACTERS
-
     data = some_facts(0, 6)
     data = replace(data, rows=[{**row, "half": "first" if n < 3 else "second"} for n, row in enumerate(data.rows)])
     other = tiny_tokenizer()
@@ -265,9 +265,15 @@ def test_data_that_a_model_reads_otherwise_is_refused(tmp_path: Path) -> None:
         groups(known, data, by="half", least=3)
 
 
-def test_plan_refuses_a_group_that_is_too_small(tmp_path: Path) -> None:
-    import json
+def test_padding_and_truncation_of_the_last_call_are_no_other_tokenizer(tmp_path: Path) -> None:
+    used = tiny_tokenizer()
+    used([CHARACTERS[:2], CHARACTERS[:4]], padding=True, truncation=True, max_length=3)
+    folder = save(tiny_llama(), used, tmp_path / "used")
+    assert json.loads((folder / "tokenizer.json").read_text())["padding"], "the file keeps it"
+    check_read_alike([facts(folder)], ["used"], {"data": some_facts(0, 2)})
 
+
+def test_plan_refuses_a_group_that_is_too_small(tmp_path: Path) -> None:
     known = some_models(tmp_path, 1)
     lines = [
         {"image": item["pixel_values"][0].tolist(), **row} for item, row in zip(rows().items, rows().rows, strict=True)

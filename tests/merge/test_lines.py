@@ -12,10 +12,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from conftest import tiny_llama, tiny_tokenizer
+from conftest import CHARACTERS, tiny_llama, tiny_tokenizer
 from contract import Case, some_facts
 from merging import flat, ties_change, unflat
 from overhaul import models, weights
+from overhaul.data.encode import encode_text
 from overhaul.errors import RequestError
 from overhaul.judge import judge as judging
 from overhaul.merge.lines import choice, lines
@@ -241,6 +242,10 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
         lines(base, [tuned], one, one, choice="measured", metric="perplexity", out=out)
     with pytest.raises(RequestError, match=r"merge\.lines: there is no metric 'acuracy'"):
         lines(base, [tuned], one, one, choice="measured", metric="acuracy", out=out)
+    text = [encode_text([{"text": CHARACTERS}], tiny_tokenizer(), 8)]
+    said = r"merge\.lines: `metric: accuracy` does not fit text, which `targets` holds\. Write `metric: answer_probability`"
+    with pytest.raises(RequestError, match=said):
+        lines(base, [tuned], text, one, choice="measured", out=out)
     with pytest.raises(RequestError, match="tokenizer has to be the same"):
         lines(base, [tuned], one, one, **MEASURED, tokenizer="base", out=out)
 

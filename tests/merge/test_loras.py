@@ -45,6 +45,8 @@ from overhaul.merge.loras.how import How
 from overhaul.merge.loras.layers import Fixed, Mixed, added, concatenated, exchanged, fold
 from overhaul.merge.loras.learning import Learnt, Lesson, learnt, measured, mixture
 from overhaul.merge.loras.trial import Trial
+from overhaul.recipe.check import check
+from overhaul.recipe.spec import read as read_recipe
 from pools import lora, three
 from tiny_checkpoints import make
 
@@ -547,6 +549,21 @@ def test_adapters_for_another_model_are_refused_before_work(tmp_path: Path) -> N
         loras(given["model"], [tmp_path / "base"], given["train"], given["valid"])
     with pytest.raises(RequestError, match="there are no adapters"):
         loras(given["model"], [], given["train"], given["valid"])
+
+
+def test_an_adapter_that_names_no_base_is_one_of_the_recipes_model(tmp_path: Path) -> None:
+    base = make("llama", tmp_path / "base", 0)
+    adapter = edited(lora(base, tmp_path / "a"), base_model_name_or_path=None)
+    wide = models.save(tiny_llama(hidden_size=48), None, tmp_path / "wide")
+    with pytest.raises(RequestError, match="does not name its base"):
+        models.facts(adapter)
+    for model in (base, wide):
+        materials = {"adapters": [{"model": str(adapter)}]}
+        recipe = {"model": str(model), "materials": materials, "steps": [{"merge.soup": {"tuned": "adapters"}}]}
+        (known,) = check(read_recipe(recipe)).references_read()
+        assert known.base is not None and known.base.folder == model
+    with pytest.raises(RequestError, match=r"a does not fit its base .*wide: .* has the shape"):
+        low_rank_scales(known, models.open_model(wide)[0])
 
 
 def test_a_base_with_other_weights_is_told(tmp_path: Path) -> None:

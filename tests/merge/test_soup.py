@@ -208,7 +208,7 @@ def test_what_cannot_be_is_refused_before_work(tmp_path: Path) -> None:
         soup(base, tuned, some_facts(0, 4), kind="greedy", metric="perplexty", out=tmp_path / "out")
     with pytest.raises(RequestError, match=r"membership compares with other data.*answer_probability"):
         soup(base, tuned, some_facts(0, 4), kind="greedy", metric="membership", out=tmp_path / "out")
-    with pytest.raises(RequestError, match=r"reads"):
+    with pytest.raises(RequestError, match="`metric: bits_per_byte` does not fit answers"):
         soup(base, tuned, some_facts(0, 4), kind="greedy", metric="bits_per_byte", out=tmp_path / "out")
     with pytest.raises(RequestError, match=r"measures all models with one tokenizer.*kind: \"uniform\""):
         soup(base, tuned, some_facts(0, 4), kind="greedy", tokenizer="union", out=tmp_path / "out")

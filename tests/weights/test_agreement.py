@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from conftest import tiny_llama, tiny_tokenizer
+from conftest import tiny_gpt2, tiny_llama, tiny_tokenizer
 from overhaul import models, weights
 from overhaul.errors import RequestError
 from tiny_checkpoints import VISION_LANGUAGE, make, rewrite, same_bits, tensors, two_llamas
@@ -102,6 +102,26 @@ def test_a_head_of_its_own_and_a_tied_one_are_refused_with_the_way_out(tmp_path:
     model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().clone())
     untied = models.save(model, None, tmp_path / "untied")
     assert (weights.blend([untied, own], [0.5, 0.5], tmp_path / "out") / "config.json").exists(), "the way out works"
+
+
+STRANGERS: dict[str, tuple[Callable[[], Any], str]] = {
+    "architecture": (tiny_gpt2, r" is a .*, .* a .*\. Give checkpoints of one architecture\.$"),
+    "depth": (
+        lambda: tiny_llama(num_hidden_layers=3),
+        r"^num_hidden_layers is .*one size; where sizes may differ, untie",
+    ),
+    "width": (lambda: tiny_llama(hidden_size=48), r"hidden_size is .*lm_head.*Give checkpoints of one size"),
+}
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_another_architecture_or_size_is_said_before_a_tie(stranger: str, tmp_path: Path) -> None:
+    make_tied, said = STRANGERS[stranger]
+    own = models.save(tiny_llama(tie_word_embeddings=False), None, tmp_path / "own")
+    tied = models.save(make_tied(), None, tmp_path / "tied")
+    for pair in ((tied, own), (own, tied)):
+        with pytest.raises(RequestError, match=said):
+            weights.blend(pair, [0.5, 0.5], tmp_path / "out")
 
 
 # words and configs

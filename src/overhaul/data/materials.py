@@ -370,10 +370,12 @@ def _naming(rows: Sequence[Row], spec: Source) -> Iterator[None]:
 
 
 def written(tokenizer: Any) -> str:
-    """All that a tokenizer is, as text: its chat template too."""
+    """All that a tokenizer is, as text: its chat template too. Padding and truncation are those of the last call."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
-    return words + str(getattr(tokenizer, "chat_template", None))
+    own: Any = sorted(tokenizer.get_vocab().items())
+    if backend is not None:
+        own = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    return json.dumps(own) + str(getattr(tokenizer, "chat_template", None))
 
 
 def _with_verifier(examples: Examples, spec: Source) -> Examples:

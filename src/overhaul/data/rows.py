@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from overhaul.data import forms
 from overhaul.data.classes import Classes, Labels, is_number, number_of, numbered, unnamed
 from overhaul.data.examples import Row
-from overhaul.data.forms import Form
+from overhaul.data.forms import FORMS, Form
 from overhaul.data.pictures import opened
 from overhaul.data.prompts import QUESTION, Prompt
 from overhaul.data.shapes import Shape
@@ -81,7 +81,7 @@ class Reader:
             if name not in learnt and form.kind != "rows":
                 raise RequestError(
                     f"{options.from_}: `columns:` gives a name to {name!r}, which nothing reads of {form.name} "
-                    f"rows.{did_you_mean(name, learnt)}"
+                    f"rows.{_forms_with(options.columns) or did_you_mean(name, learnt)}"
                 )
         said = None
         numbers = classes.numbers if classes else {}
@@ -141,6 +141,8 @@ class Reader:
                 if not numbers:
                     raise RequestError(f"{place}: {file!r} lists no class, so nothing is right. Leave such rows out.")
                 changed[file] = numbers if isinstance(value, list | tuple) else numbers[0]
+                if name not in made:  # `columns:` renames it; steps that ask for the label know it by either name
+                    changed[name] = changed[file]
                 if isinstance(value, str):
                     changed["class"] = value
             else:
@@ -198,6 +200,12 @@ class Reader:
             elif name not in self.form.columns and (self.form.kind == "rows" or name in self.read_too):
                 found[name] = row[file]
         return found
+
+
+def _forms_with(columns: Mapping[str, str]) -> str:
+    """The forms that read every column to which a name is given."""
+    fitting = [f"`as: {one.name}`" for one in FORMS.values() if columns.keys() - {*BESIDE} <= {*one.columns}]
+    return f" Write {' or '.join(fitting)}, which reads it." if fitting else ""
 
 
 def _listed(value: Any) -> Sequence[Any]:

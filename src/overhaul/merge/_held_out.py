@@ -11,6 +11,7 @@ from overhaul import processes
 from overhaul.data.examples import Examples
 from overhaul.errors import RequestError, RunError, did_you_mean
 from overhaul.judge import judge as judging
+from overhaul.judge.evidence import kind_of
 from overhaul.judge.metrics import METRICS
 from overhaul.models import Checkpoint, facts
 
@@ -48,6 +49,13 @@ class HeldOut:
             raise RequestError(
                 f"{method}: {metric} compares with other data or another model. Take one that reads the held-out data "
                 f"alone: {', '.join(sorted(alone))}."
+            )
+        kind = kind_of(examples) if len(examples) else None
+        if kind is not None and kind not in known.reads:
+            fits = "accuracy" if kind in METRICS["accuracy"].reads else "answer_probability"
+            held = "texts with a class" if kind == "images" and examples.kind == "tokens" else kind
+            raise RequestError(
+                f"{method}: `metric: {metric}` does not fit {held}, which `{role}` holds. Write `metric: {fits}`."
             )
         (request,) = judging.check({"learned": {metric: role}}, {role})
         judging.check_data([request], {role: examples})

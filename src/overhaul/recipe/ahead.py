@@ -39,6 +39,7 @@ from overhaul.objectives import check_taken
 from overhaul.recipe import products
 from overhaul.recipe.check import Checked, Step
 from overhaul.recipe.encoded import affordable, check_encoded, encoded
+from overhaul.recipe.materials import model_of
 from overhaul.recipe.stand_ins import DRAWN, Networks, NotYet, lacks_numbers, told
 from overhaul.session import WorkBegins
 
@@ -108,7 +109,7 @@ def _ask_others(networks: Networks, checked: Checked, data: Mapping[str, Example
         judged.get(request.compared_with or "", set()).update(request.roles.values())
     for name in dict.fromkeys([*given, *judged]):
         reference = checked.references.get(name, {})
-        other = networks.of(models.facts(reference["model"])) if "model" in reference else None
+        other = networks.of(model_of(reference)) if "model" in reference else None
         if other is None:
             continue
         for role in sorted(given.get(name, set()) | judged.get(name, set())):
@@ -131,7 +132,7 @@ def _check_anchors(checked: Checked, data: Mapping[str, Examples]) -> None:
     """Whether the models that are compared with have every token of what they are asked."""
     for request in checked.requests:
         reference = checked.references.get(request.compared_with or "", {})
-        words = models.facts(reference["model"]).config.get("vocab_size") if "model" in reference else None
+        words = model_of(reference).config.get("vocab_size") if "model" in reference else None
         if not isinstance(words, int):
             continue
         for role in request.roles.values():
@@ -274,7 +275,7 @@ class _Stages:
         if "tensors" in reference:
             return products.read("tensors", Path(reference["tensors"]))
         if "model" in reference:
-            known = models.facts(reference["model"])
+            known = model_of(reference)
             found = known if role.kind == "checkpoint" else self.made.of(known)
         else:
             after = reference["after"]

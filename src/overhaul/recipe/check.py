@@ -22,7 +22,7 @@ from overhaul.judge import judge as judging
 from overhaul.method import Step as Step
 from overhaul.recipe import oddities, outputs, verbs
 from overhaul.recipe.encoded import check_encoded, encoded, opening
-from overhaul.recipe.materials import Materials, Reference, relative, source_of
+from overhaul.recipe.materials import Materials, Reference, model_of, relative, source_of
 from overhaul.recipe.spec import Document, Recipe
 from overhaul.recipe.track import tracker
 from overhaul.stack import LayerStack
@@ -66,7 +66,7 @@ class Checked:
 
     def references_read(self) -> list[models.Checkpoint]:
         """The models that come from outside the run."""
-        return [models.facts(one["model"]) for one in self.references.values() if "model" in one]
+        return [model_of(one) for one in self.references.values() if "model" in one]
 
     @property
     def anchors(self) -> list[str]:

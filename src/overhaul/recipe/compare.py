@@ -30,6 +30,7 @@ from overhaul.judge.requests import RETRAINED
 from overhaul.recipe import machine
 from overhaul.recipe.ahead import look_ahead
 from overhaul.recipe.check import Checked, check, with_steps
+from overhaul.recipe.materials import model_of
 from overhaul.recipe.plan import disk_bytes
 from overhaul.recipe.results import counted
 from overhaul.recipe.run import Run
@@ -234,8 +235,8 @@ class _Comparison:
 
     def retrained(self, runner: Runner, stages: Sequence[Stage]) -> Stage:
         """The model that never saw what is to be forgotten."""
-        source = self.base.references[RETRAINED]["model"]
-        return Stage(RETRAINED, runner.reference_key(RETRAINED, list(stages)), models.facts(source))
+        known = model_of(self.base.references[RETRAINED])
+        return Stage(RETRAINED, runner.reference_key(RETRAINED, list(stages)), known)
 
     def null_control(self, stages: Sequence[Stage], place: int) -> Stage | None:
         """The model before the step with noise as large as the step's change of each tensor; None if a shape changed."""

@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 
 from overhaul import __version__
-from overhaul.checkpoints import Checkpoint, facts
+from overhaul.checkpoints import Checkpoint
 from overhaul.quoting import code, escaped
 from overhaul.recipe.check import Checked
+from overhaul.recipe.materials import model_of
 from overhaul.recipe.store import Stage
 from overhaul.report.sheets import markdown
 from overhaul.report.stages import sheets
@@ -33,7 +34,7 @@ def lineage(
         "dtype": {"computed": checked.recipe.dtype, "stored": checked.model.dtype},
         "materials_sha256": dict(digests),
         "models": {
-            name: {"source": source, "sha256": facts(checked.references[name]["model"]).digest()}
+            name: {"source": source, "sha256": model_of(checked.references[name]).digest()}
             for name, source in read_beside(checked).items()
         },
         "steps": [

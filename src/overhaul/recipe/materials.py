@@ -17,8 +17,8 @@ from overhaul.errors import SEE, RequestError, did_you_mean, reading
 from overhaul.recipe.spec import Document, Recipe
 
 Reference = dict[str, Any]
-"""A material that no file of rows holds: {"after": STEP}, {"model": SOURCE}, {"tensors": FILE}, or what a step made:
-{"made": STEP, "name": PRODUCT, ...}."""
+"""A material that no file of rows holds: {"after": STEP}, {"model": SOURCE, "otherwise": ...}, {"tensors": FILE}, or what a
+step made: {"made": STEP, "name": PRODUCT, ...}. `model_of` reads the second."""
 
 REFERENCES: Mapping[str, frozenset[str]] = {
     "after": frozenset({"after"}),
@@ -104,13 +104,21 @@ def _reference(role: str, value: Reference, document: Document) -> Reference:
             f"The material {role!r} must say which product it is: `{{made: {value['made']}, name: PRODUCT}}`."
         )
     if kind == "model":
-        return {"model": models.facts(relative(value["model"], document)).source}
+        own = document.recipe.model  # `new:` has no weights that an adapter could be for
+        beside = {} if own.startswith("new:") else {"otherwise": relative(own, document)}
+        return {"model": model_of({"model": relative(value["model"], document), **beside}).source, **beside}
     if kind == "tensors":
         return {"tensors": str(_tensors(role, document.base / Path(value["tensors"]).expanduser()))}
     if kind == "made" and "chat_template" in value:
         spec = source_of(role, {"from": "rows", "chat_template": value["chat_template"]})
         return {**value, "chat_template": with_files(spec, document.base).chat_template}
     return dict(value)
+
+
+def model_of(reference: Mapping[str, Any], trust_remote_code: bool = False) -> models.Checkpoint:
+    """The model from outside the run that a material names; an adapter that names no base is one of the recipe's model."""
+    otherwise = reference.get("otherwise")
+    return models.facts(reference["model"], trust_remote_code=trust_remote_code, otherwise=otherwise)
 
 
 def _tensors(role: str, path: Path) -> Path:

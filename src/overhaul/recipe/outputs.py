@@ -13,7 +13,7 @@ from overhaul.errors import RequestError
 from overhaul.forward import encodes_and_decodes, headless, without_head, without_padding
 from overhaul.judge import harness
 from overhaul.objectives import one_class
-from overhaul.recipe.materials import Reference
+from overhaul.recipe.materials import Reference, model_of
 
 if TYPE_CHECKING:
     from overhaul.recipe.check import Step
@@ -27,9 +27,9 @@ def check_opened(
         name for step in steps for role in step.method.roles if role.kind == "model" for name in step.names(role.name)
     ]
     for name in dict.fromkeys([*opened, *anchors]):
-        source = references.get(name, {}).get("model", "starter:")
-        if not source.startswith("starter:"):
-            models.check_shapes(models.facts(source, trust_remote_code=trust))
+        reference = references.get(name, {})
+        if not reference.get("model", "starter:").startswith("starter:"):
+            models.check_shapes(model_of(reference, trust))
 
 
 def check_head(model: nn.Module, steps: Sequence[Step], used: Sequence[str], requests: Sequence[Any]) -> None:

@@ -31,9 +31,10 @@ from rich.table import Table
 
 from overhaul.importance import VALUES_AT_ONCE
 from overhaul.judge.likelihood import CPU_BATCH_TOKENS, LOGITS
-from overhaul.models import DTYPES, Checkpoint, facts
+from overhaul.models import DTYPES, Checkpoint
 from overhaul.recipe.ahead import look_ahead
 from overhaul.recipe.check import Checked, Step, check
+from overhaul.recipe.materials import model_of
 from overhaul.recipe.spec import read
 from overhaul.report.numbers import humanise
 
@@ -288,7 +289,7 @@ def _estimate(step: Step, checked: Checked, speed: float) -> Planned:
 def _streamed(step: Step, checked: Checked) -> list[Checkpoint]:
     """The checkpoints that a step reads from their files."""
     names = [name for role in step.method.roles if role.is_model for name in step.names(role.name)]
-    outside = [facts(checked.references[name]["model"]) for name in names if "model" in checked.references[name]]
+    outside = [model_of(checked.references[name]) for name in names if "model" in checked.references[name]]
     return [checked.model, *outside]
 
 

@@ -35,7 +35,7 @@ from overhaul.outcome import OutcomeError
 from overhaul.recipe import finished, lineage, machine, products, results, verbs
 from overhaul.recipe.ahead import look_ahead
 from overhaul.recipe.check import Checked, Step, check, encode_made, maker_of
-from overhaul.recipe.materials import Reference
+from overhaul.recipe.materials import Reference, model_of
 from overhaul.recipe.plan import disk_bytes
 from overhaul.recipe.spec import Document
 from overhaul.recipe.store import RunFolder, Stage, key_of, key_outside, model_key
@@ -194,9 +194,7 @@ class Runner:
     def reference_facts(self, name: str, stages: list[Stage]) -> models.Checkpoint:
         """The checkpoint of a model that a step only reads."""
         reference = self.checked.references[name]
-        return (
-            models.facts(reference["model"]) if "model" in reference else self.after(reference["after"], stages).facts
-        )
+        return model_of(reference) if "model" in reference else self.after(reference["after"], stages).facts
 
     def material(self, role: Material, name: str, stages: list[Stage]) -> Any:
         """One material, as the method's role wants it."""

@@ -26,7 +26,8 @@ from overhaul import processes, session
 from overhaul.data.lazy import file_digest
 from overhaul.errors import RequestError, writing
 from overhaul.files import contents, read_json, remove, write_json, write_text
-from overhaul.models import Checkpoint, facts
+from overhaul.models import Checkpoint
+from overhaul.recipe.materials import model_of
 from overhaul.report.numbers import humanise
 
 WRITTEN = {".safetensors", ".json"}
@@ -52,7 +53,7 @@ def model_key(known: Checkpoint) -> str:
 def key_outside(reference: Mapping[str, Any]) -> str:
     """Of a material that comes from outside the run and is no data: a model, or a file of tensors."""
     if "model" in reference:
-        return model_key(facts(reference["model"]))
+        return model_key(model_of(reference))
     return file_digest(Path(reference["tensors"]))
 
 

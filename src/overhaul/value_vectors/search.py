@@ -93,7 +93,7 @@ def concept_words(
     if words:
         found[_spelt(words, concept.processor, method)] = True
         return found
-    ours, theirs = (_shares(examples, vocabulary) for examples in (concept, others))
+    ours, theirs = (shares(examples, vocabulary) for examples in (concept, others))
     often = ((ours > 0) & (ours >= contrast * theirs)).nonzero().flatten().tolist()
     found[[token for token in often if is_word(token, concept.processor)]] = True
     if not bool(found.any()):
@@ -189,7 +189,8 @@ def best_of(found: Mapping[int, Sequence[Found]], count: int, method: str) -> li
     return order[:count]
 
 
-def _shares(examples: Examples, vocabulary: int) -> Float[Tensor, " v"]:
+def shares(examples: Examples, vocabulary: int) -> Float[Tensor, " v"]:
+    """Of each token, its share of those of a text."""
     tokens = torch.cat([item["input_ids"] for item in examples.items])
     return torch.bincount(tokens, minlength=vocabulary)[:vocabulary].double() / len(tokens)
 

@@ -22,7 +22,17 @@ from torch import nn
 from overhaul.errors import RequestError
 from overhaul.models import Checkpoint, planned
 from overhaul.weights.depths import built_names
-from overhaul.weights.index import BY_WORDS, LEAVE_WORDS, Source, TensorFacts, TensorIndex, facts_of, vocabulary
+from overhaul.weights.index import (
+    BY_WORDS,
+    LEAVE_WORDS,
+    Source,
+    TensorFacts,
+    TensorIndex,
+    architecture,
+    facts_of,
+    sizes_that_differ,
+    vocabulary,
+)
 from overhaul.weights.vocabularies import Reworded, Vocabulary, reworded, words
 
 _UNIMPORTANT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
@@ -114,10 +124,14 @@ def _renamed(one: nn.Module | None, first: TensorIndex, two: nn.Module | None, o
 
 
 def _check_ties(tied: TensorIndex, own: TensorIndex, ties: Mapping[str, str], lacking: Set[str]) -> None:
-    """Refuse what one checkpoint holds and the other ties to something else."""
+    """Refuse what one checkpoint holds and the other ties to something else; larger differences are said first."""
     for name in sorted(lacking & ties.keys()):
+        said = "".join(f"{one}. " for one in sizes_that_differ(tied, own))
+        if architecture(tied.config) != architecture(own.config):
+            raise RequestError(f"{said}Give checkpoints of one architecture.")
         raise RequestError(
-            f"{name} is a tensor of its own in {own.source} and is tied to {ties[name]} in {tied.source}. Untie it there: "
+            f"{said}{name} is a tensor of its own in {own.source} and is tied to {ties[name]} in {tied.source}. "
+            f"{'Give checkpoints of one size; where sizes may differ, untie it' if said else 'Untie it'} there: "
             "open the model, set `model.config.tie_word_embeddings = False` and "
             f"`model.{name} = torch.nn.Parameter(model.{ties[name]}.detach().clone())`, and save it."
         )

@@ -239,9 +239,14 @@ class Configured(Protocol):
         ...
 
 
+def architecture(config: Mapping[str, Any]) -> str | None:
+    """The class that a config names."""
+    return (config.get("architectures") or [config.get("_class_name")])[0]
+
+
 def sizes_that_differ(first: Configured, other: Configured) -> list[str]:
     """Architecture, widths and depths that two configs do not agree on, a sentence each with both numbers."""
-    kinds = [(one.config.get("architectures") or [one.config.get("_class_name")])[0] for one in (first, other)]
+    kinds = [architecture(one.config) for one in (first, other)]
     if kinds[0] != kinds[1]:
         return [f"{first.source} is a {kinds[0]}, {other.source} a {kinds[1]}"]
     ours, theirs = _sizes(first.config), _sizes(other.config)

@@ -5,9 +5,13 @@ Ibrahim, arXiv:2307.13136. The choice by the worst group is that of "Last Layer 
 Spurious Correlations" (DFR), Kirichenko, Izmailov and Wilson, arXiv:2204.02937.
 
     phi(x)   what enters the last linear layer, in eval mode, kept from one pass over the data
-    head     argmin_W,b  sum_i w_i l_i / n + |W|^2 / (2 C n),   l_i = -log sum_{k in S_i} softmax(W phi(x_i) + b)_k
+    z(x)     (phi(x) - mean) / standard deviation, of each feature over the rows that are fitted; 0 for the
+             mean in a layer without a bias
+    head     argmin_W,b  sum_i w_i l_i / n + |W|^2 / (2 C n),   l_i = -log sum_{k in S_i} softmax(W z(x_i) + b)_k,
+             written into the model as the layer of phi(x) that says the same
     w_i      n / (G n_g) for a row of one of G groups (or classes, or both) with n_g rows
-    C        the one of a grid whose head is best on rows held out: in the worst group, or on average
+    C        the one of a grid whose head is best on rows held out: in the worst group, or on average; of those that are as
+             accurate, the one with the least loss there
 
 How it differs from the paper and its code:
 
@@ -78,14 +82,17 @@ def head(
         solver: "logistic" regression on kept features, or "cross_entropy" by gradient steps.
         start: where the fit begins: at the "present" last layer, or "anew" at zeros. With one right class a row, the
             regression ends at the same head.
-        grid: values of C, the inverse strength of the penalty as in scikit-learn; 1e-4 to 100 by tens if not given.
-        choose: which C is taken: of the most accurate "worst_group", or of the highest "average" accuracy.
+        grid: values of C, the inverse strength of the penalty, which is meant for standardised features (in scikit-learn,
+            `LogisticRegression(C)` behind `StandardScaler`); 1e-4 to 100 by tens if not given.
+        choose: which C is taken: of the most accurate "worst_group", or of the highest "average" accuracy. Of several as
+            good by it, that of the higher average, then that of the smaller loss on the rows held out, then the smaller.
         share: of the curated rows that is held out to choose C, drawn by the seed within each group.
         apart: a column of what must not be both fitted and held out, such as the household of a photograph.
         training: of "cross_entropy": how long and how fast.
 
     Returns:
-        The model, changed in place. Facts: the layer, its features, C, the loss on all curated rows in nats, classes
+        The model, changed in place. Facts: the layer, its features, C, whether that is an edge of the grid (advice), the
+        loss on all curated rows in nats, classes
         without a row; and on what was held out, before and after: average accuracy, that of the worst group, and the
         difference between the best and the worst (after: of the head that had not seen these rows). Tables: accuracy by
         group before and after, and what each C gave. Curves: those of a training.
@@ -122,15 +129,19 @@ def head(
         fits, test = split(whole, cells(curated, groups, "group"), cells(curated, groups, "class"), units, share)
     values = sorted(set(grid or GRID))
     layers = fitted(fits, values, first)
-    scores = [test.accuracies(layer) for layer in layers]
+    scores, losses = [test.accuracies(layer) for layer in layers], [test.loss(layer) for layer in layers]
     worst = [min(each) if choose == "worst_group" else 0.0 for _, each in scores]
-    best = max(range(len(values)), key=lambda n: (worst[n], scores[n][0], -n))
+    best = max(range(len(values)), key=lambda n: (worst[n], scores[n][0], -losses[n], -n))
     (final,) = fitted(whole, [values[best]], layers[best])
     _write(found, final)
     made.facts |= {"c": values[best], "loss": whole.loss(final)}
+    if len(values) > 1 and best in (0, len(values) - 1):
+        made.facts["advice"] = (
+            f"C={values[best]:g}, which was best on the rows held out, is the {'largest' if best else 'smallest'} of the "
+            f"grid. A {'larger' if best else 'smaller'} one may be better: add some to `grid`."
+        )
     _compare(made, test, test.accuracies(before), scores[best])
-    tried = zip(values, scores, layers, strict=True)
-    rows = [(c, average, min(each), test.loss(layer)) for c, (average, each), layer in tried]
+    rows = [(c, average, min(each), loss) for c, (average, each), loss in zip(values, scores, losses, strict=True)]
     made.tables["what each C gives on rows held out"] = Table(
         ("C", "average", "worst group", "loss, nats"), tuple(rows)
     )

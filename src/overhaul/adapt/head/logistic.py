@@ -1,10 +1,11 @@
 """Logistic regression on kept features: labels may be sets, rows have weights, and the start is given.
 
-    minimise  sum_i w_i l_i / n + |W|^2 / (2 C n),   l_i = -log sum_{k in S_i} p_k,   p = softmax(W phi_i + b)
+    minimise  sum_i w_i l_i / n + |W|^2 / (2 C n),   l_i = -log sum_{k in S_i} p_k,   p = softmax(W z_i + b)
+    z         (phi - mean) / standard deviation of each feature over these rows (0 for the mean without a bias)
 
-With sets of one class it is what scikit-learn's `LogisticRegression(C=C)` minimises for weights w, divided by C n. It is
-convex: every start ends at the same loss. Sets of several classes make it a difference of convex functions, where the start
-matters. It is solved in float64 by L-BFGS on features of mean 0 and variance 1, in which the penalty is meant too.
+With sets of one class it is what scikit-learn's `LogisticRegression(C=C)` minimises on z for weights w, divided by C n. It
+is convex: every start ends at the same loss. Sets of several classes make it a difference of convex functions, where the
+start matters. It is solved in float64 by L-BFGS; the layer that comes out is that of phi.
 """
 
 from __future__ import annotations

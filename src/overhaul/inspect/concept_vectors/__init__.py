@@ -46,11 +46,13 @@ from overhaul.method import Outcome, Table, method
 from overhaul.models import Checkpoint
 from overhaul.pairs import corresponding
 from overhaul.value_vectors import Location, ValueVectors, parsed
-from overhaul.value_vectors.search import Found, Words, activities, best_of, concept_words, ranked
+from overhaul.value_vectors.search import Found, Words, activities, best_of, concept_words, ranked, shares
 
 NAME = "inspect.concept_vectors"
 IN_A_LAYER = 10
 """Vectors of each block that are drawn."""
+LISTED = 100
+"""Words of the concept that are listed."""
 SHOWN = 12
 """Tokens that a vector is shown with."""
 
@@ -98,7 +100,8 @@ def concept_vectors(
     Returns:
         No model. Facts: how many nats words of the concept and of the others cost more without the vectors, and without
         those of each control; means over the vectors of each measure of the trace, and the trace that is retained. Tables:
-        score by block and rank, the vectors with their most likely tokens, what each set of vectors costs where it is
+        the words of the concept, on which all scores rest (the 100 most frequent), with their shares of both texts, score
+        by block and rank, the vectors with their most likely tokens, what each set of vectors costs where it is
         zero, and each vector's trace. Layers: best score. `made["vectors"]` are the places.
 
     Raises:
@@ -129,6 +132,8 @@ def concept_vectors(
     result = Outcome(None, facts={"vectors": len(looked.locations)}, made={"vectors": looked.rows})
     if found:
         _say_found(result, found[0], looked, texts)
+    if texts is not None:
+        result.tables["words of the concept"] = texts.table
     _say_vectors(result, original, looked, k, gain, concept)
     if texts is not None and before is None:
         _validate(result, own, texts, looked, found, controls, count, draw, batch_size)
@@ -157,6 +162,15 @@ class _Texts:
         ours = concept_words(concept, others, size, contrast, words, NAME)
         theirs = concept_words(others, concept, size, contrast, "", NAME, roles=("others", "concept"))
         return cls(concept, others, ours, theirs & ~ours)
+
+    @property
+    def table(self) -> Table:
+        """What all scores rest on: the concept's tokens, the most frequent first, with their shares of both texts."""
+        ours, theirs = (shares(one, len(self.words)) for one in (self.concept, self.others))
+        tokens = sorted(self.words.nonzero().flatten().tolist(), key=lambda token: (-float(ours[token]), token))
+        decode: Any = self.concept.processor
+        rows = [(repr(decode.decode([one])), float(ours[one]), float(theirs[one])) for one in tokens[:LISTED]]
+        return Table(("token", "share of concept", "share of others"), tuple(rows))
 
 
 @dataclass(frozen=True)

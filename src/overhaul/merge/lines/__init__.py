@@ -80,8 +80,9 @@ def lines(
     Args:
         base: the checkpoint from which all were tuned; config, tokenizer and dtype are taken from it.
         tuned: the fine-tuned checkpoints, with the same tensors.
-        targets: for "measured", held-out data of each tuned checkpoint's task.
-        controls: for "measured" with one tuned checkpoint, data of what it is not to forget.
+        targets: for "measured", held-out data of each tuned checkpoint's task, in the order of `tuned`. Several sets are
+            materials that the step names, `targets: [chat, code]`; one material that is a list of files is one set.
+        controls: for "measured" with one tuned checkpoint, data of what it is not to forget; several are named likewise.
         choice: alpha or beta are "given", or "measured": alpha of one checkpoint, beta of several, the best of the values
             that the paper tries. Each candidate is written, opened and measured.
         alpha: the factor of the first block. For one checkpoint it has to be given (the paper tries 1.0, 0.9 .. 0.0 and
@@ -92,7 +93,8 @@ def lines(
         density: for "ties", the share of each checkpoint's changes that is kept.
         outside: the factor of what lies outside the blocks: "alpha", or alpha before and alpha + beta after them
             ("by_position").
-        metric: for "measured", what is measured: any metric that `judge:` knows of one role, of which more is better.
+        metric: for "measured", what is measured: any metric that `judge:` knows of one role, of which more is better;
+            on text "answer_probability", since no "accuracy" can be had of it.
         target_weight: for "measured" with one checkpoint, what the target counts beside the mean of the controls. The
             paper's code ships 2.
         words: which words the result knows.
