@@ -340,4 +340,4 @@ def test_a_folder_with_a_weight_that_is_no_number_is_not_opened(value: float, tm
     with pytest.raises(RequestError, match=rf"{file.name}: '{name}' holds values that are not finite .*in float32\."):
         oh.open(folder)
     # sums that are too large are no fault
-    assert finite._is_finite(torch.full((4,), 3e38)) and not finite._is_finite(torch.tensor([value]))
+    assert finite.is_finite(torch.full((4,), 3e38)) and not finite.is_finite(torch.tensor([value]))

@@ -52,7 +52,7 @@ def check_finite(values: Tensor, what: str, instead: str) -> None:
     Raises:
         RequestError: one is NaN or infinite.
     """
-    if not _is_finite(values):
+    if not is_finite(values):
         count = int((~values.isfinite()).sum())
         raise RequestError(f"{what}: {count} of {values.numel()} values are not finite (NaN or infinite). {instead}")
 
@@ -63,7 +63,7 @@ def check_said(model: nn.Module, said: Tensor, what: str) -> None:
     Raises:
         RequestError: they are not.
     """
-    if not _is_finite(said):
+    if not is_finite(said):
         blamed = next(_not_finite(model), None)
         where = "its weights are, so look at the data" if blamed is None else f"nor is its {blamed!r}: open another one"
         raise RequestError(f"{what} of {type(model).__name__} are not finite (NaN or infinite), {where}.")
