@@ -34,7 +34,11 @@ def _loop() -> float:
     return time.process_time() - began
 
 
-ALLOWED = CPU_SECONDS * max(1.0, min(_loop() for _ in range(3)) / REFERENCE)
+def _allowed() -> float:
+    return CPU_SECONDS * max(1.0, min(_loop() for _ in range(3)) / REFERENCE)
+
+
+ALLOWED = _allowed()
 """What one test may take of a processor, unless it is marked `slow`, or `smoke` because it starts processes."""
 
 TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 64}
@@ -201,10 +205,10 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     began = cpu_seconds()
     result = yield
     taken = cpu_seconds() - began
-    if taken > ALLOWED and not any(map(item.get_closest_marker, ("slow", "smoke"))):
-        pytest.fail(
-            f"it took {taken:.1f} s of CPU time; {ALLOWED:.1f} is the most here, or mark it `slow`", pytrace=False
-        )
+    marked = any(map(item.get_closest_marker, ("slow", "smoke")))
+    # a processor that others share is slower at one time than at another
+    if taken > ALLOWED and not marked and taken > (most := max(ALLOWED, 1.3 * _allowed())):
+        pytest.fail(f"it took {taken:.1f} s of CPU time; {most:.1f} is the most here, or mark it `slow`", pytrace=False)
     return result
 
 

@@ -341,6 +341,7 @@ def wide(value: Any) -> Any:
     if getattr(config, "head_dim", None):
         sizes["head_dim"] = WIDTH // config.num_attention_heads
     make: Any = type(value)
+    torch.manual_seed(0)  # what belongs to one network is alike
     wider = make(type(config)(**{**config.to_dict(), **sizes})).eval()
     with torch.no_grad():
         for name, parameter in wider.named_parameters():

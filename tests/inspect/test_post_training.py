@@ -84,7 +84,7 @@ CASE = {
         "probe_layer": (1, 2), "probe_at": ("question", "statement"), "push_blocks": (1, 2), "strength": (1.0, 3.0),
         "push_length": ("source", "receiver"),
         "test_topic": ("two", "one"), "prompt": ("{instruction}", "do {instruction} so"), "refusal_layer": (1, 2),
-        "addition": (5.0, 0.01), "phrases": (list("abcdefghijklm"), list(" .:0123456789\"'")), "held_out": (0.25, 0.5),
+        "addition": (5.0, 0.01), "phrases": (list("abcdefghijklm"), list(".:0123456789\"'")), "held_out": (0.25, 0.5),
         "neurons": (3, 5), "loudest": (0.25, 0.9), "most": (100, 1), "dtype": ("float32", "bfloat16"),
         "new_tokens": (3, 1, {"phrases": ["aa", "bb", "cc", "dd", "ee", "ff", "gg", "hh", "ii", "jj", "kk", "ll", "mm"]}),
     },

@@ -325,6 +325,7 @@ def test_a_product_that_was_declared_and_not_made_is_told_to_who_reads_it(folder
         go(folder, tmp_path, materials=materials, judge={}, steps=steps)
 
 
+@pytest.mark.smoke
 def test_after_says_which_of_two_steps_of_a_name(folder: Path, tmp_path: Path) -> None:
     twice = ["shrink.makes_little", "shrink.makes_little", {"inspect.look": {"others": "middle"}}]
     read: dict[str, Any] = {"raw": {"from": str(tmp_path / "people.jsonl")}}

@@ -151,8 +151,8 @@ def test_what_cannot_be_is_refused(changed: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("teacher", "said"),
     [
-        (lambda: FAMILIES["vit"](num_hidden_layers=4), "other shapes"),
-        (lambda: tiny_llama(hidden_size=64), "other shapes"),
+        (lambda: FAMILIES["vit"](num_hidden_layers=4), "is a LlamaForCausalLM and teacher"),
+        (lambda: tiny_llama(hidden_size=64), "has 32 features in its stream and teacher"),
         (lambda: tiny_llama(vocab_size=20), "the embedding of LlamaForCausalLM ends at 19"),
     ],
 )
