@@ -109,7 +109,7 @@ class _Effective(nn.Module):
 
 
 class _Product(_Effective):
-    """What has factors: `side` is the shape of B A as the layer's outputs by its inputs."""
+    """W_eff with factors; B A is the layer's outputs by its inputs, however it stores its weight."""
 
     def __init__(self, layer: Any, mask: Tensor | None, rank: int, scale: float, form: Form) -> None:
         super().__init__(mask)

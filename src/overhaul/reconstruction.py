@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from overhaul.blockwise import Sample, Site
 from overhaul.errors import RunError
+from overhaul.fit.optimizers import adamw
 from overhaul.fit.regime import Regime
-from overhaul.fit.schedules import learning_rate
+from overhaul.fit.schedules import learning_rate, warmup_steps
 from overhaul.modes import at_rest
 from overhaul.stack.calls import map_tensors
 
@@ -44,7 +45,11 @@ def samples_of(site: Site) -> list[Sample]:
 
 
 def reconstruct_block(
-    site: Site, samples: Sequence[Sample], targets: Sequence[Tensor], trained: Sequence[nn.Parameter], regime: Regime
+    site: Site,
+    samples: Sequence[Sample],
+    targets: Sequence[Tensor],
+    trained: Mapping[str, nn.Parameter],
+    regime: Regime,
 ) -> tuple[float, float]:
     """Train some parameters of the block at hand.
 
@@ -52,31 +57,37 @@ def reconstruct_block(
         site: the block, in float32.
         samples: what enters it; one is a batch, and a step reads one.
         targets: what it should give for each, [b, t, d] or [b, c, h, w].
-        trained: its parameters that are trained; they require gradients.
+        trained: its parameters that are trained, by name; they require gradients.
         regime: steps, rate and schedule; the batch size is that of the samples.
 
     Returns:
         The error before and after.
 
     Raises:
-        RunError: it is not finite.
+        RunError: it is not finite before anything is trained.
     """
+    learnt = list(trained.values())
     draw = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-    optimizer = torch.optim.AdamW(list(trained), lr=regime.lr, weight_decay=regime.weight_decay)
-    warmup = round(regime.warmup * regime.steps) if regime.warmup < 1 else int(regime.warmup)
+    optimizer = adamw(weight_decay=regime.weight_decay)(site.block, trained)
+    warmup = warmup_steps(regime.warmup, regime.steps)
     with at_rest(site.block):
-        before, best = error(site, samples, targets), [one.detach().clone() for one in trained]
+        before, best = error(site, samples, targets), [one.detach().clone() for one in learnt]
+        if not math.isfinite(before):
+            raise RunError(
+                f"The error of block {site.place} is not finite: what it gives, or should give, is NaN or too large for its "
+                "square. Look at the weights of both models."
+            )
         order: list[int] = []
         for step in range(regime.steps):
             order = order or torch.randperm(len(samples), generator=draw).tolist()
             place = order.pop()
             with torch.enable_grad():
                 total, count = _squares(site, samples[place], targets[place])
-                gradients = torch.autograd.grad(total / count, list(trained), allow_unused=True)
-            for parameter, gradient in zip(trained, gradients, strict=True):
+                gradients = torch.autograd.grad(total / count, learnt, allow_unused=True)
+            for parameter, gradient in zip(learnt, gradients, strict=True):
                 parameter.grad = gradient
             if regime.clip is not None:
-                torch.nn.utils.clip_grad_norm_(list(trained), regime.clip)
+                torch.nn.utils.clip_grad_norm_(learnt, regime.clip)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, regime.steps, regime.lr, warmup, regime.schedule)
             optimizer.step()
@@ -84,7 +95,7 @@ def reconstruct_block(
         after = error(site, samples, targets)
         if not after < before:  # also where it is NaN
             with torch.no_grad():
-                for parameter, value in zip(trained, best, strict=True):
+                for parameter, value in zip(learnt, best, strict=True):
                     parameter.copy_(value)
             after = before
     return before, after
@@ -92,19 +103,9 @@ def reconstruct_block(
 
 @torch.no_grad()
 def error(site: Site, samples: Sequence[Sample], targets: Sequence[Tensor]) -> float:
-    """The mean squared error of the block as it is now.
-
-    Raises:
-        RunError: it is not finite before anything was trained.
-    """
+    """The mean squared error of the block as it is now."""
     parts = [_squares(site, sample, target) for sample, target in zip(samples, targets, strict=True)]
-    found = sum(float(total) for total, _ in parts) / sum(count for _, count in parts)
-    if not math.isfinite(found):
-        raise RunError(
-            f"The error of block {site.place} is not finite: what it gives, or should give, is NaN or too large for its "
-            "square. Look at the weights of both models."
-        )
-    return found
+    return sum(float(total) for total, _ in parts) / sum(count for _, count in parts)
 
 
 def _squares(site: Site, sample: Sample, target: Tensor) -> tuple[Tensor, int]:

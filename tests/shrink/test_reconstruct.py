@@ -112,7 +112,7 @@ def test_the_best_of_one_matrix_is_masked_least_squares_row_by_row(form: Any) ->
     flow = blockwise(LayerStack.at(model, "layers"), [{"hidden": x}], "changed", targets=False)
     site = next(flow)
     with masked(model, ["layers.0.0"], form, {"layers.0.0.weight": mask}, rank=6, alpha=6.0):
-        trained = [p for p in model.parameters() if p.requires_grad]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         reconstruct_block(site, samples_of(site), [goal], trained, regime)
     flow.close()
     flat, wanted = x.reshape(-1, 6), goal.reshape(-1, 6)
@@ -120,6 +120,14 @@ def test_the_best_of_one_matrix_is_masked_least_squares_row_by_row(form: Any) ->
     for row, kept in enumerate(mask):
         best[row, kept] = torch.linalg.lstsq(flat[:, kept], wanted[:, row]).solution
     torch.testing.assert_close(model.get_parameter("layers.0.0.weight").data, best, rtol=0.02, atol=0.02)
+
+
+def test_a_block_whose_training_diverged_is_left_as_it_was_pruned() -> None:
+    model, dense = pair()
+    before = copy.deepcopy(model.state_dict())
+    outcome = reconstruct(model, examples_for("llama", 8), dense, **{**FAST, "lr": 1e30, "clip": None})
+    assert outcome.facts["blocks_left_as_they_were"] == 4
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_bfloat16_is_trained_in_float32_and_stays_bfloat16() -> None:
@@ -138,6 +146,7 @@ def test_bfloat16_is_trained_in_float32_and_stays_bfloat16() -> None:
         ({"teacher": tiny_llama(initializer_range=0.3)}, "so it is not the model before pruning"),
         ({"masks": {}}, "`masks` holds none"),
         ({"trains": []}, "trains is empty"),
+        ({"trains": ["weights", "adapters"]}, "two ways to train the same projections"),
         ({"trains": ["head"]}, "lies in no block"),
         ({"text": Examples([], [])}, "the role `text` is empty"),
         ({"trains": ["biases"]}, "names nothing that LlamaForCausalLM has"),

@@ -28,6 +28,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: Sch
     return peak * (floor + (1.0 - floor) * shape)
 
 
+def warmup_steps(warmup: float, steps: int) -> int:
+    """Steps of warm-up, given as their share of all steps (below 1) or as their number."""
+    return round(warmup * steps) if warmup < 1 else int(warmup)
+
+
 def _half_cosine(share: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * share))
 

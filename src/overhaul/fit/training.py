@@ -41,7 +41,7 @@ from overhaul.fit.checkpoints import MAIN, TrainingCheckpoint, TrainingState, go
 from overhaul.fit.draws import Draw, Ledger
 from overhaul.fit.optimizers import OptimizerFactory, adamw
 from overhaul.fit.parallel import Workers, workers
-from overhaul.fit.schedules import Factor, Schedule, learning_rate
+from overhaul.fit.schedules import Factor, Schedule, learning_rate, warmup_steps
 from overhaul.fit.step import Step
 from overhaul.objectives import check_positions
 
@@ -196,7 +196,7 @@ def _rates(
 ) -> Callable[[int], float]:
     """The rate of each step of this training; `earlier` steps came before it."""
     if not callable(schedule):
-        warm = round(warmup * steps) if warmup < 1 else int(warmup)
+        warm = warmup_steps(warmup, steps)
         return lambda step: learning_rate(step, steps, peak, warm, schedule, floor)
     if warmup or floor:
         raise ValueError("warmup and floor belong to a schedule given by name; another has its own")

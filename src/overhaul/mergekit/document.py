@@ -20,7 +20,7 @@ from overhaul.errors import RequestError, did_you_mean
 from overhaul.mergekit.methods import METHODS, OF_MERGEKIT, Kind
 from overhaul.mergekit.settings import Settings, check_setting
 from overhaul.models import DTYPES
-from overhaul.recipe.spec import WANTED, lines, loaded
+from overhaul.recipe.spec import WANTED, lines, loaded, text_of
 
 Way = tuple[str | int, ...]
 """How to get to a part of the file: ("slices", 0, "sources")."""
@@ -143,15 +143,7 @@ def read(source: str | Path | Mapping[str, Any]) -> Document:
             raise RequestError(f"The mergekit configuration cannot be written down: {error}.") from None
         return _parsed(text, "", Path.cwd())
     path = Path(source)
-    try:
-        if not path.is_file():
-            raise RequestError(f"There is no mergekit file at {path}.")
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not a text file: {error}.") from None
-    except OSError as error:
-        raise RequestError(f"The mergekit file {str(path)[:80]!r} cannot be read: {error.strerror}.") from None
-    return _parsed(text, path.name, path.resolve().parent)
+    return _parsed(text_of(path, "mergekit file"), path.name, path.resolve().parent)
 
 
 def _called(name: str) -> str:

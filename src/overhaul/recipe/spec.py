@@ -119,15 +119,24 @@ def read(source: str | Path | Mapping[str, Any]) -> Document:
             ) from None
         return _parse(text, "recipe", Path.cwd())
     path = Path(source)
+    text = text_of(path, "recipe", " `overhaul demo` runs one that ships with the package.")
+    return _parse(text, path.name, path.resolve().parent)
+
+
+def text_of(path: Path, what: str, hint: str = "") -> str:
+    """What a text file says; `what` it is and a `hint` where there is none are for messages.
+
+    Raises:
+        RequestError: there is none, or it cannot be read.
+    """
     try:
         if not path.is_file():
-            raise RequestError(f"There is no recipe at {path}. `overhaul demo` runs one that ships with the package.")
-        text = path.read_text(encoding="utf-8")
+            raise RequestError(f"There is no {what} at {path}.{hint}")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not a text file: {error}.") from None
     except OSError as error:
-        raise RequestError(f"The recipe {str(path)[:80]!r} cannot be read: {error.strerror}.") from None
-    return _parse(text, path.name, path.resolve().parent)
+        raise RequestError(f"The {what} {str(path)[:80]!r} cannot be read: {error.strerror}.") from None
 
 
 def loaded(text: str, named: str) -> Any:

@@ -94,6 +94,11 @@ class Chosen:
         Raises:
             RequestError: the model has none of them.
         """
+        if {"weights", "adapters"} <= set(parts.trains):
+            raise RequestError(
+                f"{method}: trains names weights and adapters, which are two ways to train the same projections. Leave one "
+                "out."
+            )
         wanted = [role for role in ("biases", "norms", "head") if role in parts.trains]
         found = {role: _found(model, role, "all" if role == "head" else blocks) for role in wanted}
         plain = [name for role, one in found.items() if one and role != "head" for name in one.parameters]

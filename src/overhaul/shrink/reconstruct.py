@@ -101,7 +101,7 @@ def reconstruct(
                 with in_float32(site.block), training_parts(model, chosen, parts, kept) as learnt:
                     inputs = samples_of(site)
                     goals = _goals(site.place, inputs, dense.blocks[site.place])
-                    before, after = reconstruct_block(site, inputs, goals, list(learnt.values()), training)
+                    before, after = reconstruct_block(site, inputs, goals, learnt, training)
                 trained += sum(one.numel() for one in learnt.values())
                 errors["error before"][site.place], errors["error after"][site.place] = before, after
             if site.place == max(by_block):
